@@ -1,0 +1,58 @@
+# Every target does its own set-up, in .venv. A second run installs nothing, unless requirements or constraints changed.
+
+PYTHON ?= python3
+VENV := .venv
+# Always `python -m`: the scripts of an environment break when its folder is moved.
+RUN := $(VENV)/bin/python -m
+STAMP := $(VENV)/.installed
+
+ifdef MODEL
+export STEERING_MODEL := $(MODEL)
+endif
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help run test notebooks lab colab embedded evaluate-embedded full-size gpt2-xl clean
+
+help: ## list the targets
+	@awk -F ': .*## ' '/^[a-z0-9-]+: .*## / { printf "make %-18s %s\n", $$1, $$2 }' Makefile
+
+run: $(STAMP) ## steer by all six mechanisms and compare (another model: MODEL=gpt2-xl)
+	$(RUN) common.love_hate
+
+test: $(STAMP) ## run the tests and every notebook
+	$(RUN) pytest --nbval
+
+notebooks: $(STAMP) ## execute the notebooks again and store their outputs
+	$(RUN) common.notebooks
+
+lab: $(STAMP) ## open the notebooks in JupyterLab (another model: MODEL=gpt2-xl)
+	$(RUN) jupyterlab
+
+colab: $(STAMP) ## write Colab badge and cell into the notebooks (REPO=owner/name, else the remote `origin`)
+	$(RUN) common.colab $(if $(REPO),'$(REPO)')
+
+embedded: $(STAMP) ## make the embedded model again: corpus, tokenizer, weights (up to an hour)
+	$(RUN) common.embedded.train
+
+evaluate-embedded: $(STAMP) ## measure how well the embedded model can be steered
+	$(RUN) common.embedded.evaluate
+
+full-size: $(STAMP) ## check that the six agree at the size of GPT2-XL (random weights, 16 GB of memory)
+	$(RUN) pytest -m full_size tests/test_full_size.py
+
+gpt2-xl: $(STAMP) ## check the published figures on the real GPT2-XL (downloads 6 GB)
+	$(RUN) common.figures gpt2-xl
+
+clean: ## remove the environment and the caches, nothing else
+	rm -rf $(VENV) .pytest_cache .hypothesis __pycache__ */__pycache__ common/*/__pycache__
+
+# The stamp is written last, so that an installation that failed or was interrupted is done again.
+$(STAMP): requirements.txt constraints.txt
+	@$(VENV)/bin/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	    echo "This needs Python 3.11 or newer, and '$(PYTHON)' is not: name another one, as in make PYTHON=python3.12" >&2; exit 1; }; \
+	  $(PYTHON) -m venv --clear $(VENV); }
+	@echo "Installing into $(VENV); this takes some minutes the first time."
+	@$(RUN) pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
+	@touch $(STAMP)

@@ -1,0 +1,94 @@
+"""Where steering acts: the transformer blocks of a Hugging Face causal language model.
+
+Notation: `hidden` is the residual stream after block `layer` (resid_post of `layer` = resid_pre of `layer + 1`),
+shape [batch, pos, d_model]. Layers count from 0.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+def get_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Find the transformer blocks of a model of any architecture.
+
+    Args:
+        model: a Hugging Face causal language model.
+
+    Returns:
+        The path of the list, for example `"transformer.h"`, and the list itself.
+
+    Raises:
+        ValueError: the model has no list of modules that is as long as its config says, or more than one.
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    }
+    # A list inside another one belongs to a block: the experts of a mixture, say.
+    found = {name: blocks for name, blocks in found.items() if not any(name.startswith(f"{o}.") for o in found)}
+    if len(found) != 1:
+        raise ValueError(
+            f"expected one list of {count} blocks in {type(model).__name__}, found {sorted(found) or 'none'}"
+        )
+    return next(iter(found.items()))
+
+
+def get_block(model: nn.Module, layer: int) -> nn.Module:
+    """Return block `layer`, counted from 0; its output is resid_post of `layer`.
+
+    Raises:
+        ValueError: there is no such layer. Negative numbers are refused, because -1 means something else in
+            `hidden_states` (the state after the final layer norm).
+    """
+    _, blocks = get_blocks(model)
+    if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < len(blocks):
+        raise ValueError(f"layer {layer!r} does not exist: expected an integer from 0 to {len(blocks) - 1}")
+    return blocks[layer]
+
+
+def block_path(model: nn.Module, layer: int) -> str:
+    """Return the dotted name of block `layer` inside the model, for example `"transformer.h.5"`."""
+    get_block(model, layer)
+    return f"{get_blocks(model)[0]}.{layer}"
+
+
+def get_hidden(output: Tensor | tuple) -> Tensor:
+    """Return the hidden states [batch, pos, d_model] in a block's output.
+
+    Blocks return a tuple in transformers 4 and the bare tensor in transformers 5. Indexing the tensor with `[0]` would
+    silently pick the first row of the batch.
+    """
+    return output[0] if isinstance(output, tuple) else output
+
+
+def with_hidden(output: Tensor | tuple, hidden: Tensor) -> Tensor | tuple:
+    """Return a block's output with its hidden states [batch, pos, d_model] replaced, in the form it came in."""
+    return (hidden,) + output[1:] if isinstance(output, tuple) else hidden
+
+
+def check_vector(model: nn.Module, layer: int, vector: Tensor) -> Tensor:
+    """Return a steering vector as block `layer` needs it, or refuse it before anything is changed.
+
+    Args:
+        model: a Hugging Face causal language model.
+        layer: the block after which the vector is added.
+        vector: [d_model], floating point, finite.
+
+    Returns:
+        The vector [d_model], in the dtype and on the device of the block's weights.
+
+    Raises:
+        ValueError: no such layer; not a floating-point tensor; another shape than [d_model]; not finite.
+    """
+    weight = next(get_block(model, layer).parameters())
+    d_model = model.config.get_text_config().hidden_size
+    if not isinstance(vector, Tensor) or not vector.is_floating_point():
+        given = f"{vector.dtype} tensor" if isinstance(vector, Tensor) else type(vector).__name__
+        raise ValueError(f"expected a floating-point tensor as steering vector, got a {given}")
+    if vector.shape != (d_model,):
+        raise ValueError(f"expected a steering vector of shape [{d_model}] (d_model), got {list(vector.shape)}")
+    if not torch.isfinite(vector).all():
+        raise ValueError("expected a steering vector of finite numbers, got one with nan or inf")
+    return vector.to(device=weight.device, dtype=weight.dtype)

@@ -1,0 +1,76 @@
+"""The six mechanisms as callables: the very cells that a reader reads, run from the notebooks.
+
+Cells tagged `mechanism` define `wrap`, `read`, `steer`, `logits` and `generate` (README.md, "How to add a seventh").
+Tests, benchmark and comparison take them from here, so that nothing holds a second copy.
+"""
+
+import linecache
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import nbformat
+
+ROOT = Path(__file__).resolve().parent.parent
+MECHANISMS = ("custom_wrapper", "pytorch_hooks", "transformer_lens", "baukit", "nnsight", "bias_editing")
+
+
+class Mechanism(NamedTuple):
+    """One way to steer. `wrapped` is what `wrap` returned; `inputs` is what the tokenizer returned."""
+
+    name: str
+    wrap: Callable  # (model, tokenizer) -> wrapped
+    read: Callable  # (wrapped, inputs, layer) -> [batch, pos, d_model]
+    steer: Callable  # (wrapped, layer, vector [d_model]) -> context manager
+    logits: Callable  # (wrapped, inputs) -> [batch, pos, vocab]
+    generate: Callable  # (wrapped, inputs, **options) -> [batch, pos + new]
+
+
+def mechanism_cells(name: str, folder: Path = ROOT) -> list[str]:
+    """Return the source of the tagged cells of one notebook, in order.
+
+    Raises:
+        ValueError: there is no such notebook, or it has no tagged cell.
+    """
+    path = folder / f"{name}.ipynb"
+    if not path.is_file():
+        raise ValueError(f"no notebook {name!r}: expected one of {', '.join(MECHANISMS)}")
+    notebook = nbformat.read(path, as_version=4)
+    cells = [cell.source for cell in notebook.cells if "mechanism" in cell.metadata.get("tags", [])]
+    if not cells:
+        raise ValueError(f"{path.name} has no cell tagged 'mechanism'")
+    return cells
+
+
+def run_cells(sources: list[str], name: str) -> dict:
+    """Run the cells in a namespace of their own and return it.
+
+    Each cell is registered with `linecache` under its file name: nnsight reads the source of a traced block.
+    """
+    namespace: dict = {"__name__": f"notebook_{name}"}
+    for number, source in enumerate(sources, 1):
+        file_name = f"<{name}.ipynb, mechanism cell {number}>"
+        linecache.cache[file_name] = (len(source), None, source.splitlines(keepends=True), file_name)
+        exec(compile(source, file_name, "exec"), namespace)
+    return namespace
+
+
+@cache
+def notebook_namespace(name: str, folder: Path = ROOT) -> dict:
+    """Run the tagged cells of one notebook, once, and return all that they define."""
+    return run_cells(mechanism_cells(name, folder), name)
+
+
+def load_mechanism(name: str, folder: Path = ROOT) -> Mechanism:
+    """Run the tagged cells of one notebook and return its five functions.
+
+    Raises:
+        ValueError: no such notebook, or its cells do not define all five.
+    """
+    namespace = notebook_namespace(name, folder)
+    wanted = Mechanism._fields[1:]
+    missing = [function for function in wanted if not callable(namespace.get(function))]
+    if missing:
+        raise ValueError(f"the cells tagged 'mechanism' in {name}.ipynb do not define {', '.join(missing)}")
+    return Mechanism(name, *(namespace[function] for function in wanted))

@@ -1,0 +1,109 @@
+"""Is this model as it was? A detector for what steering can leave behind.
+
+`snapshot` notes every module, hook and parameter; `assert_pristine` fails on any hook, wrapper, replaced `forward`,
+changed parameter or nnsight edit that was not there before. Parameters are noted as a hash of their bytes, so that a
+snapshot of a large model takes seconds and almost no memory.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+# Hooks that a library installs on itself at the first forward pass and keeps: transformers to collect hidden states,
+# the bridge of TransformerLens to catch the input of a layer norm. Hooks that a user adds come from other modules.
+LIBRARY_HOOKS = ("transformers.", "transformer_lens.model_bridge.")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Snapshot(NamedTuple):
+    """What a model looked like: a description of every part, by its path."""
+
+    modules: dict[str, tuple]
+    hooks: dict[str, tuple]
+    parameters: dict[str, tuple]
+    edits: dict[str, int]
+
+
+def snapshot(model: Any) -> Snapshot:
+    """Note the state of a model. Nothing is changed.
+
+    Args:
+        model: a torch module, a TransformerBridge, or an nnsight model.
+
+    Raises:
+        ValueError: the object is none of these.
+    """
+    module = getattr(model, "_module", model)
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"expected a torch module or what a mechanism's wrap returned, got {type(model).__name__}")
+    named = list(module.named_modules(remove_duplicate=False))
+    return Snapshot(
+        modules={path: _describe(part) for path, part in named},
+        hooks={path: hooks for path, part in named if (hooks := tuple(_hooks(part)))},
+        parameters={name: _fingerprint(tensor) for name, tensor in _tensors(module)},
+        edits={path: count for path, count in _edits(model) if count},
+    )
+
+
+def differences(model: Any, before: Snapshot) -> list[str]:
+    """Say in plain words how a model differs from a snapshot of it; an empty list means it does not."""
+    now = snapshot(model)
+    sayings = {
+        "modules": "module {path} was added, removed, replaced or given another forward or mode",
+        "hooks": "hooks on {path} changed",
+        "parameters": "parameter {path} changed",
+        "edits": "nnsight edits on {path} changed",
+    }
+    return [
+        sayings[field].format(path=path or "the model itself")
+        for field in Snapshot._fields
+        for path in sorted(getattr(before, field).keys() | getattr(now, field).keys())
+        if getattr(before, field).get(path) != getattr(now, field).get(path)
+    ]
+
+
+def assert_pristine(model: Any, before: Snapshot) -> None:
+    """Fail if the model is not as it was.
+
+    Raises:
+        AssertionError: with one line for each difference.
+    """
+    found = differences(model, before)
+    if found:
+        raise AssertionError("the model is not as it was:\n" + "\n".join(found))
+
+
+def _describe(part: nn.Module) -> tuple:
+    """Identity, class, mode, and a `forward` that was set on the instance."""
+    return id(part), type(part), part.training, id(part.__dict__.get("forward"))
+
+
+def _hooks(part: nn.Module) -> Iterator[tuple]:
+    """Every hook of a module, except those that a library installs on itself."""
+    for kind in HOOKS:
+        for key, hook in getattr(part, kind).items():
+            if not (getattr(hook, "__module__", None) or "").startswith(LIBRARY_HOOKS):
+                yield kind, key, id(hook)
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def _fingerprint(tensor: Tensor) -> tuple:
+    """Shape, dtype, device, whether it is trained, and a hash of the bytes."""
+    contents = tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy()
+    digest = hashlib.blake2b(contents, digest_size=16).hexdigest()
+    return tuple(tensor.shape), tensor.dtype, str(tensor.device), tensor.requires_grad, digest
+
+
+def _edits(model: Any, path: str = "") -> Iterator[tuple[str, int]]:
+    """The number of edits stored on an nnsight model and on each of its children; nothing for other models."""
+    if isinstance(getattr(model, "_edits", None), list):
+        yield getattr(model, "path", path), len(model._edits)
+        for child in model._children:
+            yield from _edits(child)

@@ -1,0 +1,20 @@
+"""Settings for every test. It stands in the root because nbval never reads tests/conftest.py for a root notebook."""
+
+import os
+from pathlib import Path
+
+from common.notebooks import clean_environment
+
+ROOT = Path(__file__).resolve().parent
+
+
+def pytest_configure() -> None:
+    """Set the environment that tests and notebook kernels inherit, before either loads a model."""
+    clean_environment(os.environ)
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Collect tests/ and the notebooks of the root: no environment, no library, no copy in another folder."""
+    if collection_path.is_dir() and collection_path.parent == ROOT and collection_path.name != "tests":
+        return True
+    return None  # the other plugins decide
