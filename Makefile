@@ -8,11 +8,14 @@ STAMP := $(VENV)/.installed
 
 ifdef MODEL
 export STEERING_MODEL := $(MODEL)
+else
+# The embedded model is too small to gain from a second thread, and on a busy machine loses a lot by it.
+run picture: export OMP_NUM_THREADS ?= 1
 endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test notebooks lab colab embedded evaluate-embedded full-size gpt2-xl clean
+.PHONY: help run test notebooks lab colab embedded evaluate-embedded full-size gpt2-xl picture clean
 
 help: ## list the targets
 	@awk -F ': .*## ' '/^[a-z0-9-]+: .*## / { printf "make %-18s %s\n", $$1, $$2 }' Makefile
@@ -43,6 +46,9 @@ full-size: $(STAMP) ## check that the six agree at the size of GPT2-XL (random w
 
 gpt2-xl: $(STAMP) ## check the published figures on the real GPT2-XL (downloads 6 GB)
 	$(RUN) common.figures gpt2-xl
+
+picture: $(STAMP) ## draw the picture of the README again
+	$(RUN) common.sweeps
 
 clean: ## remove the environment and the caches, nothing else
 	rm -rf $(VENV) .pytest_cache .hypothesis __pycache__ */__pycache__ common/*/__pycache__

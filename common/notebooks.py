@@ -61,6 +61,9 @@ def clean_environment(environment: MutableMapping[str, str]) -> None:
     """
     environment.pop("STEERING_MODEL", None)
     environment["HF_HUB_OFFLINE"] = "1"
+    # The embedded model is too small to gain from a second thread, and on a busy machine loses a lot by it; with one,
+    # sums are added up in the same order whatever the number of cores.
+    environment.setdefault("OMP_NUM_THREADS", "1")
 
 
 def execute(path: Path, on_cell: Callable[..., None] | None = None) -> NotebookNode:
@@ -91,6 +94,7 @@ def execute(path: Path, on_cell: Callable[..., None] | None = None) -> NotebookN
         store_widget_state=False,
         coalesce_streams=True,  # how often a stream is flushed differs between runs
         on_cell_executed=on_cell,
+        extra_arguments=["--IPKernelApp.log_level=40"],  # no warnings of the kernel about itself
     )
     client.execute(env=environment)
     normalise(notebook)
@@ -226,7 +230,7 @@ def main(arguments: Sequence[str] | None = None, folder: Path = ROOT) -> int:
                 found = [f"stored, but {line}" for line in problems(notebook)]
             complaints += len(found)
             for line in found:
-                progress.console.print(f"{path.name}: {line}", markup=False, highlight=False)
+                progress.console.print(f"{path.name}: {line}", markup=False, highlight=False, soft_wrap=True)
     return 1 if complaints else 0
 
 

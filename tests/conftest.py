@@ -1,0 +1,99 @@
+"""What the tests share: the embedded model, loaded once, the six mechanisms on it, and the dimensions they run over."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+from support import PROMPTS, Bench
+from torch import Tensor
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+
+from common.mechanisms import MECHANISMS, load_mechanism
+from common.models import copy_sharing_weights, load_model
+from common.pristine import assert_pristine, snapshot
+
+SIGNS = {"+": 1.0, "-": -1.0, "0": 0.0}
+
+settings.register_profile("steering", max_examples=15, deadline=None, derandomize=True)
+settings.load_profile("steering")
+
+
+@pytest.fixture(scope="session")
+def loaded() -> Iterator[tuple]:
+    """The embedded model on the CPU; at the very end it must be as it was."""
+    loaded = load_model("embedded", device="cpu")
+    before = snapshot(loaded.model)
+    yield loaded
+    assert_pristine(loaded.model, before)
+
+
+@pytest.fixture(scope="session")
+def model(loaded) -> PreTrainedModel:
+    return loaded.model
+
+
+@pytest.fixture(scope="session")
+def tokenizer(loaded) -> PreTrainedTokenizerBase:
+    return loaded.tokenizer
+
+
+@pytest.fixture(scope="session", params=MECHANISMS)
+def bench(request, model, tokenizer) -> Bench:
+    """Each of the six mechanisms, from its notebook."""
+    mechanism = load_mechanism(request.param)
+    return Bench(mechanism, mechanism.wrap(copy_sharing_weights(model), tokenizer))
+
+
+@pytest.fixture(scope="session")
+def hooks(model, tokenizer) -> Bench:
+    """The reference that the other mechanisms are compared with."""
+    mechanism = load_mechanism("pytorch_hooks")
+    return Bench(mechanism, mechanism.wrap(copy_sharing_weights(model), tokenizer))
+
+
+@pytest.fixture(scope="session")
+def batch(tokenizer) -> BatchEncoding:
+    """Three prompts of different lengths, padded on the left."""
+    inputs = tokenizer(list(PROMPTS), return_tensors="pt", padding=True)
+    assert len(set(inputs["attention_mask"].sum(1).tolist())) == 3 and inputs["attention_mask"][:, -1].all()
+    return inputs
+
+
+@pytest.fixture(params=["single", "padded batch"])
+def inputs(request, tokenizer, batch) -> BatchEncoding:
+    return batch if request.param == "padded batch" else tokenizer(PROMPTS[0], return_tensors="pt")
+
+
+@pytest.fixture(params=["first layer", "middle layer", "last layer"])
+def layer(request, model) -> int:
+    last = model.config.num_hidden_layers - 1
+    return {"first layer": 0, "middle layer": last // 2, "last layer": last}[request.param]
+
+
+@pytest.fixture(scope="session")
+def plus(loaded, hooks, batch) -> Tensor:
+    """A steering vector [d_model] as long as the hidden states it is added to, so that it changes whatever is written.
+
+    Its direction is random: no mechanism may care which.
+    """
+    hidden = hooks.mechanism.read(hooks.wrapped, batch, loaded.preset.layer)[batch["attention_mask"].bool()]
+    noise = torch.randn(hidden.shape[-1], generator=torch.Generator().manual_seed(0))
+    return noise / noise.norm() * hidden.norm(dim=-1).mean()
+
+
+@pytest.fixture(params=SIGNS)
+def vector(request, plus) -> Tensor:
+    """The steering vector, its negative, and zero."""
+    return SIGNS[request.param] * plus
+
+
+@pytest.fixture(params=[True, False], ids=["cache", "no cache"])
+def use_cache(request) -> bool:
+    return request.param
+
+
+@pytest.fixture(params=["greedy", "sampled"])
+def sampling(request) -> dict:
+    """Options of `generate`; sampling starts from one seed."""
+    return {} if request.param == "greedy" else {"do_sample": True, "top_p": 0.9}

@@ -1,0 +1,386 @@
+"""The notebooks' cells as callables, what single mechanisms can do beyond the contract, and how modules depend."""
+
+import ast
+import re
+from collections.abc import Callable
+from contextlib import contextmanager
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+from nbformat.v4 import new_code_cell, new_notebook
+from support import PROMPTS
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
+
+import common
+from common import love_hate
+from common.blocks import get_block, get_hidden, with_hidden
+from common.mechanisms import (
+    MECHANISMS,
+    ROOT,
+    Mechanism,
+    load_mechanism,
+    mechanism_cells,
+    notebook_namespace,
+    run_cells,
+)
+from common.models import copy_sharing_weights
+from common.pristine import assert_pristine, snapshot
+
+FUNCTIONS = Mechanism._fields[1:]
+
+
+# Loading.
+
+
+@pytest.fixture
+def write(tmp_path) -> Callable[..., Path]:
+    """Write a notebook of cells that are given as (source, tags)."""
+
+    def write(name: str, *cells: tuple[str, list[str]]) -> Path:
+        notebook = new_notebook(cells=[new_code_cell(source, metadata={"tags": tags}) for source, tags in cells])
+        nbformat.write(notebook, tmp_path / f"{name}.ipynb")
+        return tmp_path
+
+    return write
+
+
+def test_unknown_mechanism_is_named():
+    """A name without a notebook is refused, and the six are listed."""
+    with pytest.raises(ValueError, match=f"no notebook 'telepathy': expected one of {', '.join(MECHANISMS)}"):
+        load_mechanism("telepathy")
+
+
+def test_notebook_without_tagged_cells_is_refused(write):
+    """A notebook that does not tag its mechanism has none."""
+    folder = write("seventh", ("def wrap(model, tokenizer): return model", []))
+    with pytest.raises(ValueError, match="seventh.ipynb has no cell tagged 'mechanism'"):
+        load_mechanism("seventh", folder)
+
+
+def test_missing_functions_are_named(write):
+    """Cells that define some of the five functions are refused, and the others are named."""
+    folder = write(
+        "eighth",
+        ("def wrap(model, tokenizer): return model", ["mechanism"]),
+        ("def read(): pass", []),
+        ("steer = 1", ["mechanism"]),
+    )
+    with pytest.raises(ValueError, match="eighth.ipynb do not define read, steer, logits, generate"):
+        load_mechanism("eighth", folder)
+
+
+def test_only_tagged_cells_run(write):
+    """Other cells are not run; tagged ones run in order, in one namespace, and once."""
+    folder = write(
+        "ninth", ("x = [1]", ["mechanism"]), ("raise RuntimeError", []), ("x += [2]", ["other", "mechanism"])
+    )
+    assert notebook_namespace("ninth", folder)["x"] == [1, 2]
+    assert notebook_namespace("ninth", folder) is notebook_namespace("ninth", folder)
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_nothing_holds_a_second_copy(name):
+    """Only tagged cells define or import the five functions, so that what runs here is what a reader reads."""
+    notebook = nbformat.read(ROOT / f"{name}.ipynb", as_version=4)
+    tagged, others = mechanism_cells(name), []
+    for cell in notebook.cells:
+        if cell.cell_type == "code" and cell.source not in tagged:
+            others += _bound_names(cell.source)
+    assert not set(others) & set(FUNCTIONS)
+    assert set(FUNCTIONS) <= {bound for source in tagged for bound in _bound_names(source)}
+
+
+def _bound_names(source: str) -> list[str]:
+    """Every name that a cell defines, assigns or imports, at any depth."""
+    nodes = list(ast.walk(ast.parse(source)))
+    names = [node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
+    names += [node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    return names + [
+        alias.asname or alias.name
+        for node in nodes
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    ]
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_no_second_copy_of_the_weights(name, model, tokenizer):
+    """`wrap` works on the model's own tensors; at most a bias is new."""
+    wrapped = load_mechanism(name).wrap(copy_sharing_weights(model), tokenizer)
+    module = getattr(wrapped, "_module", wrapped)
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    new = [
+        tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.untyped_storage().data_ptr() not in own
+    ]
+    assert all(tensor.ndim == 1 for tensor in new) and len(new) <= 1
+
+
+# Other architectures: tiny, with random weights.
+
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "initializer_range": 0.2,
+}
+
+
+@pytest.fixture(scope="module")
+def llama(tokenizer) -> nn.Module:
+    """A Llama: no layer has a bias, and positions are rotary."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**TINY, vocab_size=len(tokenizer))).eval()
+
+
+@pytest.fixture(scope="module")
+def gpt_neox(tokenizer) -> nn.Module:
+    """A GPT-NeoX: attention and MLP run side by side."""
+    torch.manual_seed(0)
+    return GPTNeoXForCausalLM(GPTNeoXConfig(**TINY, vocab_size=len(tokenizer))).eval()
+
+
+@pytest.fixture
+def small(request) -> nn.Module:
+    return request.getfixturevalue(request.param)
+
+
+def steered_by(name: str, model: nn.Module, tokenizer, layer: int, vector: torch.Tensor) -> tuple:
+    """Return resid_post, logits and greedy ids of a padded batch, steered; check that the model is restored."""
+    mechanism, inputs = load_mechanism(name), tokenizer(list(PROMPTS), return_tensors="pt", padding=True)
+    wrapped = mechanism.wrap(copy_sharing_weights(model), tokenizer)
+    before, real = snapshot(wrapped), inputs["attention_mask"].bool()
+    with mechanism.steer(wrapped, layer, vector):
+        states, scores = mechanism.read(wrapped, inputs, layer)[real], mechanism.logits(wrapped, inputs)[real]
+        ids = mechanism.generate(wrapped, inputs, max_new_tokens=5, pad_token_id=tokenizer.pad_token_id)
+    assert_pristine(wrapped, before)
+    return states, scores, ids
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize("small", ["llama", "gpt_neox"], indirect=True)
+@pytest.mark.parametrize("name", ["custom_wrapper", "baukit"])
+def test_other_architectures(name, small, tokenizer, layer):
+    """Wrapper and Trace steer any architecture as the plain hook does, to the last bit."""
+    vector = torch.linspace(-1, 1, 32)
+    for mine, theirs in zip(
+        *(steered_by(each, small, tokenizer, layer, vector) for each in (name, "pytorch_hooks")), strict=True
+    ):
+        assert torch.equal(mine, theirs)
+
+
+# Bias editing: what it gives, takes away, and refuses.
+
+
+@pytest.fixture(scope="module")
+def bias_editing() -> dict:
+    return notebook_namespace("bias_editing")
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_bias_is_given_to_a_layer_without_one(llama, tokenizer, bias_editing, layer):
+    """A Llama's layer gets a bias, steers as the hook does, and has none afterwards."""
+    linear, vector = get_block(llama, layer).mlp.down_proj, torch.linspace(-1, 1, 32)
+    with bias_editing["steer"](llama, layer, vector):
+        assert torch.equal(linear.bias, vector)
+    assert linear.bias is None
+    for mine, theirs in zip(
+        *(steered_by(each, llama, tokenizer, layer, vector) for each in ("bias_editing", "pytorch_hooks")), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "wish", [{"positions": [0]}, {"positions": slice(0, 2)}, {"positions": []}, {"operator": "ablate"}]
+)
+def test_bias_refuses_what_it_cannot_do(model, plus, bias_editing, wish):
+    """Other positions and other operators are refused by name, and nothing is changed."""
+    before = snapshot(model)
+    with (
+        pytest.raises(ValueError, match="a bias adds at every position"),
+        bias_editing["steer"](model, 1, plus, **wish),
+    ):
+        raise AssertionError("steered all the same")
+    assert_pristine(model, before)
+
+
+def test_bias_refuses_unknown_architectures(gpt_neox, llama, bias_editing):
+    """Where it is not known which layer writes to the stream, or that `ln_1` exists, nothing is edited."""
+    vector = torch.ones(32)
+    with (
+        pytest.raises(ValueError, match="model type 'gpt_neox': expected one of gpt2, "),
+        bias_editing["steer"](gpt_neox, 1, vector),
+    ):
+        raise AssertionError("steered all the same")
+    opt = OPTForCausalLM(
+        OPTConfig(
+            hidden_size=32, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=9, word_embed_proj_dim=32
+        )
+    )
+    with pytest.raises(ValueError, match="model type 'opt'"), bias_editing["steer"](opt, 1, vector):
+        raise AssertionError("steered all the same")
+    with (
+        pytest.raises(ValueError, match="model type 'llama': expected 'gpt2'"),
+        bias_editing["steer_ln_1"](llama, 1, vector),
+    ):
+        raise AssertionError("steered all the same")
+
+
+def test_edit_at_ln_1_equals_a_hook_there(model, batch, layer, vector, bias_editing):
+    """The edit of `c_attn`'s bias gives the logits of a hook on the output of `ln_1`, and is undone."""
+    own, logits, real = copy_sharing_weights(model), bias_editing["logits"], batch["attention_mask"].bool()
+    before = snapshot(own)
+    with bias_editing["steer_ln_1"](own, layer, vector):
+        edited = logits(own, batch)[real]
+    assert_pristine(own, before)
+    handle = get_block(own, layer).ln_1.register_forward_hook(lambda module, args, output: output + vector)
+    torch.testing.assert_close(edited, logits(own, batch)[real], rtol=0, atol=1e-4)
+    handle.remove()
+    read = bias_editing["read_ln_1"](own, batch, layer)
+    torch.testing.assert_close(
+        read[real], get_block(own, layer).ln_1(_resid_pre(own, batch, layer))[real], rtol=0, atol=1e-5
+    )
+
+
+def _resid_pre(model: nn.Module, inputs, layer: int) -> torch.Tensor:
+    hooks = load_mechanism("pytorch_hooks")
+    if layer:
+        return hooks.read(model, inputs, layer - 1)
+    seen = []
+    handle = get_block(model, 0).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    hooks.logits(model, inputs)
+    handle.remove()
+    return seen[0]
+
+
+def test_saved_model_is_steered_without_code(model, tokenizer, batch, plus, bias_editing, tmp_path):
+    """Saved while steered and loaded again, the model gives the steered logits; the model here is restored."""
+    with bias_editing["steer"](model, 2, plus):
+        model.save_pretrained(tmp_path)
+        steered = bias_editing["logits"](model, batch)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert torch.equal(bias_editing["logits"](loaded, batch), steered)
+    assert not torch.allclose(bias_editing["logits"](model, batch), steered)
+
+
+# The table of agreement.
+
+
+def test_six_mechanisms_agree(loaded):
+    """All six agree with the reference, as `make run` prints."""
+    results = [love_hate.run_mechanism(name, *loaded[:2], *loaded.preset[:2], max_new_tokens=5) for name in MECHANISMS]
+    rows = love_hate.agreement(results)
+    assert rows["mechanism"].tolist() == list(MECHANISMS)
+    assert (rows[["vector", "logits"]] <= love_hate.TOLERANCE).all(axis=None) and rows[["same text", "restored"]].all(
+        axis=None
+    )
+    for result in results:
+        assert all(len(texts) == len(love_hate.PROMPTS) for texts in result.texts.values())
+        assert len({repr(texts) for texts in result.texts.values()}) == 3
+
+
+def test_agreement_flags_a_mechanism_that_steers_one_row(loaded, monkeypatch):
+    """A mechanism that steers row 0 only, or leaves its hook, is flagged, and `make run` ends with 1."""
+    hooks = load_mechanism("pytorch_hooks")
+
+    @contextmanager
+    def steer_row_0(model, layer, vector):
+        def add_to_row_0(module, args, output):
+            hidden = get_hidden(output).clone()
+            hidden[0] += vector
+            return with_hidden(output, hidden)
+
+        get_block(model, layer).register_forward_hook(add_to_row_0)
+        yield model
+
+    broken = hooks._replace(name="broken", steer=steer_row_0)
+    monkeypatch.setattr(love_hate, "load_mechanism", lambda name: broken if name == "broken" else load_mechanism(name))
+    monkeypatch.setattr(love_hate, "MECHANISMS", ("pytorch_hooks", "broken"))
+    arguments = (*loaded[:2], *loaded.preset[:2])
+    rows = love_hate.agreement([love_hate.run_mechanism(name, *arguments) for name in ("pytorch_hooks", "broken")])
+    good, bad = rows.itertuples(index=False)
+    assert good[1:] == (0.0, 0.0, True, True)
+    assert bad.vector == 0 and bad.logits > love_hate.TOLERANCE and bad.restored is False
+    assert love_hate.main(["--model", "embedded"]) == 1
+
+
+def test_agreement_needs_its_reference():
+    """Without the reference among the results there is nothing to compare with."""
+    with pytest.raises(ValueError, match="expected the reference 'pytorch_hooks' among the results, got none"):
+        love_hate.agreement([])
+
+
+def test_run_refuses_a_model_it_cannot_load(capsys):
+    """`make run` with a model that cannot be had: one sentence on stderr, exit code 1."""
+    assert love_hate.main(["--model", "./missing"]) == 1
+    out, err = capsys.readouterr()
+    assert not out and err.startswith("there is no folder ./missing") and len(err.splitlines()) == 1
+
+
+def test_cell_errors_point_into_the_notebook():
+    """A traceback through a cell names the notebook and shows the line."""
+    with pytest.raises(ZeroDivisionError) as caught:
+        run_cells(["x = 1\n", "y = 1\nx / 0\n"], "tenth")
+    entry = caught.traceback[-1]
+    assert str(entry.path).endswith("<tenth.ipynb, mechanism cell 2>") and entry.lineno == 1
+
+
+# Modules.
+
+COMMANDS = {"notebooks", "colab", "embedded.train", "embedded.sweep", "embedded.evaluate"}
+
+
+def _floors() -> dict[str, int]:
+    """The floors that `common/__init__.py` documents, by module."""
+    lines = re.findall(r"^(\d)  (\w+(?: \w+)*)  ", common.__doc__, flags=re.MULTILINE)
+    return {name: int(floor) for floor, names in lines for name in names.split()}
+
+
+def _imports() -> dict[str, set[str]]:
+    """The modules of `common` that each module imports, anywhere in it."""
+    folder, found = Path(common.__file__).parent, {}
+    names = {
+        ".".join(path.relative_to(folder).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in folder.rglob("*.py")
+    }
+    del names["__init__"]
+    for module, path in names.items():
+        found[module] = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                assert not any(alias.name.startswith("common") for alias in node.names), f"{module}: use `from common…`"
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "common":
+                base = node.module.removeprefix("common").removeprefix(".")
+                wide = [f"{base}.{alias.name}".removeprefix(".") for alias in node.names]
+                found[module] |= {name if name in names else base for name in wide} - {""}
+    return found
+
+
+def test_every_module_has_its_floor():
+    """The table in `common/__init__.py` lists each module that is no command, and no other."""
+    modules = {module.split(".")[0] for module in _imports()}
+    assert set(_floors()) == modules - {"notebooks", "colab"}
+
+
+def test_imports_run_one_way():
+    """No module imports from a floor above its own, only commands import commands, and there is no circle."""
+    floors, imports = _floors(), _imports()
+    for module, imported in imports.items():
+        if module in COMMANDS:
+            continue
+        assert not imported & COMMANDS, module
+        for other in imported:
+            assert floors[other.split(".")[0]] <= floors[module.split(".")[0]], f"{module} imports {other} from above"
+    TopologicalSorter(imports).prepare()
