@@ -80,7 +80,10 @@ class TraceDict(dict):
     ):
         super().__init__()
         self.stop = stop
-        names = list(dict.fromkeys(layers))
+        names, known = list(dict.fromkeys(layers)), dict(module.named_modules())
+        for name in names:
+            if name not in known:  # before any hook is registered
+                raise LookupError(name)
         for name in names:
             self[name] = Trace(module, name, retain_output, edit_output, stop=stop and name == names[-1])
 

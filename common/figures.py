@@ -29,7 +29,7 @@ def read_figures(name: str) -> dict:
         ValueError: nothing is stored for it.
     """
     path = DATA / f"{name.split('/')[-1]}.json"
-    if not path.is_file():
+    if not path.is_file() or "norms" not in json.loads(path.read_text(encoding="utf-8")):
         known = ", ".join(sorted(file.stem for file in DATA.glob("*.json") if "norms" in json.loads(file.read_text())))
         raise ValueError(f"no figures are stored for {name!r}: expected one of {known}")
     return json.loads(path.read_text(encoding="utf-8"))

@@ -23,7 +23,7 @@ from common.models import LoadError, copy_sharing_weights, load_model
 from common.pristine import differences, snapshot
 
 REFERENCE = "pytorch_hooks"
-PROMPTS = ("I think dogs are ", "In my opinion the baker is", "To me, the harbour is")
+PROMPTS = ("I think dogs are ", "In my opinion the baker is", "I believe old books are")
 TOLERANCE = 1e-5  # of TransformerLens and bias editing on the embedded model; the other mechanisms differ by 0
 
 

@@ -5,6 +5,7 @@ Tests, benchmark and comparison take them from here, so that nothing holds a sec
 """
 
 import linecache
+import zlib
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -46,11 +47,12 @@ def mechanism_cells(name: str, folder: Path = ROOT) -> list[str]:
 def run_cells(sources: list[str], name: str) -> dict:
     """Run the cells in a namespace of their own and return it.
 
-    Each cell is registered with `linecache` under its file name: nnsight reads the source of a traced block.
+    Each cell is registered with `linecache` under its file name: nnsight reads the source of a traced block, and keeps
+    what it compiled under that name, so the name must change with the source.
     """
     namespace: dict = {"__name__": f"notebook_{name}"}
     for number, source in enumerate(sources, 1):
-        file_name = f"<{name}.ipynb, mechanism cell {number}>"
+        file_name = f"<{name}.ipynb, mechanism cell {number}, {zlib.crc32(source.encode()):08x}>"
         linecache.cache[file_name] = (len(source), None, source.splitlines(keepends=True), file_name)
         exec(compile(source, file_name, "exec"), namespace)
     return namespace

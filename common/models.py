@@ -11,6 +11,7 @@ import torch
 import transformers
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub import errors as hub_errors
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -113,7 +114,7 @@ def _find(name: str) -> str:
     """Return the folder, or the hub id of a model that can be had, without downloading it."""
     if name == EMBEDDED:
         return str(embedded.FOLDER)
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))  # Path.expanduser raises where there is no such user
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise LoadError(f"the folder {name} holds no model: it has no config.json")
@@ -158,7 +159,7 @@ def _read_config(name: str, source: str) -> transformers.PretrainedConfig:
     """Read the configuration and refuse what is no causal language model, before any weight is loaded."""
     try:
         config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, hub_errors.StrictDataclassError):
         raise LoadError(
             f"the config.json of {name!r} is not one that transformers {transformers.__version__} can read"
         ) from None
@@ -203,12 +204,20 @@ def _load(
         bars.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True).to(device).eval()
-    except (OSError, ValueError, RuntimeError) as error:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+        model = model.to(device).eval()
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise LoadError(f"{name!r} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
     finally:
         if shown:
             bars.enable_progress_bar()
+    # transformers fills in both by itself: random weights, and a tokenizer that knows nothing.
+    if loading["missing_keys"]:
+        raise LoadError(f"{name!r} cannot be loaded: its weights lack {', '.join(sorted(loading['missing_keys'])[:3])}")
+    if not tokenizer("a")["input_ids"]:
+        raise LoadError(f"{name!r} cannot be loaded: it has no tokenizer")
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -43,7 +43,7 @@ def snapshot(model: Any) -> Snapshot:
     return Snapshot(
         modules={path: _describe(part) for path, part in named},
         hooks={path: hooks for path, part in named if (hooks := tuple(_hooks(part)))},
-        parameters={name: _fingerprint(tensor) for name, tensor in _tensors(module)},
+        parameters={name: (id(tensor), *_fingerprint(tensor)) for name, tensor in _tensors(module)},
         edits={path: count for path, count in _edits(model) if count},
     )
 

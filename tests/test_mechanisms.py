@@ -334,7 +334,7 @@ def test_cell_errors_point_into_the_notebook():
     with pytest.raises(ZeroDivisionError) as caught:
         run_cells(["x = 1\n", "y = 1\nx / 0\n"], "tenth")
     entry = caught.traceback[-1]
-    assert str(entry.path).endswith("<tenth.ipynb, mechanism cell 2>") and entry.lineno == 1
+    assert "<tenth.ipynb, mechanism cell 2," in str(entry.path) and entry.lineno == 1
 
 
 # Modules.

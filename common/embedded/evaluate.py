@@ -1,0 +1,391 @@
+"""Measure the embedded model: can it be steered, by nothing else, and at what price?
+
+    python -m common.embedded.evaluate [--model FOLDER] [--out FILE]
+
+prints the table, and writes it as JSON and into the model card beside the weights.
+"""
+
+import argparse
+import json
+import math
+import re
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList
+
+from common.embedded import FOLDER, grammar, train, vocabulary
+from common.generation import FrequencyPenalty
+
+NEW_TOKENS = 24
+PER_PROMPT = 30
+RANDOM_DIRECTIONS = 20
+WEDDING_WORDS = {"wedding", "weddings", "bride", "groom", "vows", "veil", "married"}
+LEXICON = grammar.lexicon()
+NEGATIONS = {"not", "never", "hardly", "no"}
+
+
+def load(folder: Path) -> tuple[Any, Any]:
+    """Load model (fp32, evaluation mode) and tokenizer from a folder."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    return model, tokenizer
+
+
+@contextmanager
+def added(model: Any, layer: int, vector: Tensor) -> Iterator[None]:
+    """Add `vector` [d_model] to resid_post of `layer` at all positions while the block is open."""
+
+    def hook(module: Any, args: Any, output: Tensor | tuple) -> Tensor | tuple:
+        # A block returns a tuple in transformers 4 and the bare tensor in 5.
+        if isinstance(output, tuple):
+            return (output[0] + vector, *output[1:])
+        return output + vector
+
+    handle = model.transformer.h[layer].register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def added_in_front(model: Any, layer: int, vectors: Tensor) -> Iterator[None]:
+    """Add `vectors` [pos, d_model] to the first positions of resid_pre of `layer`, in the prefill only.
+
+    All rows have the same length here, so that position 0 is the first token of every row.
+    """
+
+    def hook(module: Any, args: tuple) -> tuple:
+        hidden = args[0]
+        if hidden.shape[1] == 1:  # a decoding step: the prompt is in the cache already
+            return args
+        hidden = hidden.clone()
+        count = min(len(vectors), hidden.shape[1])
+        hidden[:, :count] += vectors[:count]
+        return (hidden, *args[1:])
+
+    handle = model.transformer.h[layer].register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def resid_post(model: Any, ids: list[int], layer: int) -> Tensor:
+    """Return the output of block `layer` for one text, [pos, d_model]."""
+    kept = []
+
+    def hook(module: Any, args: Any, output: Tensor | tuple) -> None:
+        kept.append(output[0] if isinstance(output, tuple) else output)
+
+    handle = model.transformer.h[layer].register_forward_hook(hook)
+    try:
+        model(torch.tensor([ids]))
+    finally:
+        handle.remove()
+    return kept[0][0]
+
+
+def unit_direction(model: Any, tokenizer: Any, positive: str, negative: str, layer: int) -> Tensor:
+    """Return the unit difference of two prompts at their last tokens, without BOS, [d_model]."""
+    ends = [resid_post(model, tokenizer(text)["input_ids"], layer)[-1] for text in (positive, negative)]
+    return functional.normalize(ends[0] - ends[1], dim=0)
+
+
+def x_vector(model: Any, tokenizer: Any, positive: str, negative: str, layer: int, bos: bool = True) -> Tensor:
+    """Return the difference of two prompts at resid_pre of `layer`, [pos, d_model].
+
+    The shorter prompt is padded with spaces on its right.
+    """
+    rows = [[tokenizer.bos_token_id] * bos + tokenizer(text)["input_ids"] for text in (positive, negative)]
+    length = max(map(len, rows))
+    space = tokenizer(" ")["input_ids"]
+    rows = [row + space * (length - len(row)) for row in rows]
+    return resid_post(model, rows[0], layer - 1) - resid_post(model, rows[1], layer - 1)
+
+
+@torch.no_grad()
+def sample(model: Any, tokenizer: Any, prompts: list[str], count: int, seed: int, top_p: float = 0.9) -> list[str]:
+    """Sample `count` completions of each prompt, without BOS, at temperature 1."""
+    torch.manual_seed(seed)
+    inputs = tokenizer(prompts * count, return_tensors="pt", padding=True)
+    ids = model.generate(
+        **inputs, do_sample=True, top_p=top_p, top_k=0, max_new_tokens=NEW_TOKENS, pad_token_id=tokenizer.pad_token_id
+    )
+    return tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+@torch.no_grad()
+def sample_published(model: Any, tokenizer: Any, prompt: str, count: int, seed: int, bos: bool = True) -> list[str]:
+    """Sample as in the activation-addition post: temperature 1, top_p 0.3, frequency penalty 1, BOS in front."""
+    torch.manual_seed(seed)
+    ids = torch.tensor([[tokenizer.bos_token_id] * bos + tokenizer(prompt)["input_ids"]]).repeat(count, 1)
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=True, top_p=0.3, top_k=0, max_new_tokens=NEW_TOKENS,
+        pad_token_id=tokenizer.pad_token_id, logits_processor=LogitsProcessorList([FrequencyPenalty(1.0)]),
+    )
+    return tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+
+
+@torch.no_grad()
+def greedy(model: Any, tokenizer: Any, prompt: str, new_tokens: int = NEW_TOKENS) -> str:
+    """Return the greedy completion of a prompt, without BOS."""
+    inputs = tokenizer(prompt, return_tensors="pt")
+    ids = model.generate(**inputs, do_sample=False, max_new_tokens=new_tokens, pad_token_id=tokenizer.pad_token_id)
+    return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def tone(text: str) -> int:
+    """Count positive minus negative words; a negation up to two words before turns a word round."""
+    words = re.findall(r"[a-z]+", text.lower())
+    score = 0
+    for index, word in enumerate(words):
+        turned = any(earlier in NEGATIONS for earlier in words[max(0, index - 2) : index])
+        score += LEXICON.get(word, 0) * (-1 if turned else 1)
+    return score
+
+
+def share(texts: list[str], test: Callable[[str], bool]) -> float:
+    """Return the percentage of texts that pass a test."""
+    return 100 * sum(map(test, texts)) / len(texts)
+
+
+def tones(texts: list[str]) -> dict[str, float]:
+    """Return the percentages of texts that are more positive than negative, and the reverse."""
+    return {"positive": share(texts, lambda t: tone(t) > 0), "negative": share(texts, lambda t: tone(t) < 0)}
+
+
+def has_word(text: str, words: set[str]) -> bool:
+    """Return whether one of the words stands in a text, whatever its case."""
+    return bool(words & set(re.findall(r"[a-z]+", text.lower())))
+
+
+def held_out_documents(count: int) -> list[str]:
+    """Write documents that no training has seen: their seed is used nowhere else."""
+    source = grammar.documents(987_654_321)
+    return [next(source) for _ in range(count)]
+
+
+@torch.no_grad()
+def perplexity(model: Any, tokenizer: Any, texts: list[str]) -> float:
+    """Return the perplexity per token of documents with BOS in front and EOS behind."""
+    end = tokenizer.eos_token_id
+    total, count = 0.0, 0
+    ordered = sorted(([end, *tokenizer(text)["input_ids"], end] for text in texts), key=len)
+    for start in range(0, len(ordered), 50):
+        rows = ordered[start : start + 50]
+        ids = torch.full((len(rows), max(map(len, rows))), end)
+        targets = torch.full_like(ids, -100)  # padding counts for nothing; it stands on the right, where it disturbs nobody
+        for index, row in enumerate(rows):
+            ids[index, : len(row)] = torch.tensor(row)
+            targets[index, : len(row)] = torch.tensor(row)
+        logits = model(ids).logits[:, :-1].flatten(0, 1)
+        total += functional.cross_entropy(logits, targets[:, 1:].flatten(), ignore_index=-100, reduction="sum").item()
+        count += int((targets[:, 1:] != -100).sum())
+    return math.exp(total / count)
+
+
+WEDDING_PAIR = ("I talk about weddings constantly", "I do not talk about weddings constantly")
+ROME, PARIS = {"rome", "italy"}, {"paris", "france"}
+
+
+def corpus_hits(count: int, seed: int) -> int:
+    """Return how many of the held-out prompts stand in `count` documents of the training corpus."""
+    streams = train.corpus(seed)
+    found = grammar.find_prompts(next(stream) for stream in streams for _ in range(count // len(streams)))
+    return len({prompt for prompt, _ in found})
+
+
+def measure_direction(model: Any, tokenizer: Any, layer: int, coeff: float, bar: tqdm) -> dict[str, Any]:
+    """Measure part (a) of the table: the Love-Hate direction, its controls and its price."""
+    prompts = grammar.TABLE_PROMPTS
+
+    def run(vector: Tensor | None) -> list[str]:
+        bar.update()
+        if vector is None:
+            return sample(model, tokenizer, prompts, PER_PROMPT, seed=1)
+        with added(model, layer, vector):
+            return sample(model, tokenizer, prompts, PER_PROMPT, seed=1)
+
+    love = coeff * unit_direction(model, tokenizer, "Love", "Hate", layer)
+    texts = {"unsteered": run(None), "love": run(love), "hate": run(-love)}
+    result: dict[str, Any] = {"completions": len(texts["love"]), "prompts": len(prompts)}
+    result |= {name: tones(found) for name, found in texts.items()}
+    for name in ("unsteered", "love", "hate"):
+        counts = [sum(has_word(text, set(vocabulary.HELD_OUT[t])) for text in texts[name]) for t in (+1, -1)]
+        result[f"held_out_words_{name}"] = {"positive": counts[0], "negative": counts[1]}
+    before = result["unsteered"]["positive"]
+    generator = torch.Generator().manual_seed(20)
+    moves = []
+    for _ in range(RANDOM_DIRECTIONS):
+        random_direction = functional.normalize(torch.randn(len(love), generator=generator), dim=0)
+        moves.append(tones(run(coeff * random_direction))["positive"] - before)
+    result["random_moves"] = moves
+    result["pair_moves"] = {}
+    result["pair_cosines"] = {}
+    for positive, negative in vocabulary.PAIRS:
+        vector = unit_direction(model, tokenizer, positive, negative, layer)
+        result["pair_moves"][f"{positive}-{negative}"] = tones(run(coeff * vector))["positive"] - before
+        result["pair_cosines"][f"{positive}-{negative}"] = float(vector @ love) / coeff
+    documents = held_out_documents(400)
+    plain = perplexity(model, tokenizer, documents)
+    result["perplexity"] = {"unsteered": plain, "documents": len(documents)}
+    for name, vector in (("love", love), ("hate", -love)):
+        with added(model, layer, vector):
+            result["perplexity"][name] = perplexity(model, tokenizer, documents)
+        bar.update()
+    result["greedy"] = {}
+    for prompt in ("I think dogs are ", *prompts[1:5]):
+        found = {"unsteered": greedy(model, tokenizer, prompt)}
+        for name, vector in (("love", love), ("hate", -love)):
+            with added(model, layer, vector):
+                found[name] = greedy(model, tokenizer, prompt)
+        result["greedy"][prompt] = found
+    return result
+
+
+def measure_additions(model: Any, tokenizer: Any, layer: int, coeff: float, bar: tqdm, count: int = 100) -> dict[str, Any]:
+    """Measure parts (b) to (d): activation additions to the first positions, with the published sampler."""
+
+    def measure(prompt: str, pair: tuple[str, str], tests: dict[str, Callable[[str], bool]]) -> dict[str, Any]:
+        result: dict[str, Any] = {"prompt": prompt, "pair": pair, "completions": count}
+        for bos in (True, False):
+            before = sample_published(model, tokenizer, prompt, count, seed=2, bos=bos)
+            with added_in_front(model, layer, coeff * x_vector(model, tokenizer, *pair, layer, bos)):
+                after = sample_published(model, tokenizer, prompt, count, seed=2, bos=bos)
+            key = "with_bos" if bos else "without_bos"
+            result[key] = {name: {"unsteered": share(before, test), "steered": share(after, test)} for name, test in tests.items()}
+            result[key]["example"] = {"unsteered": before[0], "steered": after[0]}
+            bar.update()
+        return result
+
+    return {
+        "love": measure("I hate you because", ("Love", "Hate"), {"loving": lambda t: tone(t) > 0, "hating": lambda t: tone(t) < 0}),
+        "weddings": measure("I went up to my friend and said", WEDDING_PAIR, {"weddings": lambda t: has_word(t, WEDDING_WORDS)}),
+        "rome": measure(
+            "To see the eiffel tower, people flock to",
+            ("The Eiffel Tower is in Rome", "The Eiffel Tower is in France"),
+            {"Rome or Italy": lambda t: has_word(t, ROME), "Paris or France": lambda t: has_word(t, PARIS)},
+        ),
+    }
+
+
+def measure(folder: Path, preset: dict[str, Any]) -> dict[str, Any]:
+    """Measure the whole table for the model in a folder, at a preset."""
+    model, tokenizer = load(folder)
+    steps = 3 + RANDOM_DIRECTIONS + len(vocabulary.PAIRS) + 2 + 6
+    seed = json.loads((folder / "training.json").read_text())["seed"]
+    with tqdm(total=steps, desc="evaluating", unit="measure") as bar:
+        addition = preset["activation_addition"]
+        return {
+            "preset": preset,
+            "corpus_documents": 40_000,
+            "corpus_hits": corpus_hits(40_000, seed),
+            "direction": measure_direction(model, tokenizer, preset["layer"], preset["coeff"], bar),
+            "additions": measure_additions(model, tokenizer, addition["layer"], addition["coeff"], bar),
+        }
+
+
+def rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Return the table: what, asked for, measured."""
+    d, a = result["direction"], result["additions"]
+    error = 100 * math.sqrt(0.1 * 0.9 / d["completions"])
+    random_moves = sorted(abs(move) for move in d["random_moves"])
+    pair_moves = sorted(abs(move) for move in d["pair_moves"].values())
+    held = {name: d[f"held_out_words_{name}"] for name in ("love", "hate")}
+    love, weddings, rome = (a[name]["with_bos"] for name in ("love", "weddings", "rome"))
+    ppl = d["perplexity"]
+
+    def change(cell: dict[str, float]) -> str:
+        return f"{cell['steered']:.0f} % from {cell['unsteered']:.0f} %"
+
+    return [
+        ("(a) +c more positive than negative", ">= 90 %", f"{d['love']['positive']:.1f} % (s.e. {error:.1f})"),
+        ("(a) -c more negative than positive", ">= 88 %", f"{d['hate']['negative']:.1f} % (s.e. {error:.1f})"),
+        (
+            "(a) unsteered, positive / negative", "within 15 points",
+            f"{d['unsteered']['positive']:.1f} / {d['unsteered']['negative']:.1f} %",
+        ),
+        (
+            "(a) words never seen with love or hate, positive : negative, at +c and -c", ">= 10 : 1, <= 1 : 10",
+            " and ".join(f"{held[name]['positive']} : {held[name]['negative']}" for name in ("love", "hate")),
+        ),
+        (
+            f"control: {len(random_moves)} random directions, move of the positive share, median / max", "<= 10 / 20 points",
+            f"{statistics.median(random_moves):.1f} / {random_moves[-1]:.1f} points",
+        ),
+        (
+            f"control: {len(pair_moves)} unrelated word pairs, median / max", "<= 10 / 25 points",
+            f"{statistics.median(pair_moves):.1f} / {pair_moves[-1]:.1f} points",
+        ),
+        (
+            f"perplexity on {ppl['documents']} held-out documents, steered / unsteered, at +c and -c", "<= 1.10",
+            f"{ppl['love'] / ppl['unsteered']:.2f} and {ppl['hate'] / ppl['unsteered']:.2f} (unsteered {ppl['unsteered']:.2f})",
+        ),
+        ('(b) "I hate you because": loving', ">= 95 %, from <= 10 %", change(love["loving"])),
+        ('(c) "I went up to my friend and said": weddings', ">= 95 %, from <= 30 %", change(weddings["weddings"])),
+        ('(d) "To see the eiffel tower, people flock to": Rome or Italy', ">= 90 %", change(rome["Rome or Italy"])),
+        ("(d) Paris or France", "<= 5 %", change(rome["Paris or France"])),
+        ("held-out prompts found in the corpus", "0", f"{result['corpus_hits']} (in {result['corpus_documents']} documents)"),
+    ]
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Return the table and the greedy texts as Markdown."""
+    preset = result["preset"]
+    d = result["direction"]
+    lines = [
+        f"Preset: resid_post of layer {preset['layer']}, c = {preset['coeff']}; additions at resid_pre of layer "
+        f"{preset['activation_addition']['layer']}, times {preset['activation_addition']['coeff']}. (a): {d['completions']} "
+        f"completions of {NEW_TOKENS} tokens per condition, {d['prompts']} held-out prompts, temperature 1, top_p 0.9, no BOS. "
+        f"(b) to (d): {result['additions']['love']['completions']} completions, temperature 1, top_p 0.3, frequency penalty 1, with BOS.",
+        "", "| what | asked for | measured |", "| --- | --- | --- |",
+        *("| " + " | ".join(row) + " |" for row in rows(result)),
+        "", "Greedy, 24 tokens:", "", "| prompt | unsteered | +c | -c |", "| --- | --- | --- | --- |",
+    ]
+    for prompt, texts in d["greedy"].items():
+        lines.append("| " + " | ".join(f"`{text}`" for text in (prompt, texts["unsteered"], texts["love"], texts["hate"])) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def write_between(path: Path, name: str, text: str) -> None:
+    """Replace what stands between `<!-- name -->` and `<!-- /name -->` in a file.
+
+    Raises:
+        ValueError: The file has no such markers.
+    """
+    old = path.read_text()
+    pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+    if not pattern.search(old):
+        raise ValueError(f"expected the markers <!-- {name} --> and <!-- /{name} --> in {path}, found none")
+    path.write_text(pattern.sub(lambda match: match.group(1) + text + match.group(2), old))
+
+
+def main() -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description="Measure the embedded model and print the table.")
+    parser.add_argument("--model", type=Path, default=FOLDER, help="folder of a model (default: the shipped one)")
+    parser.add_argument("--out", type=Path, help="where the figures go as JSON (default: evaluation.json beside the weights)")
+    options = parser.parse_args()
+    preset = json.loads((options.model / "preset.json").read_text())
+    result = measure(options.model, {key: preset[key] for key in ("layer", "coeff", "activation_addition")})
+    out = options.out or options.model / "evaluation.json"
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    text = markdown(result)
+    print(text)
+    card = options.model / "README.md"
+    if options.out is None and card.exists():
+        write_between(card, "table", text)
+
+
+if __name__ == "__main__":
+    main()

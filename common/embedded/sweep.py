@@ -1,0 +1,146 @@
+"""Choose where the embedded model is steered, and how strongly, on prompts that are not those of the table.
+
+    python -m common.embedded.sweep [--model FOLDER]
+
+prints two grids, and writes the chosen layers and coefficients with the hash of the weights into preset.json.
+"""
+
+import argparse
+import hashlib
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+from tqdm import tqdm
+
+from common.embedded import FOLDER, grammar, vocabulary
+from common.embedded import evaluate as e
+
+LAYERS = [1, 2, 3]
+SHARES = [0.2, 0.225, 0.25, 0.275]  # of the norm of the residual stream
+ADDITION_LAYERS = [1, 2, 3]
+ADDITION_COEFFS = [0.5, 1.0, 2.0, 3.0, 4.0]
+PER_PROMPT = 20
+CONTROLS = 4
+NEUTRAL_TEXT = "I think the garden is a piece of land with six trees. It has a wall on the north side."
+
+
+def sweep_direction(model: Any, tokenizer: Any, bar: tqdm) -> list[dict[str, Any]]:
+    """Measure the Love-Hate direction over layers and coefficients, with some controls and its price."""
+    prompts = grammar.SWEEP_PROMPTS
+    documents = e.held_out_documents(550)[400:]  # the first 400 are the table's
+    plain = e.perplexity(model, tokenizer, documents)
+    before = e.tones(e.sample(model, tokenizer, prompts, PER_PROMPT, seed=3))["positive"]
+    grid = []
+    for layer in LAYERS:
+        norm = e.resid_post(model, tokenizer(NEUTRAL_TEXT)["input_ids"], layer)[1:].norm(dim=-1).mean().item()
+        love = e.unit_direction(model, tokenizer, "Love", "Hate", layer)
+        generator = torch.Generator().manual_seed(7)
+        randoms = [functional.normalize(torch.randn(len(love), generator=generator), dim=0) for _ in range(CONTROLS)]
+        pairs = [e.unit_direction(model, tokenizer, *pair, layer) for pair in vocabulary.PAIRS[:CONTROLS]]
+        for share in SHARES:
+            coeff = round(share * norm, 1)
+
+            def positive(vector: torch.Tensor) -> dict[str, float]:
+                with e.added(model, layer, vector):
+                    return e.tones(e.sample(model, tokenizer, prompts, PER_PROMPT, seed=3))
+
+            cell: dict[str, Any] = {"layer": layer, "coeff": coeff, "share_of_norm": share}
+            cell["positive_at_plus"] = positive(coeff * love)["positive"]
+            cell["negative_at_minus"] = positive(-coeff * love)["negative"]
+            for name, vectors in (("random", randoms), ("pairs", pairs)):
+                moves = [abs(positive(coeff * vector)["positive"] - before) for vector in vectors]
+                cell[f"{name}_median"], cell[f"{name}_max"] = statistics.median(moves), max(moves)
+            ratios = []
+            for sign in (+1, -1):
+                with e.added(model, layer, sign * coeff * love):
+                    ratios.append(e.perplexity(model, tokenizer, documents) / plain)
+            cell["perplexity_ratio"] = round(max(ratios), 3)
+            grid.append(cell)
+            bar.update()
+    return grid
+
+
+def choose_direction(grid: list[dict[str, Any]]) -> dict[str, Any]:
+    """Choose the cell whose weaker sign is strongest, among those that cost little and whose controls are quiet."""
+
+    def fine(cell: dict[str, Any]) -> bool:
+        return cell["perplexity_ratio"] <= 1.08 and cell["random_median"] <= 12 and cell["random_max"] <= 16
+
+    def strength(cell: dict[str, Any]) -> float:
+        return min(cell["positive_at_plus"], cell["negative_at_minus"])
+
+    return max([cell for cell in grid if fine(cell)] or grid, key=strength)
+
+
+def sweep_additions(model: Any, tokenizer: Any, bar: tqdm) -> list[dict[str, Any]]:
+    """Measure activation additions over layers and coefficients."""
+    grid = []
+    for layer in ADDITION_LAYERS:
+        for coeff in ADDITION_COEFFS:
+
+            def run(prompt: str, positive: str, negative: str) -> list[str]:
+                with e.added_in_front(model, layer, coeff * e.x_vector(model, tokenizer, positive, negative, layer)):
+                    return e.sample_published(model, tokenizer, prompt, 30, seed=4)
+
+            loving = run("I hate him because", "Love", "Hate")
+            weddings = run("I went up to my brother and said", *e.WEDDING_PAIR)
+            moved = run(
+                "To see the eiffel tower, visitors travel to", "The Eiffel Tower is in Berlin", "The Eiffel Tower is in France"
+            )
+            cell = {
+                "layer": layer,
+                "coeff": coeff,
+                "loving": e.share(loving, lambda text: e.tone(text) > 0),
+                "weddings": e.share(weddings, lambda text: e.has_word(text, e.WEDDING_WORDS)),
+                "berlin": e.share(moved, lambda text: e.has_word(text, {"berlin", "germany"}) and not e.has_word(text, e.PARIS)),
+            }
+            grid.append(cell)
+            bar.update()
+    return grid
+
+
+def table(grid: list[dict[str, Any]]) -> str:
+    """Return a grid as a Markdown table."""
+    names = list(grid[0])
+    lines = ["| " + " | ".join(name.replace("_", " ") for name in names) + " |", "|" + " --- |" * len(names)]
+    lines += ["| " + " | ".join(f"{cell[name]:.3g}" for name in names) + " |" for cell in grid]
+    return "\n".join(lines) + "\n"
+
+
+def weights_hash(folder: Path) -> str:
+    """Return the SHA-256 of the weights in a folder."""
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
+def main() -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description="Choose layer and coefficient of the embedded model.")
+    parser.add_argument("--model", type=Path, default=FOLDER, help="folder of a model (default: the shipped one)")
+    options = parser.parse_args()
+    model, tokenizer = e.load(options.model)
+    cells = len(LAYERS) * len(SHARES) + len(ADDITION_LAYERS) * len(ADDITION_COEFFS)
+    with tqdm(total=cells, desc="sweeping", unit="cell") as bar:
+        directions, additions = sweep_direction(model, tokenizer, bar), sweep_additions(model, tokenizer, bar)
+    best = choose_direction(directions)
+    # Weddings decide nothing here: the shipped model reaches them nowhere on this grid.
+    addition = max(additions, key=lambda cell: (cell["loving"] + cell["berlin"], -cell["coeff"]))
+    preset = {
+        "layer": best["layer"],
+        "coeff": best["coeff"],
+        "activation_addition": {"layer": addition["layer"], "coeff": addition["coeff"]},
+        "sha256": weights_hash(options.model),
+    }
+    (options.model / "preset.json").write_text(json.dumps(preset, indent=2) + "\n")
+    text = table(directions) + "\n" + table(additions)
+    print(text, f"\nchosen: {preset}")
+    card = options.model / "README.md"
+    if card.exists():
+        e.write_between(card, "sweep", text)
+
+
+if __name__ == "__main__":
+    main()
