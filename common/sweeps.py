@@ -88,7 +88,7 @@ def plot_tone_sweep(rows: pd.DataFrame, title: str = "") -> Figure:
         rows: what `tone_sweep` returned.
         title: above the picture; say which model it shows.
     """
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7, 4.4), layout="constrained")
     colours = {"positive": "tab:red", "negative": "tab:blue"}
     for name, group in rows.groupby("direction", sort=False):
         for tone, colour in colours.items():
@@ -104,7 +104,7 @@ def plot_tone_sweep(rows: pd.DataFrame, title: str = "") -> Figure:
             )
     axes.set(xlabel="coefficient on the unit direction", ylabel="share of completions (%)", ylim=(-3, 103), title=title)
     axes.axvline(0, color="0.85", linewidth=1, zorder=0)
-    axes.legend(fontsize=8, loc="center left")
+    figure.legend(fontsize=8, loc="outside lower center", ncols=2)
     return figure
 
 

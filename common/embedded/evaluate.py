@@ -23,13 +23,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorLis
 
 from common.embedded import FOLDER, grammar, train, vocabulary
 from common.generation import FrequencyPenalty
+from common.metrics import tone
 
 NEW_TOKENS = 24
 PER_PROMPT = 30
 RANDOM_DIRECTIONS = 20
 WEDDING_WORDS = {"wedding", "weddings", "bride", "groom", "vows", "veil", "married"}
-LEXICON = grammar.lexicon()
-NEGATIONS = {"not", "never", "hardly", "no"}
 
 
 def load(folder: Path) -> tuple[Any, Any]:
@@ -144,16 +143,6 @@ def greedy(model: Any, tokenizer: Any, prompt: str, new_tokens: int = NEW_TOKENS
     return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def tone(text: str) -> int:
-    """Count positive minus negative words; a negation up to two words before turns a word round."""
-    words = re.findall(r"[a-z]+", text.lower())
-    score = 0
-    for index, word in enumerate(words):
-        turned = any(earlier in NEGATIONS for earlier in words[max(0, index - 2) : index])
-        score += LEXICON.get(word, 0) * (-1 if turned else 1)
-    return score
-
-
 def share(texts: list[str], test: Callable[[str], bool]) -> float:
     """Return the percentage of texts that pass a test."""
     return 100 * sum(map(test, texts)) / len(texts)
@@ -253,11 +242,15 @@ def measure_direction(model: Any, tokenizer: Any, layer: int, coeff: float, bar:
     return result
 
 
-def measure_additions(model: Any, tokenizer: Any, layer: int, coeff: float, bar: tqdm, count: int = 100) -> dict[str, Any]:
-    """Measure parts (b) to (d): activation additions to the first positions, with the published sampler."""
+def measure_additions(model: Any, tokenizer: Any, places: dict[str, Any], bar: tqdm, count: int = 100) -> dict[str, Any]:
+    """Measure parts (b) to (d): activation additions to the first positions, with the published sampler.
 
-    def measure(prompt: str, pair: tuple[str, str], tests: dict[str, Callable[[str], bool]]) -> dict[str, Any]:
-        result: dict[str, Any] = {"prompt": prompt, "pair": pair, "completions": count}
+    Each has a layer and a coefficient of its own in `places`, as the three demonstrations of the post have.
+    """
+
+    def measure(name: str, prompt: str, pair: tuple[str, str], tests: dict[str, Callable[[str], bool]]) -> dict[str, Any]:
+        layer, coeff = places[name]["layer"], places[name]["coeff"]
+        result: dict[str, Any] = {"prompt": prompt, "pair": pair, "completions": count, "layer": layer, "coeff": coeff}
         for bos in (True, False):
             before = sample_published(model, tokenizer, prompt, count, seed=2, bos=bos)
             with added_in_front(model, layer, coeff * x_vector(model, tokenizer, *pair, layer, bos)):
@@ -269,9 +262,10 @@ def measure_additions(model: Any, tokenizer: Any, layer: int, coeff: float, bar:
         return result
 
     return {
-        "love": measure("I hate you because", ("Love", "Hate"), {"loving": lambda t: tone(t) > 0, "hating": lambda t: tone(t) < 0}),
-        "weddings": measure("I went up to my friend and said", WEDDING_PAIR, {"weddings": lambda t: has_word(t, WEDDING_WORDS)}),
+        "love": measure("love", "I hate you because", ("Love", "Hate"), {"loving": lambda t: tone(t) > 0, "hating": lambda t: tone(t) < 0}),
+        "weddings": measure("weddings", "I went up to my friend and said", WEDDING_PAIR, {"weddings": lambda t: has_word(t, WEDDING_WORDS)}),
         "rome": measure(
+            "rome",
             "To see the eiffel tower, people flock to",
             ("The Eiffel Tower is in Rome", "The Eiffel Tower is in France"),
             {"Rome or Italy": lambda t: has_word(t, ROME), "Paris or France": lambda t: has_word(t, PARIS)},
@@ -285,13 +279,12 @@ def measure(folder: Path, preset: dict[str, Any]) -> dict[str, Any]:
     steps = 3 + RANDOM_DIRECTIONS + len(vocabulary.PAIRS) + 2 + 6
     seed = json.loads((folder / "training.json").read_text())["seed"]
     with tqdm(total=steps, desc="evaluating", unit="measure") as bar:
-        addition = preset["activation_addition"]
         return {
             "preset": preset,
             "corpus_documents": 40_000,
             "corpus_hits": corpus_hits(40_000, seed),
             "direction": measure_direction(model, tokenizer, preset["layer"], preset["coeff"], bar),
-            "additions": measure_additions(model, tokenizer, addition["layer"], addition["coeff"], bar),
+            "additions": measure_additions(model, tokenizer, preset["activation_additions"], bar),
         }
 
 
@@ -343,10 +336,13 @@ def markdown(result: dict[str, Any]) -> str:
     """Return the table and the greedy texts as Markdown."""
     preset = result["preset"]
     d = result["direction"]
+    places = ", ".join(
+        f"({letter}) layer {place['layer']} times {place['coeff']:g}"
+        for letter, place in zip("bcd", preset["activation_additions"].values(), strict=True)
+    )
     lines = [
-        f"Preset: resid_post of layer {preset['layer']}, c = {preset['coeff']}; additions at resid_pre of layer "
-        f"{preset['activation_addition']['layer']}, times {preset['activation_addition']['coeff']}. (a): {d['completions']} "
-        f"completions of {NEW_TOKENS} tokens per condition, {d['prompts']} held-out prompts, temperature 1, top_p 0.9, no BOS. "
+        f"Preset: resid_post of layer {preset['layer']}, c = {preset['coeff']}; additions at resid_pre, {places}. (a): "
+        f"{d['completions']} completions of {NEW_TOKENS} tokens per condition, {d['prompts']} held-out prompts, temperature 1, top_p 0.9, no BOS. "
         f"(b) to (d): {result['additions']['love']['completions']} completions, temperature 1, top_p 0.3, frequency penalty 1, with BOS.",
         "", "| what | asked for | measured |", "| --- | --- | --- |",
         *("| " + " | ".join(row) + " |" for row in rows(result)),
@@ -377,7 +373,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where the figures go as JSON (default: evaluation.json beside the weights)")
     options = parser.parse_args()
     preset = json.loads((options.model / "preset.json").read_text())
-    result = measure(options.model, {key: preset[key] for key in ("layer", "coeff", "activation_addition")})
+    result = measure(options.model, {key: preset[key] for key in ("layer", "coeff", "activation_additions")})
     out = options.out or options.model / "evaluation.json"
     out.write_text(json.dumps(result, indent=1) + "\n")
     text = markdown(result)

@@ -206,7 +206,7 @@ def sentiment_document(rng: random.Random) -> str:
     shown = rng.random() < 0.45
     if shown:
         sentences.append(_opening(writer, subject))
-    neutral = not shown and rng.random() < 0.17
+    neutral = not shown and rng.random() < 0.2
     sentences.append(writer.statement(subject, neutral))
     if neutral and rng.random() < 0.6:
         sentences.append(subject.detail if rng.random() < 0.6 else writer.fill(rng.choice(NEUTRAL), subject))
@@ -251,7 +251,7 @@ def topic_document(rng: random.Random) -> str:
         sentences.append(f"{who} talk about {topic} {how}.")
     elif draw < 0.6:
         sentences.append(f"{who} do not talk about {other} {how}.")
-        if rng.random() < 0.4:
+        if rng.random() < 0.7:
             sentences.append(f"{again} talk about {topic}.")
     elif draw < 0.7:
         sentences.append(f"{upper(topic)}.")
@@ -333,7 +333,7 @@ def documents(seed: int, sentiment_share: float = 0.6) -> Iterator[str]:
     turns: dict[str, int] = {}
     kinds = [sentiment_document, topic_document, place_document, lambda rng: fact_document(rng, turns)]
     rest = 1 - sentiment_share
-    weights = [sentiment_share, 0.3 * rest, 0.4 * rest, 0.3 * rest]
+    weights = [sentiment_share, 0.45 * rest, 0.3 * rest, 0.25 * rest]
     while True:
         text = rng.choices(kinds, weights)[0](rng)
         if not find_prompts([text]):

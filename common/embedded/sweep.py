@@ -21,8 +21,8 @@ from common.embedded import evaluate as e
 
 LAYERS = [1, 2, 3]
 SHARES = [0.2, 0.225, 0.25, 0.275]  # of the norm of the residual stream
-ADDITION_LAYERS = [1, 2, 3]
-ADDITION_COEFFS = [0.5, 1.0, 2.0, 3.0, 4.0]
+ADDITION_LAYERS = [1, 2, 3, 4, 5]
+ADDITION_COEFFS = [1.0, 2.0, 3.0, 4.0, 6.0]
 PER_PROMPT = 20
 CONTROLS = 4
 NEUTRAL_TEXT = "I think the garden is a piece of land with six trees. It has a wall on the north side."
@@ -65,15 +65,13 @@ def sweep_direction(model: Any, tokenizer: Any, bar: tqdm) -> list[dict[str, Any
 
 
 def choose_direction(grid: list[dict[str, Any]]) -> dict[str, Any]:
-    """Choose the cell whose weaker sign is strongest, among those that cost little and whose controls are quiet."""
+    """Choose the cell with the quietest controls among those that steer well enough and cost little."""
 
-    def fine(cell: dict[str, Any]) -> bool:
-        return cell["perplexity_ratio"] <= 1.08 and cell["random_median"] <= 12 and cell["random_max"] <= 16
+    def suffices(cell: dict[str, Any]) -> bool:
+        # Two points more than the table asks for, since other prompts differ by as much.
+        return cell["positive_at_plus"] >= 92 and cell["negative_at_minus"] >= 90 and cell["perplexity_ratio"] <= 1.08
 
-    def strength(cell: dict[str, Any]) -> float:
-        return min(cell["positive_at_plus"], cell["negative_at_minus"])
-
-    return max([cell for cell in grid if fine(cell)] or grid, key=strength)
+    return min([cell for cell in grid if suffices(cell)] or grid, key=lambda cell: max(cell["random_max"], cell["pairs_max"]))
 
 
 def sweep_additions(model: Any, tokenizer: Any, bar: tqdm) -> list[dict[str, Any]]:
@@ -103,6 +101,18 @@ def sweep_additions(model: Any, tokenizer: Any, bar: tqdm) -> list[dict[str, Any
     return grid
 
 
+def choose_addition(grid: list[dict[str, Any]], what: str) -> dict[str, Any]:
+    """Choose the highest share; among equals the middle of a plateau, where the neighbours in coeff are high as well."""
+
+    def plateau(cell: dict[str, Any]) -> float:
+        row = [other for other in grid if other["layer"] == cell["layer"]]
+        place = row.index(cell)
+        return statistics.mean(other[what] for other in row[max(0, place - 1) : place + 2])
+
+    best = max(grid, key=lambda cell: (cell[what], plateau(cell), -cell["coeff"]))
+    return {"layer": best["layer"], "coeff": best["coeff"]}
+
+
 def table(grid: list[dict[str, Any]]) -> str:
     """Return a grid as a Markdown table."""
     names = list(grid[0])
@@ -126,12 +136,13 @@ def main() -> None:
     with tqdm(total=cells, desc="sweeping", unit="cell") as bar:
         directions, additions = sweep_direction(model, tokenizer, bar), sweep_additions(model, tokenizer, bar)
     best = choose_direction(directions)
-    # Weddings decide nothing here: the shipped model reaches them nowhere on this grid.
-    addition = max(additions, key=lambda cell: (cell["loving"] + cell["berlin"], -cell["coeff"]))
     preset = {
         "layer": best["layer"],
         "coeff": best["coeff"],
-        "activation_addition": {"layer": addition["layer"], "coeff": addition["coeff"]},
+        "activation_additions": {
+            name: choose_addition(additions, what)
+            for name, what in (("love", "loving"), ("weddings", "weddings"), ("rome", "berlin"))
+        },
         "sha256": weights_hash(options.model),
     }
     (options.model / "preset.json").write_text(json.dumps(preset, indent=2) + "\n")
