@@ -1,0 +1,72 @@
+"""The embedded model's corpus and tokenizer keep what the model card promises."""
+
+import itertools
+import json
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.embedded import FOLDER, grammar, sweep, vocabulary
+from common.embedded.tokenizer import SPLIT_WORDS
+
+COUNT = 4000
+
+
+@pytest.fixture(scope="module")
+def documents() -> list[str]:
+    return list(itertools.islice(grammar.documents(0), COUNT))
+
+
+def test_corpus_depends_on_the_seed_only(documents):
+    """The same seed writes the same corpus, another one another."""
+    assert list(itertools.islice(grammar.documents(0), 50)) == documents[:50]
+    assert list(itertools.islice(grammar.documents(2), 50)) != documents[:50]
+
+
+def test_held_out_prompts_are_not_in_the_corpus(documents):
+    """No prompt of table, sweep or additions occurs; the search itself finds one that is put there."""
+    assert grammar.find_prompts(documents) == []
+    planted = f"Yesterday. {grammar.TABLE_PROMPTS[1].upper()} here."
+    assert grammar.find_prompts([*documents, planted]) == [(grammar.TABLE_PROMPTS[1].lower(), planted)]
+
+
+def test_held_out_words_never_meet_love_or_hate(documents):
+    """The words that show whether steering reaches further are in no document with love or hate."""
+    held_out = {word for words in vocabulary.HELD_OUT.values() for word in words}
+    found = [set(re.findall(r"[a-z]+", document.lower())) for document in documents]
+    assert any(words & held_out for words in found) and any(words & {"love", "hate"} for words in found)
+    assert not any(words & held_out and words & {"love", "loves", "hate", "hates"} for words in found)
+
+
+def test_english_has_articles_and_capitals(documents):
+    """`an` stands before a vowel and `a` before a consonant, sentences begin with a capital, no slot is left open."""
+    text = "\n".join(documents)
+    assert not re.search(r"\b[Aa] (?=[aeio])(?!one\b|on[ce])", text), re.search(r".{30}\b[Aa] [aeio].{20}", text)
+    assert not re.search(r"\b[Aa]n (?![aeiou]|hon|hour)", text)
+    assert not re.search(r"[{}\[\]/]|  ", text)
+    assert all(sentence[0].isupper() for sentence in re.split(r"(?<=[.!?]) |\n", text))
+
+
+def test_words_are_whole_tokens(tokenizer):
+    """Every word of the corpus is one token, with and without its space, but for those that are split on purpose."""
+    words = [word for word in grammar.words(count=500) if word.lower() not in SPLIT_WORDS]
+    split = [word for word in words for text in (word, f" {word}") if len(tokenizer(text)["input_ids"]) != 1]
+    assert len(words) > 500 and split == []
+
+
+@given(st.text())
+def test_tokenizer_returns_any_text(tokenizer, text):
+    """Encoding and decoding gives back every text."""
+    ids = tokenizer(text, split_special_tokens=True)["input_ids"]
+    assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+
+
+def test_preset_follows_from_the_rule():
+    """An addition's place is the best cell, and among equals the middle of a plateau."""
+    grid = [{"layer": 1, "coeff": coeff, "share": share} for coeff, share in enumerate([0, 100, 100, 100, 50], 1)]
+    assert sweep.choose_addition(grid, "share") == {"layer": 1, "coeff": 3}
+    preset = json.loads((FOLDER / "preset.json").read_text(encoding="utf-8"))
+    assert set(preset["activation_additions"]) == {"love", "weddings", "rome"}
+    assert preset["sha256"] == sweep.weights_hash(FOLDER)
