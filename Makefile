@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 VENV := .venv
+OUT ?= embedded-again
 # Always `python -m`: the scripts of an environment break when its folder is moved.
 RUN := $(VENV)/bin/python -m
 STAMP := $(VENV)/.installed
@@ -35,8 +36,8 @@ lab: $(STAMP) ## open the notebooks in JupyterLab (another model: MODEL=gpt2-xl)
 colab: $(STAMP) ## write Colab badge and cell into the notebooks (REPO=owner/name, else the remote `origin`)
 	$(RUN) common.colab $(if $(REPO),'$(REPO)')
 
-embedded: $(STAMP) ## make the embedded model again: corpus, tokenizer, weights (up to an hour)
-	$(RUN) common.embedded.train
+embedded: $(STAMP) ## train the embedded model again, into the folder OUT (half an hour at most; default: embedded-again)
+	$(RUN) common.embedded.train --out '$(OUT)'
 
 evaluate-embedded: $(STAMP) ## measure how well the embedded model can be steered
 	$(RUN) common.embedded.evaluate
