@@ -36,7 +36,7 @@ lab: $(STAMP) ## open the notebooks in JupyterLab (another model: MODEL=gpt2-xl)
 colab: $(STAMP) ## write Colab badge and cell into the notebooks (REPO=owner/name, else the remote `origin`)
 	$(RUN) common.colab $(if $(REPO),'$(REPO)')
 
-embedded: $(STAMP) ## train the embedded model again, into the folder OUT (half an hour at most; default: embedded-again)
+embedded: $(STAMP) ## train the embedded model again, into the folder OUT (default: embedded-again)
 	$(RUN) common.embedded.train --out '$(OUT)'
 
 evaluate-embedded: $(STAMP) ## measure how well the embedded model can be steered

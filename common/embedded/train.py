@@ -2,7 +2,7 @@
 
     python -m common.embedded.train [--seed N] [--out FOLDER] [--force]
 
-takes about ten minutes on two cores that compute in bfloat16, and less than half an hour on others. The number of steps
+takes about ten minutes on two cores that compute in bfloat16; others were not timed. The number of steps
 is fixed, not the time. Another machine rounds differently, so that the weights come out alike and not identical; those
 in this folder are pinned by their hash.
 """
