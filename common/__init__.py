@@ -1,12 +1,50 @@
-"""What the notebooks share: loading, generating, comparing. Each module imports only from the floors below it.
+"""What the notebooks share, and what a reader takes home. Each module imports only from the floors below it.
 
-5  love_hate figures sweeps           the experiment through any mechanism; figures a model must show; grids
-4  mechanisms                         the notebooks' own cells as callables
-3  generation metrics                 completions, sampling, logits; the tone of a text
-2  pristine                           is this model as it was?
-1  models blocks positions embedded baukit_standin    load; find a block in any model; positions from a mask
+6  love_hate figures sweeps            the experiment through any mechanism; figures a model must show; grids
+5  mechanisms                          the notebooks' own cells as callables
+4  training                            steering vectors from contrast pairs
+3  steering_vector generation metrics  apply, save and load a vector; completions, sampling, logits; the tone of a text
+2  activations pristine                read and record; is this model as it was?
+1  models embedded baukit_standin      load; the model that comes with the project; a Trace where baukit is missing
+1  blocks sites positions              find a block, and a part of it, in any model; which tokens of a text
+1  operators aggregators               what is done at a position; how many differences become one vector
 
 Beside the floors stand commands that nobody imports from below: `notebooks` runs the notebooks and stores their outputs,
 `colab` writes their badge and first cell, `embedded.train`, `embedded.sweep` and `embedded.evaluate` make and measure the
 embedded model.
+
+The names of `__all__` can be imported from here; their modules are loaded when one is asked for, and not before.
 """
+
+import importlib
+
+_MODULE_OF = {
+    name: module
+    for module, names in {
+        "activations": ["read_activations", "record_activations"],
+        "aggregators": ["Aggregator", "logistic_aggregator", "mean_aggregator", "mean_centred_aggregator", "pca_aggregator"],
+        "models": ["load_model"],
+        "operators": [
+            "PatchDeltaOperator", "ablation_operator", "ablation_then_addition_operator", "addition_operator",
+            "norm_preserving_addition_operator",
+        ],
+        "pristine": ["assert_pristine", "snapshot"],
+        "sites": ["LayerMatcher", "LayerType", "ModelLayerConfig", "get_num_matching_layers", "guess_and_enhance_layer_config"],
+        "steering_vector": ["SteeringPatchHandle", "SteeringVector"],
+        "training": ["SteeringVectorTrainingSample", "aggregate_activations", "extract_activations", "train_steering_vector"],
+    }.items()
+    for name in names
+}
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str) -> object:
+    """Load the module behind a name."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """The names that can be imported from here."""
+    return [*globals(), *__all__]

@@ -59,8 +59,14 @@ def get_hidden(output: Tensor | tuple) -> Tensor:
 
     Blocks return a tuple in transformers 4 and the bare tensor in transformers 5. Indexing the tensor with `[0]` would
     silently pick the first row of the batch.
+
+    Raises:
+        ValueError: the output is no tensor, and no tuple that begins with one.
     """
-    return output[0] if isinstance(output, tuple) else output
+    hidden = output[0] if isinstance(output, tuple) and output else output
+    if not isinstance(hidden, Tensor):
+        raise ValueError(f"expected a tensor, or a tuple that begins with one, got {type(hidden).__name__}")
+    return hidden
 
 
 def with_hidden(output: Tensor | tuple, hidden: Tensor) -> Tensor | tuple:

@@ -1,0 +1,248 @@
+"""Read activations: of every forward pass while a block is open, or of one token of each of many prompts, fast."""
+
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from common.blocks import get_hidden
+from common.sites import LayerType, ModelLayerConfig, get_layers
+
+ReadTokenIndex = int | Callable[[str], int]
+
+
+@contextmanager
+def record_activations(
+    model: nn.Module,
+    layer_type: LayerType = "decoder_block",
+    layer_config: ModelLayerConfig | None = None,
+    clone_activations: bool = True,
+    layer_nums: Sequence[int] | None = None,
+) -> Iterator[dict[int, list[Tensor]]]:
+    """Record what every forward pass gives at the layers of a type, while the block is open.
+
+    What is recorded includes the steering that is open around it: activations are taken where the next module reads them.
+
+    Args:
+        model: a causal language model. It is not changed; the hooks go when the block ends, also after an exception.
+        layer_type: which part of the blocks.
+        layer_config: matchers for parts that are not found by themselves.
+        clone_activations: False keeps the tensors of the model, with their gradients; True keeps detached copies.
+        layer_nums: which layers, negative ones counted from the last; all by default.
+
+    Yields:
+        By layer number, one tensor [batch, pos, d_model] for each pass.
+
+    Raises:
+        ValueError: an unknown layer type or layer.
+    """
+    layers = get_layers(model, layer_type, layer_config, layer_nums)
+    records: dict[int, list[Tensor]] = defaultdict(list)
+
+    def recorder(layer: int) -> Callable:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            hidden = get_hidden(output)
+            records[layer].append(hidden.detach().clone() if clone_activations else hidden)
+
+        return hook
+
+    with _hooks({module: recorder(layer) for layer, module in layers.items()}):
+        yield records
+
+
+@torch.no_grad()
+def read_activations(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    layers: Sequence[int] | None = None,
+    layer_type: LayerType = "decoder_block",
+    layer_config: ModelLayerConfig | None = None,
+    read_token_index: ReadTokenIndex | Sequence[int] = -1,
+    batch_size: int = 1,
+    move_to_cpu: bool = False,
+    show_progress: bool = False,
+    tqdm_desc: str = "Reading activations",
+) -> dict[int, Tensor]:
+    """Read the activations of one token of each prompt.
+
+    A prompt that occurs more than once is computed once. Prompts of like length share a batch, the pass ends behind the last
+    layer that is wanted, and only the tokens that are read are kept. Dropout is off while it reads, whatever the mode of
+    the model; the mode is put back afterwards.
+
+    Args:
+        model: a causal language model; unchanged afterwards.
+        tokenizer: its tokenizer; unchanged, and it needs no pad token.
+        prompts: texts of any lengths.
+        layers: which layers, negative ones counted from the last; all by default.
+        layer_type: which part of the blocks.
+        layer_config: matchers for parts that are not found by themselves.
+        read_token_index: which token: a number for all (-1 is the last), a callable of the prompt, or a list.
+        batch_size: prompts in one pass. The results do not depend on it but for rounding.
+        move_to_cpu: keep the activations on the CPU, whatever the device of the model.
+        show_progress: show a bar that counts the prompts that are computed.
+        tqdm_desc: what stands in front of the bar.
+
+    Returns:
+        By layer number, [prompt, d_model] in the order of the prompts, in the dtype of the model.
+
+    Raises:
+        ValueError: no prompts, a prompt without tokens or with too many, a read index outside a prompt, a batch size below
+            1, an unknown layer type or layer.
+    """
+    modules = get_layers(model, layer_type, layer_config, None if layers is None else list(layers))
+    if not modules:
+        raise ValueError("expected at least one layer, got an empty list")
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"expected a batch size of 1 or more, got {batch_size!r}")
+    rows, reads = _plan(model, tokenizer, prompts, read_token_index)
+    kept = {layer: _Kept(len(reads.slots), move_to_cpu) for layer in modules}
+    last = max(modules)
+    batch: dict[str, Any] = {}
+
+    def reader(layer: int) -> Callable:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            hidden = get_hidden(output)
+            if hidden.shape[:2] != batch["shape"]:
+                raise ValueError(
+                    f"layer {layer}: expected an output [batch, pos, d_model] for a batch {list(batch['shape'])}, got {list(hidden.shape)}"
+                )
+            index, position = (batch[name].to(hidden.device) for name in ("rows", "positions"))
+            kept[layer].store(batch["slots"], hidden[index, position])
+            if layer == last:
+                raise _EndOfPass
+
+        return hook
+
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    options = {"use_cache": False} if _accepts(model, "use_cache") else {}
+    bar = tqdm(total=len(rows), desc=tqdm_desc, unit="prompt", disable=not show_progress)
+    with _in_evaluation_mode(model), _hooks({module: reader(layer) for layer, module in modules.items()}), bar:
+        for start in range(0, len(rows), batch_size):
+            chunk = rows[start : start + batch_size]
+            # Padding on the right changes no position: what stands in front of it does not see it.
+            length = max(map(len, chunk))
+            ids = torch.tensor([[*row, *[pad] * (length - len(row))] for row in chunk])
+            attention_mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in chunk])
+            wanted = [(index, position, slot) for index, row in enumerate(chunk) for position, slot in reads.of(row)]
+            batch["rows"], batch["positions"], batch["slots"] = torch.tensor(wanted).T
+            batch["shape"] = ids.shape
+            try:
+                model(input_ids=ids.to(model.device), attention_mask=attention_mask.to(model.device), **options)
+            except _EndOfPass:
+                pass
+            bar.update(len(chunk))
+    order = torch.tensor(reads.order)
+    return {layer: found.values[order.to(found.values.device)] for layer, found in sorted(kept.items())}
+
+
+class _EndOfPass(Exception):
+    """Ends a forward pass behind the last layer that is wanted."""
+
+
+class _Kept:
+    """The activations that were read at one layer, each in its slot."""
+
+    def __init__(self, count: int, move_to_cpu: bool):
+        self.count, self.move_to_cpu = count, move_to_cpu
+        self.values: Tensor = torch.empty(0)
+
+    def store(self, slots: Tensor, values: Tensor) -> None:
+        """Put values [n, d_model] into slots [n]."""
+        if self.move_to_cpu:
+            values = values.cpu()
+        if not self.values.numel():
+            self.values = values.new_empty(self.count, values.shape[-1])
+        self.values[slots.to(values.device)] = values
+
+
+class _Reads:
+    """Which tokens are read: every (prompt, position) once, in a slot of its own."""
+
+    def __init__(self) -> None:
+        self.slots: dict[tuple[tuple[int, ...], int], int] = {}
+        self.order: list[int] = []
+        self._by_row: dict[tuple[int, ...], list[tuple[int, int]]] = defaultdict(list)
+
+    def add(self, row: tuple[int, ...], position: int) -> None:
+        """Read this position of this prompt."""
+        if (row, position) not in self.slots:
+            slot = self.slots[row, position] = len(self.slots)
+            self._by_row[row].append((position, slot))
+        self.order.append(self.slots[row, position])
+
+    def of(self, row: tuple[int, ...]) -> list[tuple[int, int]]:
+        """The positions and slots of a prompt."""
+        return self._by_row[row]
+
+
+def _plan(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    read_token_index: ReadTokenIndex | Sequence[int],
+) -> tuple[list[tuple[int, ...]], _Reads]:
+    """The distinct prompts as token ids, the longest first, and what is read of each."""
+    if isinstance(prompts, str) or not prompts:
+        raise ValueError(f"expected a list of prompts, got {prompts!r}")
+    if bad := [prompt for prompt in prompts if not isinstance(prompt, str)]:
+        raise ValueError(f"expected strings as prompts, got {bad[0]!r}")
+    if callable(read_token_index):
+        indices = [read_token_index(prompt) for prompt in prompts]
+    elif isinstance(read_token_index, int):
+        indices = [read_token_index] * len(prompts)
+    else:
+        indices = list(read_token_index)
+        if len(indices) != len(prompts):
+            raise ValueError(f"expected one read index for each of {len(prompts)} prompts, got {len(indices)}")
+    distinct = list(dict.fromkeys(prompts))
+    ids = dict(zip(distinct, (tuple(row) for row in tokenizer(distinct)["input_ids"])))
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    reads = _Reads()
+    for prompt, index in zip(prompts, indices):
+        row = ids[prompt]
+        if not row or (limit and len(row) > limit):
+            raise ValueError(f"the prompt {prompt!r} has {len(row)} tokens; expected 1 to {limit or 'any number'}")
+        if isinstance(index, bool) or not isinstance(index, int) or not -len(row) <= index < len(row):
+            raise ValueError(f"cannot read token {index!r} of {prompt!r}: it has {len(row)} tokens, so expected {-len(row)} to {len(row) - 1}")
+        reads.add(row, index % len(row))
+    # The longest first: a batch that does not fit into memory fails at once, and the bar is never too hopeful.
+    return sorted(dict.fromkeys(ids.values()), key=len, reverse=True), reads
+
+
+@contextmanager
+def _hooks(by_module: dict[nn.Module, Callable]) -> Iterator[None]:
+    """Forward hooks that go when the block ends."""
+    handles = []
+    try:
+        for module, hook in by_module.items():
+            handles.append(module.register_forward_hook(hook))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _in_evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and each module's own mode again afterwards."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _accepts(model: nn.Module, name: str) -> bool:
+    """Whether the forward pass takes an argument of this name."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    return any(p.name == name or p.kind is p.VAR_KEYWORD for p in parameters)

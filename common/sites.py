@@ -1,0 +1,152 @@
+"""Which module of a block is read or steered: the five layer types, in a model of any architecture.
+
+A `layer_type` names a part of a block: "decoder_block" (its output is resid_post), "self_attn", "mlp", "input_layernorm"
+or "post_attention_layernorm" (the norm in front of the MLP). A `layer_config` maps layer types to layer matchers, and a
+matcher turns a layer number into the path of a module: a template such as "transformer.h.{num}.attn", or a callable.
+Names and meaning are those of the steering-vectors library (https://steering-vectors.github.io/steering-vectors).
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Literal
+
+from torch import nn
+
+from common.blocks import get_blocks
+
+LayerType = Literal["decoder_block", "self_attn", "mlp", "input_layernorm", "post_attention_layernorm"]
+LayerMatcher = str | Callable[[int], str] | Callable[[nn.Module, int], str]
+ModelLayerConfig = dict[LayerType, LayerMatcher]
+
+# What architectures call the parts of a block, the commonest name first.
+PART_NAMES: dict[str, tuple[str, ...]] = {
+    "self_attn": ("self_attn", "attn", "attention", "self_attention"),
+    "mlp": ("mlp", "feed_forward", "ffn", "block_sparse_moe"),
+    "input_layernorm": ("input_layernorm", "ln_1", "self_attn_layer_norm", "ln_attn", "attention_norm", "norm_1"),
+    "post_attention_layernorm": ("post_attention_layernorm", "ln_2", "ln_mlp", "ffn_norm", "norm_2"),
+}
+LAYER_TYPES = ("decoder_block", *PART_NAMES)
+
+
+def guess_and_enhance_layer_config(
+    model: nn.Module, layer_config: ModelLayerConfig | None = None, layer_type: LayerType | None = None
+) -> ModelLayerConfig:
+    """Return a layer config in which the missing matchers are filled in, as far as the model has such parts.
+
+    Args:
+        model: a causal language model.
+        layer_config: matchers that are already known; they are kept.
+        layer_type: fill in this one only; by default all five.
+
+    Raises:
+        ValueError: an unknown layer type, or blocks that cannot be found.
+    """
+    config = dict(layer_config or {})
+    wanted = LAYER_TYPES if layer_type is None else (layer_type,)
+    for name in wanted:
+        if name in config:
+            continue
+        if name not in LAYER_TYPES:
+            raise ValueError(f"unknown layer_type {name!r}: expected one of {', '.join(LAYER_TYPES)}, or a key of layer_config")
+        path, blocks = get_blocks(model)
+        if name == "decoder_block":
+            config[name] = f"{path}.{{num}}"
+            continue
+        # Blocks need not be alike: in hybrid models only some have attention.
+        children = {child for block in blocks for child, _ in block.named_children()}
+        part = next((part for part in PART_NAMES[name] if part in children), None)
+        if part is not None:
+            config[name] = f"{path}.{{num}}.{part}"
+    return config
+
+
+def get_num_matching_layers(model: nn.Module, layer_matcher: LayerMatcher) -> int:
+    """Return how many layers of the model a matcher finds."""
+    return len(_matching_layers(model, layer_matcher))
+
+
+def get_layers(
+    model: nn.Module,
+    layer_type: LayerType = "decoder_block",
+    layer_config: ModelLayerConfig | None = None,
+    layers: list[int] | None = None,
+) -> dict[int, nn.Module]:
+    """Find the modules of a layer type.
+
+    Args:
+        model: a causal language model.
+        layer_type: which part of the blocks.
+        layer_config: matchers for parts that are not found by themselves.
+        layers: which layers, counted from 0; negative numbers count from the last. All by default.
+
+    Returns:
+        The modules by layer number (never negative), in the order of `layers`.
+
+    Raises:
+        ValueError: an unknown layer type, a part or a layer that the model does not have, a layer given twice.
+    """
+    config = guess_and_enhance_layer_config(model, layer_config, layer_type)
+    if layer_type not in config:
+        _, blocks = get_blocks(model)
+        parts = ", ".join(name for name, _ in blocks[0].named_children())
+        raise ValueError(
+            f"{type(model).__name__} has no part that is known as {layer_type!r}; a block of it has {parts}. "
+            f"Name the right one, as in layer_config={{{layer_type!r}: '{get_blocks(model)[0]}.{{num}}.NAME'}}"
+        )
+    found = _matching_layers(model, config[layer_type])
+    if not found:
+        raise ValueError(f"no module of {type(model).__name__} matches {config[layer_type]!r}; its modules: {_some_names(model)}")
+    if layers is None:
+        return {layer: model.get_submodule(path) for layer, path in found.items()}
+    count = max(found) + 1
+    numbers = []
+    for layer in layers:
+        number = layer + count if isinstance(layer, int) and layer < 0 else layer
+        if isinstance(layer, bool) or number not in found:
+            raise ValueError(
+                f"layer {layer!r} does not exist: {type(model).__name__} has {len(found)} layers of type {layer_type!r}, "
+                f"{next(iter(found.values()))} to {found[count - 1]}"
+            )
+        if number in numbers:
+            raise ValueError(f"layer {number} is given twice: {list(layers)}")
+        numbers.append(number)
+    return {number: model.get_submodule(found[number]) for number in numbers}
+
+
+def _matching_layers(model: nn.Module, layer_matcher: LayerMatcher) -> dict[int, str]:
+    """The paths that a matcher finds, by layer number."""
+    name_of = _callable(model, layer_matcher)
+    names = {name for name, _ in model.named_modules()}
+    try:
+        count, holes = len(get_blocks(model)[1]), True
+    except ValueError:
+        count, holes = len(names), False
+    found: dict[int, str] = {}
+    for num in range(count):
+        name = name_of(num)
+        if name in names:
+            found[num] = name
+        elif not holes:
+            break
+    return found
+
+
+def _callable(model: nn.Module, layer_matcher: LayerMatcher) -> Callable[[int], str]:
+    """A matcher as a function of the layer number; callables may take the model as well."""
+    if isinstance(layer_matcher, str):
+        if "{num}" not in layer_matcher:
+            raise ValueError(f"a layer matcher needs the placeholder {{num}}, as in 'transformer.h.{{num}}'; got {layer_matcher!r}")
+        return lambda num: layer_matcher.replace("{num}", str(num))
+    if not callable(layer_matcher):
+        raise ValueError(f"a layer matcher is a template with {{num}} or a callable, got {layer_matcher!r}")
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    needed = [p for p in inspect.signature(layer_matcher).parameters.values() if p.kind in kinds and p.default is p.empty]
+    if len(needed) == 1:
+        return layer_matcher
+    return lambda num: layer_matcher(model, num)
+
+
+def _some_names(model: nn.Module) -> str:
+    """The first names of a model's modules, for an error."""
+    names = [name for name, _ in model.named_modules() if name]
+    return ", ".join(names[:12]) + (", …" if len(names) > 12 else "")

@@ -1,0 +1,92 @@
+"""Which tokens are selected: absolute positions, whatever the padding, however the text is cut into passes."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.positions import TokenSelection
+
+ends = st.none() | st.integers(-12, 12)
+
+
+def selected(selection: TokenSelection, prompt_length: int, total: int) -> list[int]:
+    positions = torch.arange(total)[None]
+    return selection.select(positions, torch.tensor([prompt_length]))[0].nonzero().flatten().tolist()
+
+
+@given(start=ends, stop=ends, step=st.none() | st.integers(1, 3), length=st.integers(1, 10), new=st.integers(0, 5))
+def test_slices_are_pythons(start, stop, step, length, new):
+    """Within the prompt a slice means what it means for a list."""
+    found = selected(TokenSelection(token_indices=slice(start, stop, step)), length, length + new)
+    assert [i for i in found if i < length] == list(range(length))[start:stop:step]
+
+
+@given(start=ends, step=st.integers(1, 3), length=st.integers(1, 10), new=st.integers(0, 5))
+def test_open_slices_reach_over_what_is_generated(start, step, length, new):
+    """They go on behind the prompt in the same steps; a negative start still counts from the end of the prompt."""
+    first = 0 if start is None else max(0, start if start >= 0 else length + start)
+    found = selected(TokenSelection(token_indices=slice(start, None, step)), length, length + new)
+    assert found == list(range(first, length + new, step))
+
+
+@given(indices=st.lists(st.integers(-4, 12), max_size=5), length=st.integers(4, 10), new=st.integers(0, 5))
+def test_lists(indices, length, new):
+    """Negative indices count from the end of the prompt, others from its start."""
+    wanted = {index if index >= 0 else length + index for index in indices}
+    assert selected(TokenSelection(token_indices=indices), length, length + new) == sorted(i for i in wanted if i < length + new)
+
+
+@pytest.mark.parametrize("mask", [[0, 1, 1, 0], [[0, 1, 1, 0]]])
+def test_masks(mask):
+    """A mask selects what it marks, and nothing behind its end."""
+    assert selected(TokenSelection(token_indices=torch.tensor(mask)), 4, 9) == [1, 2]
+
+
+def test_min_token_index_is_an_open_slice():
+    """From token 2 on, and from the last but one on, means all that follow as well."""
+    assert selected(TokenSelection(min_token_index=2), 4, 7) == [2, 3, 4, 5, 6]
+    assert selected(TokenSelection(min_token_index=-2), 4, 7) == [2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("given", [{}, {"min_token_index": 0}, {"token_indices": slice(None)}, {"token_indices": slice(0, None)}])
+def test_everything_is_known_to_be_everything(given):
+    """The cheap way is taken where nothing is left out."""
+    assert TokenSelection(**given).everything
+
+
+@pytest.mark.parametrize(
+    "wrong, says",
+    [
+        ({"min_token_index": 1, "token_indices": [2]}, "not both"),
+        ({"min_token_index": 1.5}, "integer"),
+        ({"min_token_index": True}, "integer"),
+        ({"token_indices": [1, "2"]}, "list of positions"),
+        ({"token_indices": "12"}, "list of positions"),
+        ({"token_indices": 3}, "list of positions"),
+        ({"token_indices": slice(None, None, -1)}, "step of 1"),
+        ({"token_indices": slice("a", None)}, "slice of integers"),
+        ({"token_indices": torch.tensor([0, 2])}, "mask of 0 and 1"),
+        ({"token_indices": torch.ones(1, 1, 1)}, "mask of 0 and 1"),
+        ({"token_indices": torch.ones(0)}, "mask of 0 and 1"),
+    ],
+)
+def test_wrong_selections_are_refused(wrong, says):
+    """Each wrong selection is named, before any model is touched."""
+    with pytest.raises(ValueError, match=says):
+        TokenSelection(**wrong)
+
+
+def test_an_index_before_the_prompt_is_refused():
+    """-5 in a prompt of 4 tokens is no token."""
+    with pytest.raises(ValueError, match="token index -5 lies before the first token of a prompt of 4 tokens"):
+        selected(TokenSelection(token_indices=[-5]), 4, 4)
+
+
+def test_a_mask_of_other_rows_is_refused():
+    """Two rows of a mask do not fit three prompts; for four they stand for two completions each."""
+    selection = TokenSelection(token_indices=torch.tensor([[1, 0], [0, 1]]))
+    with pytest.raises(ValueError, match="the mask has 2 rows and the batch has 3"):
+        selection.select(torch.arange(2).expand(3, 2), torch.full((3,), 2))
+    four = selection.select(torch.arange(2).expand(4, 2), torch.full((4,), 2))
+    assert four.tolist() == [[True, False], [True, False], [False, True], [False, True]]
