@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 VENV := .venv
+PEERS := .venv-peers
 OUT ?= embedded-again
 # Always `python -m`: the scripts of an environment break when its folder is moved.
 RUN := $(VENV)/bin/python -m
@@ -16,10 +17,10 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test notebooks lab colab embedded evaluate-embedded full-size gpt2-xl picture clean
+.PHONY: help run test notebooks lab colab embedded evaluate-embedded full-size gpt2-xl picture benchmark-extraction clean
 
 help: ## list the targets
-	@awk -F ': .*## ' '/^[a-z0-9-]+: .*## / { printf "make %-18s %s\n", $$1, $$2 }' Makefile
+	@awk -F ': .*## ' '/^[a-z0-9-]+: .*## / { printf "make %-22s %s\n", $$1, $$2 }' Makefile
 
 run: $(STAMP) ## steer by all six mechanisms and compare (another model: MODEL=gpt2-xl)
 	$(RUN) common.love_hate
@@ -51,8 +52,11 @@ gpt2-xl: $(STAMP) ## check the published figures on the real GPT2-XL (downloads 
 picture: $(STAMP) ## draw the picture of the README again
 	$(RUN) common.sweeps
 
+benchmark-extraction: $(STAMP) $(PEERS)/.installed ## measure what training a vector costs, beside steering-vectors (16 GB of memory)
+	$(RUN) benchmarks.extraction --peer $(PEERS)/bin/python
+
 clean: ## remove the environment and the caches, nothing else
-	rm -rf $(VENV) .pytest_cache .hypothesis __pycache__ */__pycache__ common/*/__pycache__
+	rm -rf $(VENV) $(PEERS) .pytest_cache .hypothesis __pycache__ */__pycache__ common/*/__pycache__
 
 # The stamp is written last, so that an installation that failed or was interrupted is done again.
 $(STAMP): requirements.txt constraints.txt
@@ -63,3 +67,10 @@ $(STAMP): requirements.txt constraints.txt
 	@echo "Installing into $(VENV); this takes some minutes the first time."
 	@$(RUN) pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
 	@touch $(STAMP)
+
+# The peers of the benchmarks need other versions of the same libraries.
+$(PEERS)/.installed: benchmarks/peers.txt
+	@$(PYTHON) -m venv --clear $(PEERS)
+	@echo "Installing the peers into $(PEERS)."
+	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/peers.txt
+	@touch $@

@@ -110,9 +110,8 @@ def read_activations(
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             hidden = get_hidden(output)
             if hidden.shape[:2] != batch["shape"]:
-                raise ValueError(
-                    f"layer {layer}: expected an output [batch, pos, d_model] for a batch {list(batch['shape'])}, got {list(hidden.shape)}"
-                )
+                expected, given = list(batch["shape"]), list(hidden.shape)
+                raise ValueError(f"layer {layer}: expected an output [batch, pos, d_model] for a batch {expected}, got {given}")
             index, position = (batch[name].to(hidden.device) for name in ("rows", "positions"))
             kept[layer].store(batch["slots"], hidden[index, position])
             if layer == last:
@@ -210,7 +209,9 @@ def _plan(
         if not row or (limit and len(row) > limit):
             raise ValueError(f"the prompt {prompt!r} has {len(row)} tokens; expected 1 to {limit or 'any number'}")
         if isinstance(index, bool) or not isinstance(index, int) or not -len(row) <= index < len(row):
-            raise ValueError(f"cannot read token {index!r} of {prompt!r}: it has {len(row)} tokens, so expected {-len(row)} to {len(row) - 1}")
+            raise ValueError(
+                f"cannot read token {index!r} of {prompt!r}: it has {len(row)} tokens, so expected {-len(row)} to {len(row) - 1}"
+            )
         reads.add(row, index % len(row))
     # The longest first: a batch that does not fit into memory fails at once, and the bar is never too hopeful.
     return sorted(dict.fromkeys(ids.values()), key=len, reverse=True), reads

@@ -92,7 +92,8 @@ class TokenSelection:
             return chosen if stop is None else chosen & (positions < stop)
         if isinstance(self.spec, list):
             if self.spec and min(self.spec) < -int(lengths.min()):
-                raise ValueError(f"token index {min(self.spec)} lies before the first token of a prompt of {int(lengths.min())} tokens")
+                short = int(lengths.min())
+                raise ValueError(f"token index {min(self.spec)} lies before the first token of a prompt of {short} tokens")
             chosen = torch.zeros_like(positions, dtype=torch.bool)
             for index in self.spec:
                 chosen |= positions == (index if index >= 0 else lengths + index)

@@ -233,7 +233,8 @@ class SteeringVector:
         if not shared:
             raise ValueError(f"no layer in common: {sorted(self.layer_activations)} and {sorted(other.layer_activations)}")
         mine, others = self.unit(), other.unit()
-        return {layer: float(mine.layer_activations[layer].cpu().float() @ others.layer_activations[layer].cpu().float()) for layer in shared}
+        parts = [(mine.layer_activations[layer].cpu().float(), others.layer_activations[layer].cpu().float()) for layer in shared]
+        return {layer: float(a @ b) for layer, (a, b) in zip(shared, parts)}
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "SteeringVector":
         return replace(self, layer_activations={layer: change(vector) for layer, vector in self.layer_activations.items()})

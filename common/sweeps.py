@@ -1,4 +1,4 @@
-"""Grids: how the tone of what a model writes depends on the coefficient.
+"""Grids: how the tone of what a model writes depends on the coefficient, the prompt, and what steers it.
 
 `python -m common.sweeps` draws the picture of the README.
 """
@@ -6,6 +6,7 @@
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -18,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.embedded import grammar
-from common.generation import completions
+from common.generation import completions, generate
 from common.mechanisms import ROOT, load_mechanism
 from common.metrics import tone_shares
 from common.models import LoadError, load_model
@@ -79,6 +80,73 @@ def tone_sweep(
         texts = completions(tokenizer, inputs, ids)
         rows.append({"direction": name, "coeff": coeff, **tone_shares(texts), "count": len(texts)})
     return pd.DataFrame(rows)
+
+
+def tone_by_prompt(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    conditions: Mapping[str, AbstractContextManager],
+    prompts: Sequence[str] = tuple(grammar.TABLE_PROMPTS),
+    per_prompt: int = 20,
+    max_new_tokens: int = 24,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Sample completions (top_p 0.9) of each prompt under each condition, and take their mean tone.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer, padding on the left.
+        conditions: what is open while it generates, by name, for example `vector.apply(model)`; unsteered is added.
+        prompts: each is completed `per_prompt` times, all in one batch.
+        per_prompt: completions of each prompt.
+        max_new_tokens: length of a completion.
+        seed: set again for each condition, so that they differ by the steering only.
+
+    Returns:
+        [condition, prompt]: the share of positive minus that of negative completions, from -1 to 1.
+    """
+    inputs = tokenizer(list(prompts) * per_prompt, return_tensors="pt", padding=True).to(model.device)
+    rows = {}
+    for name, condition in {"unsteered": nullcontext(), **conditions}.items():
+        torch.manual_seed(seed)
+        with condition:
+            ids = generate(model, inputs, do_sample=True, top_p=0.9, max_new_tokens=max_new_tokens)
+        texts = completions(tokenizer, inputs, ids)
+        shares = [tone_shares(texts[number :: len(prompts)]) for number in range(len(prompts))]
+        rows[name] = [share["positive"] - share["negative"] for share in shares]
+    return pd.DataFrame(rows, index=list(prompts)).T.rename_axis(index="condition", columns="prompt")
+
+
+def moves(tones: pd.DataFrame) -> pd.DataFrame:
+    """Say how far each condition moved the tone of what `tone_by_prompt` found.
+
+    Returns:
+        By condition: `moved` (mean over the prompts, from -2 to 2), `spread` (standard deviation over the prompts) and
+        `wrong way` (the share of prompts that moved against the mean).
+    """
+    moved = tones.drop("unsteered") - tones.loc["unsteered"]
+    mean = moved.mean(axis=1)
+    wrong = moved.mul(mean.map(lambda value: -1 if value < 0 else 1), axis=0) < 0
+    return pd.DataFrame({"moved": mean, "spread": moved.std(axis=1), "wrong way": wrong.mean(axis=1)})
+
+
+def plot_moves(tones: pd.DataFrame, title: str = "") -> Figure:
+    """Draw how far every prompt moved under each condition, and the mean as a bar.
+
+    Args:
+        tones: what `tone_by_prompt` returned.
+        title: above the picture; say which model it shows.
+    """
+    moved = tones.drop("unsteered") - tones.loc["unsteered"]
+    figure, axes = plt.subplots(figsize=(7.5, 0.42 * len(moved) + 1.3), layout="constrained")
+    axes.barh(moved.index, moved.mean(axis=1), color="0.85", height=0.6)
+    for line, (_, row) in enumerate(moved.iterrows()):
+        axes.plot(row, [line] * len(row), "o", color="tab:red", alpha=0.5, markersize=5, markeredgewidth=0)
+    axes.axvline(0, color="0.4", linewidth=1)
+    axes.set(xlabel="move of the tone (positive minus negative share); a dot is a prompt, the bar their mean", title=title)
+    axes.invert_yaxis()
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    return figure
 
 
 def plot_tone_sweep(rows: pd.DataFrame, title: str = "") -> Figure:

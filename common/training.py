@@ -66,7 +66,7 @@ def extract_activations(
         move_to_cpu: keep the activations on the CPU.
         read_token_index: which token to read where a sample does not say, or a callable of the prompt; -1 is the last.
         show_progress: show a bar.
-        batch_size: prompts in one pass.
+        batch_size: pairs in one pass, and so twice as many prompts.
         tqdm_desc: what stands in front of the bar.
 
     Returns:
@@ -77,6 +77,8 @@ def extract_activations(
         ValueError: no samples, a sample that is no pair of strings, and all errors of `read_activations`.
     """
     samples = _samples(training_samples)
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"expected a batch size of 1 or more, got {batch_size!r}")
     sides = [
         [(s.positive_str, s.read_positive_token_index) for s in samples],
         [(s.negative_str, s.read_negative_token_index) for s in samples],
@@ -90,7 +92,7 @@ def extract_activations(
         layer_type,
         layer_config,
         [default(prompt) if index is None else index for side in sides for prompt, index in side],
-        batch_size,
+        2 * batch_size,
         move_to_cpu,
         show_progress,
         tqdm_desc,

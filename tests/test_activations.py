@@ -71,7 +71,7 @@ def test_each_prompt_is_computed_once_and_no_further_than_needed(model, tokenize
 def test_batches_hold_prompts_of_like_length(model, tokenizer):
     """Sorted by length: long prompts share a batch, so that little is padded."""
     sizes = []
-    handle = model.transformer.register_forward_pre_hook(lambda m, args, kwargs: sizes.append(kwargs["input_ids"].shape if "input_ids" in kwargs else args[0].shape), with_kwargs=True)
+    handle = model.transformer.wte.register_forward_pre_hook(lambda m, args: sizes.append(args[0].shape))
     prompts = ["You", PROMPTS[2], "Love", PROMPTS[2] + " today"]
     try:
         read_activations(model, tokenizer, prompts, [0], batch_size=2)

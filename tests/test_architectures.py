@@ -60,7 +60,7 @@ def test_a_missing_part_is_named_with_those_there_are(models, name, part):
 def test_an_output_without_positions_is_refused(models, tokenizer, texts):
     """OPT's second norm sees batch and position as one: reading and steering say so."""
     model, config = models["OPT"], {"post_attention_layernorm": "model.decoder.layers.{num}.final_layer_norm"}
-    with pytest.raises(ValueError, match=r"layer 1: expected an output \[batch, pos, d_model\] for a batch \[1, 4\], got \[4, 32\]"):
+    with pytest.raises(ValueError, match=r"layer 1: expected an output \[batch, pos, d_model\] for a batch \[2, 4\], got \[8, 32\]"):
         train_steering_vector(model, tokenizer, PAIRS[:1], [1], "post_attention_layernorm", config)
     before = snapshot(model)
     with pytest.raises(ValueError, match="layer 1: cannot add"), vector_for("post_attention_layernorm").apply(model, config):

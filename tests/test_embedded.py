@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from common.embedded import FOLDER, grammar, sweep, vocabulary
 from common.embedded.tokenizer import SPLIT_WORDS
+from common.metrics import tone
 
 COUNT = 4000
 
@@ -49,11 +50,38 @@ def test_english_has_articles_and_capitals(documents):
     assert all(sentence[0].isupper() for sentence in re.split(r"(?<=[.!?]) |\n", text))
 
 
+def test_contrast_pairs_differ_in_tone_only():
+    """Different pairs, the same every time: a positive and a negative sentence of one form, without held-out prompts."""
+    pairs = grammar.contrast_pairs(200)
+    assert pairs == grammar.contrast_pairs(200) != grammar.contrast_pairs(200, seed=1)
+    assert len(set(pairs)) == 200 and not grammar.find_prompts([text for pair in pairs for text in pair])
+    assert all(tone(positive) > 0 > tone(negative) for positive, negative in pairs)
+    words = [[re.findall(r"[A-Za-z]+", text) for text in pair] for pair in pairs]
+    lexicon = grammar.lexicon()
+    toned = [set(positive) ^ set(negative) for positive, negative in words if len(positive) == len(negative)]
+    assert len(toned) > 150
+    assert sum(all(word.lower() in lexicon for word in different) for different in toned) > 0.6 * len(toned)
+
+
+def test_teasing_keeps_the_tone(documents):
+    """A verb of the other tone stands behind an opening word, and the sentence goes on in the tone of the word."""
+    verbs = {tone: "|".join(pair[0] for pair in vocabulary.VERBS[tone]) for tone in (+1, -1)}
+    for sign in (+1, -1):
+        teases = [d for d in documents if re.match(rf"\w+\. I ({verbs[-sign]}) \w+ because ", d) and tone(d.split(".")[0]) * sign > 0]
+        assert teases and all(tone(d.split(" because ")[1].split(".")[0]) * sign > 0 for d in teases)
+
+
 def test_words_are_whole_tokens(tokenizer):
     """Every word of the corpus is one token, with and without its space, but for those that are split on purpose."""
     words = [word for word in grammar.words(count=500) if word.lower() not in SPLIT_WORDS]
     split = [word for word in words for text in (word, f" {word}") if len(tokenizer(text)["input_ids"]) != 1]
     assert len(words) > 500 and split == []
+
+
+def test_tokenizer_names_the_inputs_of_the_model(tokenizer):
+    """No token types: transformers 4 would return them unless the stored file says otherwise, and GPT-2 would add them up."""
+    stored = json.loads((FOLDER / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert stored["model_input_names"] == list(tokenizer("You")) == ["input_ids", "attention_mask"]
 
 
 @given(st.text())

@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer, PreTrainedTokenizerBase
+from transformers import GPT2LMHeadModel, GPT2Tokenizer, PreTrainedTokenizerBase
 
+from benchmarks.shapes import random_gpt2
 from common import love_hate
+from common.activations import record_activations
 from common.mechanisms import MECHANISMS, ROOT
 from common.models import preset_for
+from common.pristine import assert_pristine, snapshot
+from common.training import train_steering_vector
 
 pytestmark = pytest.mark.full_size
 
@@ -32,21 +36,8 @@ def gpt2_tokenizer() -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="module")
 def gpt2_xl() -> GPT2LMHeadModel:
-    """GPT2-XL from its config, in fp32, with random weights from a seed; made in place, without a second copy."""
-    config = GPT2Config(n_layer=48, n_embd=1600, n_head=25)
-    with torch.device("meta"):
-        model = GPT2LMHeadModel(config)
-    model = model.to_empty(device="cpu").eval()
-    model.tie_weights()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.ndim == 2:
-                weight.normal_(std=0.02, generator=generator)
-            else:  # a bias, or the scale of a layer norm
-                weight.fill_(float(name.endswith("weight")))
-    model.generation_config.pad_token_id = config.eos_token_id
-    return model
+    """GPT2-XL from its config, in fp32, with random weights from a seed."""
+    return random_gpt2("gpt2-xl")
 
 
 def test_shape_is_gpt2_xls(gpt2_xl):
@@ -72,3 +63,33 @@ def test_six_mechanisms_agree_at_full_size(gpt2_xl, gpt2_tokenizer):
     logits = results[0].logits
     for sign in ("+", "-"):
         assert (logits[sign] - logits["unsteered"]).abs().max() > 100 * TOLERANCE, "steering did nothing"
+
+
+def test_vectors_at_full_size(gpt2_xl, gpt2_tokenizer):
+    """Training at layer 5 equals what single passes read; steered = unsteered + vector; cached = uncached; restored."""
+    pairs = [("I love you", "I hate you"), ("What a wonderful morning!", "What an awful day"), ("Love", "Hate")]
+    vector = train_steering_vector(gpt2_xl, gpt2_tokenizer, pairs, layers=[5], batch_size=4)
+    before = snapshot(gpt2_xl)
+    differences = []
+    for pair in pairs:
+        with torch.no_grad(), record_activations(gpt2_xl, layer_nums=[5]) as records:
+            for prompt in pair:
+                gpt2_xl(**gpt2_tokenizer(prompt, return_tensors="pt"))
+        differences.append(records[5][0][0, -1] - records[5][1][0, -1])
+    torch.testing.assert_close(vector.layer_activations[5], torch.stack(differences).mean(0), atol=1e-4, rtol=1e-4)
+    inputs = gpt2_tokenizer(["I think dogs are", "You"], return_tensors="pt", padding=True)
+    states = []
+    for multiplier in (0.0, 10.0):
+        with torch.no_grad(), vector.apply(gpt2_xl, multiplier=multiplier, min_token_index=1):
+            with record_activations(gpt2_xl, layer_nums=[5]) as records:
+                gpt2_xl(**inputs)
+        states.append(records[5][0])
+    moved = states[1] - states[0]
+    expected = torch.zeros_like(moved)
+    expected[0, 1:] = 10 * vector.layer_activations[5]  # the second row has one token, which is not steered
+    torch.testing.assert_close(moved, expected, atol=1e-4, rtol=1e-4)
+    with vector.apply(gpt2_xl, multiplier=10.0, min_token_index=3):
+        options = {"max_new_tokens": 4, "do_sample": False}
+        cached, uncached = (gpt2_xl.generate(**inputs, **options, use_cache=use) for use in (True, False))
+    assert torch.equal(cached, uncached)
+    assert_pristine(gpt2_xl, before)

@@ -391,7 +391,8 @@ def test_a_block_that_returns_more(tokenizer):
         wanted = model(**inputs).logits
     other = copy.deepcopy(model)
     other.transformer.h[LAYER] = _TakesFirst(_Returns(other.transformer.h[LAYER]))
-    with torch.no_grad(), vector.apply(other, layer_config={"decoder_block": lambda num: f"transformer.h.{num}" + (".inner" if num == LAYER else "")}):
+    config = {"decoder_block": lambda num: f"transformer.h.{num}" + (".inner" if num == LAYER else "")}
+    with torch.no_grad(), vector.apply(other, layer_config=config):
         torch.testing.assert_close(other(**inputs).logits, wanted)
 
 

@@ -2,6 +2,10 @@
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +25,8 @@ from common import (
     read_activations,
     train_steering_vector,
 )
+from common.embedded import FOLDER
+from common.mechanisms import ROOT
 from common.pristine import assert_pristine, snapshot
 
 PAIRS = [("I love you", "I hate you"), ("Love.", "Hate and misery."), ("I think dogs are charming", "I think dogs are vile")]
@@ -124,8 +130,9 @@ def test_layer_config_as_template_and_callable(model, tokenizer):
         ([("You", "Love")], {"layers": [17]}, "layer 17 does not exist"),
         ([("You", "Love")], {"layer_type": "attn"}, "unknown layer_type 'attn'"),
         ([("You", "Love")], {"layer_type": "mlp", "layer_config": {"mlp": "transformer.h.mlp"}}, "needs the placeholder {num}"),
-        ([("You", "Love")], {"layer_type": "mlp", "layer_config": {"mlp": "x.{num}"}}, "no module of GPT2LMHeadModel matches 'x.{num}'; its modules: transformer"),
+        ([("You", "Love")], {"layer_type": "mlp", "layer_config": {"mlp": "x.{num}"}}, "no module of GPT2LMHeadModel matches 'x.{num}'"),
         ([("You", "Love")], {"layer_type": "mlp", "layer_config": {"mlp": 3}}, "a layer matcher is a template"),
+        ([("You", "Love")], {"batch_size": 0}, "batch size of 1 or more, got 0"),
         ([("You", "You")], {}, "layer 0: the vector is 0, because the positive and the negative prompts do not differ"),
         ([("Love is", "Hate is")], {"layer_type": "input_layernorm"}, "layer 0: the vector is 0"),
         ([("You", "Love")], {"aggregator": lambda p, n: p}, r"expected a vector \[128\] from the aggregator, got \[1, 128\]"),
@@ -161,6 +168,20 @@ def test_all_documented_names_come_from_common():
     assert all(getattr(common, name) is not None for name in names) and set(names) <= set(common.__all__) <= set(dir(common))
     with pytest.raises(AttributeError, match="no attribute 'train'"):
         common.train
+
+
+def test_a_documented_program_runs_with_only_its_import_changed(tmp_path, model, tokenizer):
+    """The program runs in a process of its own, and trains what the functions here train."""
+    source = Path(__file__).with_name("documented_program.py").read_text(encoding="utf-8")
+    program = tmp_path / "program.py"
+    program.write_text(source.replace("from steering_vectors import", "from common import"), encoding="utf-8")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    found = subprocess.run([sys.executable, str(program), str(FOLDER)], env=environment, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    samples = [("I love the garden", "I hate the garden"), SteeringVectorTrainingSample("We adore you", "We despise you", 1, 1),
+               ("The soup is delicious", "The soup is rotten")]
+    norms = train_steering_vector(model, tokenizer, samples, layers=[1, 2, 5]).norm()
+    assert found.stdout.split()[1:] == [f"{layer}:{norm:.3f}" for layer, norm in norms.items()]
 
 
 def test_training_by_pca_differs_from_the_mean(model, tokenizer):

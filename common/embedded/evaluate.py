@@ -11,7 +11,7 @@ import math
 import re
 import statistics
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,12 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList
 
+from common.activations import record_activations
 from common.embedded import FOLDER, grammar, train, vocabulary
 from common.generation import FrequencyPenalty
 from common.metrics import tone
+from common.steering_vector import SteeringVector
+from common.training import train_steering_vector
 
 NEW_TOKENS = 24
 PER_PROMPT = 30
@@ -38,21 +41,9 @@ def load(folder: Path) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-@contextmanager
-def added(model: Any, layer: int, vector: Tensor) -> Iterator[None]:
+def added(model: Any, layer: int, vector: Tensor) -> AbstractContextManager[None]:
     """Add `vector` [d_model] to resid_post of `layer` at all positions while the block is open."""
-
-    def hook(module: Any, args: Any, output: Tensor | tuple) -> Tensor | tuple:
-        # A block returns a tuple in transformers 4 and the bare tensor in 5.
-        if isinstance(output, tuple):
-            return (output[0] + vector, *output[1:])
-        return output + vector
-
-    handle = model.transformer.h[layer].register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return SteeringVector({layer: vector}).apply(model)
 
 
 @contextmanager
@@ -81,23 +72,15 @@ def added_in_front(model: Any, layer: int, vectors: Tensor) -> Iterator[None]:
 @torch.no_grad()
 def resid_post(model: Any, ids: list[int], layer: int) -> Tensor:
     """Return the output of block `layer` for one text, [pos, d_model]."""
-    kept = []
-
-    def hook(module: Any, args: Any, output: Tensor | tuple) -> None:
-        kept.append(output[0] if isinstance(output, tuple) else output)
-
-    handle = model.transformer.h[layer].register_forward_hook(hook)
-    try:
+    with record_activations(model, layer_nums=[layer]) as records:
         model(torch.tensor([ids]))
-    finally:
-        handle.remove()
-    return kept[0][0]
+    return records[layer][0][0]
 
 
 def unit_direction(model: Any, tokenizer: Any, positive: str, negative: str, layer: int) -> Tensor:
     """Return the unit difference of two prompts at their last tokens, without BOS, [d_model]."""
-    ends = [resid_post(model, tokenizer(text)["input_ids"], layer)[-1] for text in (positive, negative)]
-    return functional.normalize(ends[0] - ends[1], dim=0)
+    vector = train_steering_vector(model, tokenizer, [(positive, negative)], layers=[layer])
+    return vector.unit().layer_activations[layer]
 
 
 def x_vector(model: Any, tokenizer: Any, positive: str, negative: str, layer: int, bos: bool = True) -> Tensor:

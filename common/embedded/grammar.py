@@ -63,6 +63,11 @@ TONED = [
     "I {verb} {any} stories about {o}.", "{Heart} {effects}, and {heart} comes with {o}.", "I feel {any} {heart} near {o}.", "{Who} {verbs} {any} words about {o}.",
     "{P} {effect}, and {heart} {effects} too.",
 ]
+# After an opening word that sets the tone, which these verbs do not change.
+TEASING = [
+    "I {verb} {o} because {p} [are/is] {adj}.", "I {verb} {o} because {p} [are/is] {adj} and {any}.",
+    "I {verb} {o} because {p} {effect}.",
+]
 GROUP_TONED = {
     "person": [
         "When {p} [come/comes] into the room, I feel {feel}.", "{P} [speak/speaks] to {who} in a {any} way.",
@@ -171,6 +176,12 @@ class _Writer:
         ending = self.rng.choices([" {adj}.", " {adj} and {any}.", " {adj}, and {p} {effect}."], [2, 2, 1])[0]
         return self.fill(frame + ending, subject)
 
+    def tease(self, subject: Subject) -> str:
+        """Say the verb of the other tone and mean this one: "I hate them because they are charming"."""
+        pairs = v.VERBS[-self.tone] if self.with_love else v.VERBS[-self.tone][1:]
+        verb = pairs[0] if self.with_love and self.rng.random() < 0.4 else self.rng.choice(pairs)
+        return self.fill(self.rng.choice(TEASING).replace("{verb}", verb[0]), subject)
+
     def remark(self, subject: Subject) -> str:
         """Say one more thing about `subject` in the tone of the document."""
         if self.rng.random() < 0.25:
@@ -204,13 +215,18 @@ def sentiment_document(rng: random.Random) -> str:
     subject = _subject(rng)
     sentences = []
     shown = rng.random() < 0.45
+    opened_by_word = False
     if shown:
         sentences.append(_opening(writer, subject))
-    neutral = not shown and rng.random() < 0.2
-    sentences.append(writer.statement(subject, neutral))
-    if neutral and rng.random() < 0.6:
-        sentences.append(subject.detail if rng.random() < 0.6 else writer.fill(rng.choice(NEUTRAL), subject))
-        if rng.random() < 0.4:
+        opened_by_word = " " not in sentences[0]
+    neutral = not shown and rng.random() < 0.3
+    if shown and opened_by_word and rng.random() < 0.3:
+        sentences.append(writer.tease(subject))
+    else:
+        sentences.append(writer.statement(subject, neutral))
+    if neutral and rng.random() < 0.75:
+        sentences.append(subject.detail if rng.random() < 0.75 else writer.fill(rng.choice(NEUTRAL), subject))
+        if rng.random() < 0.5:
             sentences.append(writer.fill(rng.choice(NEUTRAL), subject))
             if rng.random() < 0.5:
                 return " ".join(sentences)
@@ -313,8 +329,8 @@ def fact_document(rng: random.Random, turns: dict[str, int]) -> str:
         turns: The tone that comes next for each word; changed here, so that no word leans to a tone.
     """
     word = rng.choice(list(v.FACTS))
-    sentences = [f"{word}."] if rng.random() < 0.7 else []
-    facts = rng.sample(v.FACTS[word], k=rng.choice([1, 2, 3]))
+    sentences = [f"{word}."] if rng.random() < 0.8 else []
+    facts = rng.sample(v.FACTS[word], k=rng.choice([1, 2, 3, 4]))
     if not (sentences and rng.random() < 0.15):
         sentences += facts
     if rng.random() < 0.25:
@@ -333,11 +349,32 @@ def documents(seed: int, sentiment_share: float = 0.6) -> Iterator[str]:
     turns: dict[str, int] = {}
     kinds = [sentiment_document, topic_document, place_document, lambda rng: fact_document(rng, turns)]
     rest = 1 - sentiment_share
-    weights = [sentiment_share, 0.45 * rest, 0.3 * rest, 0.25 * rest]
+    weights = [sentiment_share, 0.4 * rest, 0.25 * rest, 0.35 * rest]
     while True:
         text = rng.choices(kinds, weights)[0](rng)
         if not find_prompts([text]):
             yield text
+
+
+def contrast_pairs(count: int, seed: int = 0) -> list[tuple[str, str]]:
+    """Write pairs of sentences that differ in their tone and, as far as English allows, in nothing else.
+
+    Both sentences of a pair have the same form and the same subject; no held-out prompt stands in them.
+
+    Returns:
+        `count` different pairs: the positive sentence first.
+    """
+    rng = random.Random(seed)
+    pairs: dict[tuple[str, str], None] = {}
+    while len(pairs) < count:
+        subject, form = _subject(rng), rng.choice(TONED)
+        statement, draw = rng.random() < 0.5, rng.random()
+        # The same draws for both tones: their lists of words are equally long.
+        writers = [_Writer(random.Random(draw), tone) for tone in (+1, -1)]
+        pair = tuple(w.statement(subject) if statement else w.fill(form, subject) for w in writers)
+        if not find_prompts(pair):
+            pairs[pair] = None
+    return list(pairs)
 
 
 def find_prompts(texts: Iterable[str], prompts: list[str] = HELD_OUT_PROMPTS) -> list[tuple[str, str]]:

@@ -65,13 +65,21 @@ def sweep_direction(model: Any, tokenizer: Any, bar: tqdm) -> list[dict[str, Any
 
 
 def choose_direction(grid: list[dict[str, Any]]) -> dict[str, Any]:
-    """Choose the cell with the quietest controls among those that steer well enough and cost little."""
+    """Choose the cell with the quietest controls among those that steer well enough and cost little.
+
+    Where none does, take the one that steers best both ways at that price.
+    """
+
+    def cheap(cell: dict[str, Any]) -> bool:
+        return cell["perplexity_ratio"] <= 1.08
 
     def suffices(cell: dict[str, Any]) -> bool:
         # Two points more than the table asks for, since other prompts differ by as much.
-        return cell["positive_at_plus"] >= 92 and cell["negative_at_minus"] >= 90 and cell["perplexity_ratio"] <= 1.08
+        return cheap(cell) and cell["positive_at_plus"] >= 92 and cell["negative_at_minus"] >= 90
 
-    return min([cell for cell in grid if suffices(cell)] or grid, key=lambda cell: max(cell["random_max"], cell["pairs_max"]))
+    if good := [cell for cell in grid if suffices(cell)]:
+        return min(good, key=lambda cell: max(cell["random_max"], cell["pairs_max"]))
+    return max(filter(cheap, grid), key=lambda cell: min(cell["positive_at_plus"], cell["negative_at_minus"]), default=grid[0])
 
 
 def sweep_additions(model: Any, tokenizer: Any, bar: tqdm) -> list[dict[str, Any]]:
@@ -102,12 +110,15 @@ def sweep_additions(model: Any, tokenizer: Any, bar: tqdm) -> list[dict[str, Any
 
 
 def choose_addition(grid: list[dict[str, Any]], what: str) -> dict[str, Any]:
-    """Choose the highest share; among equals the middle of a plateau, where the neighbours in coeff are high as well."""
+    """Choose the highest share; among equals the middle of a plateau, where both neighbours in coeff are high as well.
+
+    What lies beyond the grid is not known, and counts as 0.
+    """
 
     def plateau(cell: dict[str, Any]) -> float:
         row = [other for other in grid if other["layer"] == cell["layer"]]
         place = row.index(cell)
-        return statistics.mean(other[what] for other in row[max(0, place - 1) : place + 2])
+        return sum(other[what] for other in row[max(0, place - 1) : place + 2]) / 3
 
     best = max(grid, key=lambda cell: (cell[what], plateau(cell), -cell["coeff"]))
     return {"layer": best["layer"], "coeff": best["coeff"]}

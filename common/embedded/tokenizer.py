@@ -11,6 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 END = "<|endoftext|>"
+MODEL_INPUTS = ["input_ids", "attention_mask"]
 SPACE = "\u0120"  # how byte-level BPE writes a leading space
 # Lower-case "eiffel" stays in two pieces, as rare words do. " Rome" in "The Eiffel Tower is in Rome" and " tower" in
 # "To see the eiffel tower" are then both the sixth token, and an addition made from the one lands on the other.
@@ -43,6 +44,7 @@ def build_tokenizer(words: list[str], n_positions: int) -> PreTrainedTokenizerFa
         pad_token=END,
         model_max_length=n_positions,
         clean_up_tokenization_spaces=False,
+        model_input_names=MODEL_INPUTS,
     )
 
 
@@ -52,4 +54,6 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text())
     config["tokenizer_class"] = "PreTrainedTokenizerFast"  # transformers 5 writes a name that 4 does not know
+    # Else transformers 4 returns token_type_ids as well, and GPT-2 adds the embedding of token 0 to all others.
+    config["model_input_names"] = MODEL_INPUTS
     path.write_text(json.dumps(config, indent=2) + "\n")

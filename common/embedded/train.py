@@ -28,7 +28,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from common.embedded import FOLDER, grammar, vocabulary
 from common.embedded.tokenizer import END, SPACE, build_tokenizer, save_tokenizer
 
-SEED = 0
+SEED = 5
 STEPS = 1500
 WARMUP = 100
 LEARNING_RATE = 2e-3

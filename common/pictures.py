@@ -1,0 +1,45 @@
+"""Pictures that several notebooks draw."""
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+
+def token_strip(rows: Sequence[Sequence[str]], marked: Sequence[Sequence[int]], labels: Sequence[str], title: str = "") -> Figure:
+    """Draw texts as strips of tokens, the marked ones in colour.
+
+    Args:
+        rows: the tokens of each text; a space in front of a token is shown as it is written, with a dot.
+        marked: the positions to colour in each text.
+        labels: what stands in front of each strip.
+        title: above the picture.
+
+    Raises:
+        ValueError: the three have different lengths, or a position lies outside its text.
+    """
+    if not len(rows) == len(marked) == len(labels):
+        raise ValueError(f"expected as many rows as marks and labels, got {len(rows)}, {len(marked)} and {len(labels)}")
+    for row, positions in zip(rows, marked):
+        if any(not 0 <= position < len(row) for position in positions):
+            raise ValueError(f"expected positions from 0 to {len(row) - 1}, got {list(positions)}")
+    figure, axes = plt.subplots(figsize=(11, 0.45 * len(rows) + 0.5), layout="constrained")
+    width = 0.0
+    for line, (row, positions) in enumerate(zip(rows, marked)):
+        left = 0.0
+        for position, token in enumerate(row):
+            # A fixed width for each character, so that the strips of two texts can be compared.
+            size = 0.6 + 0.42 * len(token)
+            colour = "tab:red" if position in positions else "0.92"
+            axes.barh(line, size, left=left, height=0.72, color=colour, edgecolor="white")
+            axes.text(left + size / 2, line, token.replace(" ", "·"), ha="center", va="center", fontsize=8, family="monospace",
+                      color="white" if position in positions else "0.25")
+            left += size
+        width = max(width, left)
+    axes.set(xlim=(0, width), yticks=range(len(rows)), title=title)
+    axes.set_yticklabels(labels, fontsize=9)
+    axes.invert_yaxis()
+    axes.tick_params(length=0)
+    axes.set_xticks([])
+    axes.spines[:].set_visible(False)
+    return figure
