@@ -200,7 +200,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure what training and applying a steering vector costs.")
     parser.add_argument("--peer", help="Python of an environment with steering-vectors (benchmarks/peers.txt)")
     parser.add_argument("--quick", action="store_true", help="only the small shape, and fewer rounds; writes nothing")
-    parser.add_argument("--rounds", type=int, default=7, help="rounds of each case of training")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of each case of training")
     options = parser.parse_args()
     cases = [case for case in CASES if not options.quick or case[0] != "gpt2-xl"]
     results: dict[str, Any] = {"machine": machine()}
