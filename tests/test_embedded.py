@@ -95,6 +95,12 @@ def test_preset_follows_from_the_rule():
     """An addition's place is the best cell, and among equals the middle of a plateau."""
     grid = [{"layer": 1, "coeff": coeff, "share": share} for coeff, share in enumerate([0, 100, 100, 100, 50], 1)]
     assert sweep.choose_addition(grid, "share") == {"layer": 1, "coeff": 3}
+    edge = [{"layer": 2, "coeff": coeff, "share": 100} for coeff in (1, 2, 3)]  # what lies beyond a grid is not known
+    assert sweep.choose_addition(edge, "share") == {"layer": 2, "coeff": 2}
+    cells = [{"positive_at_plus": plus, "negative_at_minus": 95, "perplexity_ratio": price, "random_max": noise, "pairs_max": 5}
+             for plus, price, noise in [(93, 1.05, 20), (94, 1.05, 10), (99, 1.2, 5), (80, 1.01, 1)]]
+    assert sweep.choose_direction(cells) is cells[1]
+    assert sweep.choose_direction(cells[3:]) is cells[3] and sweep.choose_direction([cells[2], cells[3]]) is cells[3]
     preset = json.loads((FOLDER / "preset.json").read_text(encoding="utf-8"))
     assert set(preset["activation_additions"]) == {"love", "weddings", "rome"}
     assert preset["sha256"] == sweep.weights_hash(FOLDER)
