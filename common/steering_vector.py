@@ -286,7 +286,8 @@ class SteeringVector:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except safetensors.SafetensorError as error:
             raise ValueError(f"{os.fspath(path)!r} is no complete safetensors file ({error})") from None
-        if metadata.pop("format", None) != "steering_vector" or not all(_layer_of(name, "layer.") is not None for name in tensors):
+        named = bool(tensors) and all(_layer_of(name, "layer.") is not None for name in tensors)
+        if metadata.pop("format", None) != "steering_vector" or "layer_type" not in metadata or not named:
             raise ValueError(f"{os.fspath(path)!r} is a safetensors file, but holds no steering vector")
         if (version := metadata.pop("format_version", None)) != FORMAT_VERSION:
             raise ValueError(f"{os.fspath(path)!r} has format {version!r}; this version reads {FORMAT_VERSION!r}")

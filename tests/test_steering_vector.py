@@ -556,6 +556,10 @@ def test_foreign_files_are_refused(tmp_path):
     save_file({"layer.1": torch.ones(3)}, path)
     with pytest.raises(ValueError, match="is a safetensors file, but holds no steering vector"):
         SteeringVector.load(path)
+    for tensors in ({}, {"other": torch.ones(3)}, {"layer.1": torch.ones(3)}):  # the last one does not say where it acts
+        save_file(tensors, path, {"format": "steering_vector", "format_version": "1"})
+        with pytest.raises(ValueError, match="holds no steering vector"):
+            SteeringVector.load(path)
     save_file({"layer.1": torch.ones(3)}, path, {"format": "steering_vector", "format_version": "99", "layer_type": "mlp"})
     with pytest.raises(ValueError, match="has format '99'; this version reads '1'"):
         SteeringVector.load(path)
