@@ -22,6 +22,9 @@ import importlib
 _MODULE_OF = {
     name: module
     for module, names in {
+        "activation_additions": [
+            "ActivationAddition", "addition_vectors", "apply_activation_additions", "get_x_vector", "line_up", "with_bos",
+        ],
         "activations": ["read_activations", "record_activations"],
         "aggregators": ["Aggregator", "logistic_aggregator", "mean_aggregator", "mean_centred_aggregator", "pca_aggregator"],
         "models": ["load_model"],

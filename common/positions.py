@@ -6,6 +6,7 @@ Notation: `attention_mask` is 1 at real tokens and 0 at padding, shape [batch, p
 import inspect
 from collections.abc import Mapping, Sequence
 from numbers import Integral
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -112,6 +113,48 @@ class TokenSelection:
         return mask.gather(1, positions.clamp(max=mask.shape[1] - 1)) & inside
 
 
+class TokenSpan:
+    """The tokens of a prompt to which a sequence of vectors is added, one vector a token; as absolute positions.
+
+    Args:
+        count: how many vectors.
+        location: "front" (from the first token of the prompt on), "back" (up to its last one) or "mid" (from
+            `length // 2 - count // 2` on).
+
+    Raises:
+        ValueError: another location.
+    """
+
+    everything = False
+
+    def __init__(self, count: int, location: Literal["front", "mid", "back"] = "front"):
+        if location not in LOCATIONS:
+            raise ValueError(f"expected one of {', '.join(LOCATIONS)} as addition_location, got {location!r}")
+        self.count, self.location = count, location
+
+    @property
+    def counts_from_the_end(self) -> bool:
+        """Whether the length of the prompt matters."""
+        return self.location != "front"
+
+    def offsets(self, positions: Tensor, lengths: Tensor) -> Tensor:
+        """Return which of the vectors is meant for each entry, [batch, pos]; outside 0 to count - 1 it is none of them.
+
+        Raises:
+            ValueError: a prompt has fewer tokens than there are vectors.
+        """
+        if (shortest := int(lengths.min())) < self.count:
+            raise ValueError(f"the addition has {self.count} tokens and a prompt only {shortest}: expected a prompt that is as long")
+        start = {"front": 0 * lengths, "back": lengths - self.count, "mid": lengths // 2 - self.count // 2}[self.location]
+        return positions - start[:, None]
+
+    def select(self, positions: Tensor, lengths: Tensor) -> Tensor:
+        """Return to which entries a vector is added, [batch, pos], bool."""
+        offsets = self.offsets(positions, lengths)
+        return (offsets >= 0) & (offsets < self.count)
+
+
+LOCATIONS = ("front", "mid", "back")
 EVERYTHING = (slice(None), slice(0, None), slice(None, None, 1), slice(0, None, 1))
 
 
@@ -144,23 +187,27 @@ class PositionTracker:
     """Follows the passes of a model and says which of their entries are selected.
 
     With a KV cache a pass sees only the new tokens, without one it sees all again, and padding shifts both: the absolute
-    positions come from the attention mask and the length of the cache. Register it on the module that holds the blocks, as
-    a forward pre-hook with keyword arguments; `mask` is then what the current pass selects.
+    positions come from the attention mask and the length of the cache. It is to be called with the arguments of every pass
+    of the module that holds the blocks (`hooking.hook_passes`).
 
     Attributes:
-        mask: [batch, pos, 1], bool, or None where every entry is selected.
+        mask: what the current pass selects, [batch, pos, 1], bool, or None where every entry is selected.
+        positions: absolute positions of the entries of this pass, [batch, pos]; only where not everything is selected.
+        lengths: how many real tokens the prompts have, [batch]; likewise.
     """
 
-    def __init__(self, module: nn.Module, selection: TokenSelection):
+    def __init__(self, module: nn.Module, selection: "TokenSelection | TokenSpan"):
         self.selection = selection
         self.mask: Tensor | None = None
+        self.positions: Tensor | None = None
+        self.lengths: Tensor | None = None
         self._names = list(inspect.signature(module.forward).parameters)
         self._lengths: Tensor | None = None
         self._prompt: Tensor | None = None
         self._total = 0
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Note the positions of a pass that begins."""
+    def __call__(self, args: tuple, kwargs: dict) -> None:
+        """Note the positions of a pass that begins, from its arguments."""
         given = {**dict(zip(self._names, args)), **kwargs}
         cache = given.get("past_key_values")
         past = int(cache.get_seq_length()) if cache is not None else 0
@@ -187,18 +234,22 @@ class PositionTracker:
             real = torch.ones_like(positions, dtype=torch.bool)
             lengths = positions[:, -1] + 1
         if self.selection.counts_from_the_end:
-            lengths = self._prompt_lengths(ids, lengths, past, count)
+            # A pass of the model by hand leaves `use_cache` open; generation without a cache says False, each time.
+            repeats = given.get("use_cache", False) is False
+            lengths = self._prompt_lengths(ids, lengths, past, count, repeats)
+        self.positions, self.lengths = positions, lengths
         mask = self.selection.select(positions, lengths) & real
         self.mask = None if bool(mask.all()) else mask[..., None]
 
-    def _prompt_lengths(self, ids: Tensor | None, lengths: Tensor, past: int, count: int) -> Tensor:
-        """The lengths of the prompts, also when the pass continues them, with a cache or without one."""
+    def _prompt_lengths(self, ids: Tensor | None, lengths: Tensor, past: int, count: int, repeats: bool) -> Tensor:
+        """The lengths of the prompts, also when the pass continues them, with a cache or (where it `repeats`) without one."""
         total = past + count
         continues = self._lengths is not None and len(self._lengths) == len(lengths) and total > self._total
         if continues and not past:
             # Generation without a cache: the same prompt again, and one token more than in the pass before.
             continues = (
-                ids is not None
+                repeats
+                and ids is not None
                 and self._prompt is not None
                 and total == self._total + 1
                 and torch.equal(ids[:, : self._prompt.shape[1]], self._prompt)

@@ -4,11 +4,14 @@ A `layer_type` names a part of a block: "decoder_block" (its output is resid_pos
 or "post_attention_layernorm" (the norm in front of the MLP). A `layer_config` maps layer types to layer matchers, and a
 matcher turns a layer number into the path of a module: a template such as "transformer.h.{num}.attn", or a callable.
 Names and meaning are those of the steering-vectors library (https://steering-vectors.github.io/steering-vectors).
+
+A `Site` is a place in a numbered block, for those who name places as TransformerLens does ("blocks.6.hook_resid_pre").
 """
 
 import inspect
+import re
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from torch import nn
 
@@ -26,6 +29,64 @@ PART_NAMES: dict[str, tuple[str, ...]] = {
     "post_attention_layernorm": ("post_attention_layernorm", "ln_2", "ln_mlp", "ffn_norm", "norm_2"),
 }
 LAYER_TYPES = ("decoder_block", *PART_NAMES)
+
+
+class Site(NamedTuple):
+    """A place in the residual stream or beside it: `part` is "resid_pre", "resid_post" or a layer type of block `layer`."""
+
+    layer: int
+    part: str
+
+    def __str__(self) -> str:
+        """The name that TransformerLens has for it, where it has one."""
+        return _HOOK_NAMES[self.part].format(self.layer) if self.part in _HOOK_NAMES else f"{self.part} of block {self.layer}"
+
+
+_HOOK_NAMES = {
+    "resid_pre": "blocks.{}.hook_resid_pre", "resid_post": "blocks.{}.hook_resid_post",
+    "self_attn": "blocks.{}.hook_attn_out", "mlp": "blocks.{}.hook_mlp_out",
+}
+
+
+def parse_site(act_name: int | str | tuple[int, str]) -> Site:
+    """Read the name of a place.
+
+    Args:
+        act_name: a number l (resid_pre of block l), "blocks.{l}.hook_resid_pre", "...hook_resid_post", "...hook_attn_out",
+            "...hook_mlp_out", or a pair (layer, part) with "resid_pre", "resid_post" or a layer type as part
+            ("decoder_block" is resid_post).
+
+    Raises:
+        ValueError: nothing of these, or a negative layer.
+    """
+    layer, part = act_name if isinstance(act_name, tuple) and len(act_name) == 2 else (act_name, "resid_pre")
+    if isinstance(act_name, str):
+        hooks = {hook.partition(".{}.")[2]: part for part, hook in _HOOK_NAMES.items()}
+        match = re.fullmatch(r"blocks\.(\d+)\.(\w+)", act_name)
+        layer, part = (int(match[1]), hooks.get(match[2])) if match else (None, None)
+    part = "resid_post" if part == "decoder_block" else part
+    if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0 or part not in ("resid_pre", "resid_post", *PART_NAMES):
+        raise ValueError(
+            f"unknown site {act_name!r}: expected a block number l (resid_pre of block l), 'blocks.{{l}}.hook_resid_pre', "
+            "'blocks.{l}.hook_resid_post', or a pair (layer, part) with 'resid_pre', 'resid_post' or a layer type as part"
+        )
+    return Site(layer, part)
+
+
+def find_site(model: nn.Module, site: Site) -> tuple[nn.Module, Literal["input", "output"]]:
+    """Return the module and the side of it where a site lies. resid_pre of a block is what the block before it gives.
+
+    Raises:
+        ValueError: the model has no such layer, or no such part.
+    """
+    _, blocks = get_blocks(model)
+    if site.layer >= len(blocks):
+        raise ValueError(f"{site} does not exist: {type(model).__name__} has blocks 0 to {len(blocks) - 1}")
+    if site.part == "resid_pre":
+        return (blocks[site.layer - 1], "output") if site.layer else (blocks[0], "input")
+    if site.part == "resid_post":
+        return blocks[site.layer], "output"
+    return get_layers(model, site.part, layers=[site.layer])[site.layer], "output"
 
 
 def guess_and_enhance_layer_config(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
-from common.blocks import get_blocks, get_hidden, with_hidden
+from common.hooking import SteeringHook, holder_of_blocks, hook_output, hook_passes
 from common.operators import PatchDeltaOperator
 from common.positions import PositionTracker, TokenSelection
 from common.sites import LAYER_TYPES, LayerType, ModelLayerConfig, get_layers
@@ -115,14 +115,12 @@ class SteeringVector:
             if not torch.isfinite(vector).all():
                 raise ValueError(f"expected finite numbers, got nan or inf in the vector of layer {layer}")
         self._warn_of_another_model(model)
-        holder = _holder_of_blocks(model)
-        tracker = PositionTracker(holder, selection)
+        tracker = PositionTracker(holder_of_blocks(model), selection)
         handle = SteeringPatchHandle([])
         try:
-            handle.model_hooks.append(holder.register_forward_pre_hook(tracker, with_kwargs=True))
+            handle.model_hooks.append(hook_passes(model, tracker))
             for (layer, module), vector in zip(found.items(), self.layer_activations.values(), strict=True):
-                hook = _SteeringHook(vector, multiplier, operator, tracker, layer)
-                handle.model_hooks.append(_register_before_others(module, hook))
+                handle.model_hooks.append(hook_output(module, _VectorHook(vector, multiplier, operator, tracker, layer)))
         except BaseException:
             handle.remove()
             raise
@@ -358,15 +356,14 @@ def model_name(model: nn.Module) -> str:
     return Path(name).resolve().name if name and Path(name).exists() else name
 
 
-class _SteeringHook:
-    """Adds a vector to what a module gives. It moves the vector to where the hidden states are once, not at every pass."""
+class _VectorHook(SteeringHook):
+    """Adds a vector to hidden states. It moves the vector to where they are once, not at every pass."""
 
     def __init__(self, vector: Tensor, multiplier: float, operator: PatchDeltaOperator | None, tracker: PositionTracker, layer: int):
         self.vector, self.multiplier, self.operator, self.tracker, self.layer = vector, multiplier, operator, tracker, layer
         self.moved: Tensor | None = None
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        hidden = get_hidden(output)
+    def steer(self, hidden: Tensor) -> Tensor:
         vector = self.moved
         if vector is None or vector.dtype != hidden.dtype or vector.device != hidden.device:
             vector = self._move(hidden)
@@ -375,9 +372,7 @@ class _SteeringHook:
         if steered.shape != hidden.shape:
             raise ValueError(f"layer {self.layer}: cannot add {list(delta.shape)} to hidden states {list(hidden.shape)}")
         mask = self.tracker.mask
-        if mask is not None:
-            steered = torch.where(mask.to(hidden.device), steered, hidden)
-        return with_hidden(output, steered)
+        return steered if mask is None else torch.where(mask.to(hidden.device), steered, hidden)
 
     def _move(self, hidden: Tensor) -> Tensor:
         if len(self.vector) != hidden.shape[-1]:
@@ -386,27 +381,6 @@ class _SteeringHook:
         # A vector that is being learned belongs to the graph of one pass only.
         self.moved = None if self.vector.requires_grad else moved
         return moved
-
-
-def _register_before_others(module: nn.Module, hook: _SteeringHook) -> RemovableHandle:
-    """Register a hook that runs behind the steering hooks that are there, and before all others.
-
-    transformers collects `hidden_states` by hooks of its own, which have to see the steering.
-    """
-    handle = module.register_forward_hook(hook)
-    hooks = module._forward_hooks
-    for key in reversed([key for key, other in hooks.items() if isinstance(other, _SteeringHook)]):
-        hooks.move_to_end(key, last=False)
-    return handle
-
-
-def _holder_of_blocks(model: nn.Module) -> nn.Module:
-    """The module that gets the attention mask and hands it to the blocks; the model itself where there is no other."""
-    try:
-        path, _ = get_blocks(model)
-    except ValueError:
-        return model
-    return model.get_submodule(path.rpartition(".")[0])
 
 
 def _write(path: str | os.PathLike, overwrite: bool, write: Callable[[str], None]) -> None:

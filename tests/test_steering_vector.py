@@ -349,10 +349,10 @@ def test_other_dtypes_are_moved_once(tokenizer, dtype, monkeypatch):
     model = tiny_model("GPT-2", len(tokenizer)).bfloat16()
     vector = random_vector(d_model=32).to(dtype)
     moves = []
-    from common.steering_vector import _SteeringHook
+    from common.steering_vector import _VectorHook
 
-    plain_move = _SteeringHook._move
-    monkeypatch.setattr(_SteeringHook, "_move", lambda self, hidden: moves.append(1) or plain_move(self, hidden))
+    plain_move = _VectorHook._move
+    monkeypatch.setattr(_VectorHook, "_move", lambda self, hidden: moves.append(1) or plain_move(self, hidden))
     with vector.apply(model):
         model.generate(**encode(tokenizer, TEXTS), max_new_tokens=6, eos_token_id=None)
         assert hidden_of(model, encode(tokenizer, TEXTS)).dtype == torch.bfloat16
