@@ -2,9 +2,10 @@
 
 6  love_hate figures sweeps            the experiment through any mechanism; figures a model must show; grids
 5  mechanisms                          the notebooks' own cells as callables
-4  training                            steering vectors from contrast pairs
-3  steering_vector generation metrics  apply, save and load a vector; completions, sampling, logits; the tone of a text
-2  activations pristine                read and record; is this model as it was?
+4  training comparisons                steering vectors from contrast pairs; completions side by side
+3  steering_vector generation metrics  apply, save and load a vector; sampling and logits; the tone of a text
+3  activation_additions                the activations of one prompt at the front of another
+2  activations pristine hooking        read and record; is this model as it was? hooks and their order
 1  models embedded baukit_standin      load; the model that comes with the project; a Trace where baukit is missing
 1  blocks sites positions              find a block, and a part of it, in any model; which tokens of a text
 1  operators aggregators               what is done at a position; how many differences become one vector
@@ -27,6 +28,9 @@ _MODULE_OF = {
         ],
         "activations": ["read_activations", "record_activations"],
         "aggregators": ["Aggregator", "logistic_aggregator", "mean_aggregator", "mean_centred_aggregator", "pca_aggregator"],
+        "comparisons": [
+            "complete", "gen_normal_and_modified", "gen_using_activation_additions", "pretty_print_completions", "print_n_comparisons",
+        ],
         "models": ["load_model"],
         "operators": [
             "PatchDeltaOperator", "ablation_operator", "ablation_then_addition_operator", "addition_operator",

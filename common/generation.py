@@ -3,12 +3,23 @@
 `inputs` is what the tokenizer returns: `input_ids` and `attention_mask`, [batch, pos], padded on the left.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+from tqdm import tqdm
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from common.positions import with_position_ids
 
@@ -54,6 +65,36 @@ def completions(tokenizer: PreTrainedTokenizerBase, inputs: Mapping[str, Tensor]
     return tokenizer.batch_decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
+@torch.no_grad()
+def text_logits(model: PreTrainedModel, inputs: Mapping[str, Tensor], ids: Tensor) -> Tensor:
+    """Run over prompts and what follows them, and return the logits [batch, pos + new, vocab].
+
+    The prompt goes first and the rest with its cache, so that steering which counts from the end of the prompt falls where
+    it fell when the text was generated.
+
+    Args:
+        model: a causal language model.
+        inputs: the prompts, as given to `generate`, [batch, pos].
+        ids: prompts and what follows, [batch, pos + new].
+    """
+    rest = ids[:, inputs["input_ids"].shape[1] :]
+    first = model(**with_position_ids(inputs), use_cache=True)
+    if not rest.shape[1]:
+        return first.logits
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(rest)], dim=1)
+    places = with_position_ids({"attention_mask": mask})["position_ids"][:, -rest.shape[1] :]
+    second = model(rest, attention_mask=mask, position_ids=places, past_key_values=first.past_key_values, use_cache=True)
+    return torch.cat([first.logits, second.logits], dim=1)
+
+
+def real_tokens(model: PreTrainedModel, inputs: Mapping[str, Tensor], ids: Tensor) -> Tensor:
+    """Return which tokens belong to the texts, [batch, pos + new], bool: no padding, and nothing behind the first end of text."""
+    rest = ids[:, inputs["input_ids"].shape[1] :]
+    ends = torch.tensor(model.generation_config.eos_token_id if model.generation_config.eos_token_id is not None else [], device=ids.device)
+    is_end = torch.isin(rest, ends)
+    return torch.cat([inputs["attention_mask"].bool(), is_end.long().cumsum(-1) - is_end.long() == 0], dim=1)
+
+
 class FrequencyPenalty(LogitsProcessor):
     """Lower each token's logit by `penalty` for every time it occurred so far, prompt included.
 
@@ -71,3 +112,127 @@ class FrequencyPenalty(LogitsProcessor):
         """Return the penalised scores [batch, vocab]; `input_ids` is [batch, pos], padding included."""
         counts = torch.zeros_like(scores).scatter_add_(1, input_ids, torch.ones_like(input_ids, dtype=scores.dtype))
         return scores - self.penalty * counts
+
+
+class SeededSampling(LogitsProcessor):
+    """Turns greedy decoding into sampling whose random numbers belong to each row, not to the batch.
+
+    It adds Gumbel noise to the scores, and the largest sum is then a sample of their softmax. The noise of a row comes from
+    the seed of that row alone: a prompt gets the same text in any batch, on any device, and rows with equal seeds (a prompt
+    steered and unsteered) get equal noise. The global random state is neither read nor changed.
+
+    Args:
+        seeds: for each row, one or several integers from 0 on.
+    """
+
+    def __init__(self, seeds: Sequence[int | Sequence[int]]):
+        keys = [(seed,) if isinstance(seed, int) else tuple(seed) for seed in seeds]
+        generators = {key: np.random.default_rng(key) for key in dict.fromkeys(keys)}
+        numbers = {key: number for number, key in enumerate(generators)}
+        self._generators = list(generators.values())
+        self._rows = torch.tensor([numbers[key] for key in keys])
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return scores [batch, vocab] whose largest entry is the sampled token."""
+        noise = np.stack([generator.standard_exponential(scores.shape[1], dtype=np.float32) for generator in self._generators])
+        gumbel = -torch.from_numpy(noise).clamp_(min=torch.finfo(torch.float32).tiny).log_()
+        return scores + gumbel.to(scores)[self._rows.to(scores.device)]
+
+
+class _PerRow(LogitsProcessor):
+    """Lets a processor that counts tokens see each row without its padding, which is the end of text and no repetition."""
+
+    def __init__(self, processor: LogitsProcessor, attention_mask: Tensor):
+        self.processor, self.starts = processor, (attention_mask == 0).sum(-1).tolist()
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        rows = zip(input_ids.split(1), scores.split(1), self.starts)
+        return torch.cat([self.processor(ids[:, start:], row) for ids, row, start in rows])
+
+
+class _Bar(LogitsProcessor):
+    """Moves a bar on by one at each token."""
+
+    def __init__(self, bar: tqdm):
+        self.bar = bar
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.bar.update()
+        return scores
+
+
+def check_sampling(temperature: float, top_p: float, freq_penalty: float, repetition_penalty: float, max_new_tokens: int) -> None:
+    """Refuse settings of `sample` that mean nothing.
+
+    Raises:
+        ValueError: a temperature or a frequency penalty below 0, a top_p outside (0, 1], a repetition penalty of 0 or less, no
+            new tokens.
+    """
+    if not temperature >= 0 or not math.isfinite(temperature):
+        raise ValueError(f"expected a temperature of 0 or more, got {temperature!r}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"expected a top_p above 0 and at most 1, got {top_p!r}")
+    if not repetition_penalty > 0:
+        raise ValueError(f"expected a repetition penalty above 0 (1 is none), got {repetition_penalty!r}")
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise ValueError(f"expected 1 or more new tokens, got {max_new_tokens!r}")
+    FrequencyPenalty(freq_penalty)
+
+
+def sample(
+    model: PreTrainedModel,
+    inputs: Mapping[str, Tensor],
+    seeds: Sequence[int | Sequence[int]],
+    *,
+    max_new_tokens: int = 20,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    freq_penalty: float = 0.0,
+    repetition_penalty: float = 1.0,
+    show_progress: bool = False,
+    **options: Any,
+) -> Tensor:
+    """Sample as in the activation-addition post: temperature, top_p, frequency penalty, and no top-k.
+
+    The order is that of TransformerLens: repetition penalty, temperature, frequency penalty, top_p.
+
+    Args:
+        model: a causal language model.
+        inputs: what the tokenizer returned, [batch, pos], padded on the left.
+        seeds: one for each row; see `SeededSampling`.
+        max_new_tokens: length of the completions.
+        temperature: 0 is greedy, whatever the seeds.
+        top_p: the smallest set of tokens with at least this probability is sampled from.
+        freq_penalty: see `FrequencyPenalty`.
+        repetition_penalty: the logits of tokens that occurred are divided by it (multiplied where negative); 1 is none.
+        show_progress: show a bar that counts tokens, where it takes more than five seconds.
+        options: more of `model.generate`.
+
+    Returns:
+        Token ids [batch, pos + new], prompt included.
+
+    Raises:
+        ValueError: see `check_sampling`; or another number of seeds than rows.
+    """
+    check_sampling(temperature, top_p, freq_penalty, repetition_penalty, max_new_tokens)
+    if len(seeds) != len(inputs["input_ids"]):
+        raise ValueError(f"expected one seed for each of {len(inputs['input_ids'])} rows, got {len(seeds)}")
+    mask = inputs["attention_mask"]
+
+    def counting(processor: LogitsProcessor) -> LogitsProcessor:
+        return processor if bool(mask.all()) else _PerRow(processor, mask)
+
+    processors = LogitsProcessorList(options.pop("logits_processor", ()))
+    if repetition_penalty != 1:
+        processors.append(counting(RepetitionPenaltyLogitsProcessor(float(repetition_penalty))))
+    if temperature not in (0, 1):
+        processors.append(TemperatureLogitsWarper(float(temperature)))
+    if freq_penalty:
+        processors.append(counting(FrequencyPenalty(freq_penalty)))
+    if temperature:
+        if top_p < 1:
+            processors.append(TopPLogitsWarper(top_p))
+        processors.append(SeededSampling(seeds))
+    with tqdm(total=max_new_tokens, desc="Generating", unit="token", disable=not show_progress, leave=False, delay=5) as bar:
+        processors.append(_Bar(bar))
+        return generate(model, inputs, max_new_tokens=max_new_tokens, logits_processor=processors, **{"do_sample": False, **options})

@@ -117,11 +117,13 @@ def train(seed: int, steps: int = STEPS) -> tuple[GPT2LMHeadModel, Any, dict]:
     end = tokenizer.eos_token_id
     config = GPT2Config(
         vocab_size=len(tokenizer), n_positions=N_POSITIONS, n_embd=128, n_layer=6, n_head=4, bos_token_id=end, eos_token_id=end,
-        pad_token_id=end, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
     )
     # Rows this short are faster with plain attention than with the fused one.
     config._attn_implementation = "eager"
     model = GPT2LMHeadModel(config).train()
+    # For generation only, as in GPT-2: named in the config as well, it makes every text that begins with BOS look padded.
+    model.generation_config.pad_token_id = end
     for block, share in zip(model.transformer.h, ATTENTION_DROPOUT, strict=True):
         block.attn.attn_dropout.p = share
     matrices = [p for p in model.parameters() if p.dim() > 1]
