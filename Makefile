@@ -17,7 +17,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test notebooks lab colab embedded evaluate-embedded full-size gpt2-xl picture benchmark-extraction clean
+.PHONY: help run test notebooks lab colab embedded evaluate-embedded full-size gpt2-xl picture benchmark-extraction benchmark-sweep clean
 
 help: ## list the targets
 	@awk -F ': .*## ' '/^[a-z0-9-]+: .*## / { printf "make %-22s %s\n", $$1, $$2 }' Makefile
@@ -54,6 +54,9 @@ picture: $(STAMP) ## draw the picture of the README again
 
 benchmark-extraction: $(STAMP) $(PEERS)/.installed ## measure what training a vector costs, beside steering-vectors (16 GB of memory)
 	$(RUN) benchmarks.extraction --peer $(PEERS)/bin/python
+
+benchmark-sweep: $(STAMP) ## measure what a sweep costs, beside one run for each setting and prompt
+	$(RUN) benchmarks.sweep
 
 clean: ## remove the environment and the caches, nothing else
 	rm -rf $(VENV) $(PEERS) .pytest_cache .hypothesis __pycache__ */__pycache__ common/*/__pycache__

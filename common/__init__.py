@@ -1,15 +1,19 @@
 """What the notebooks share, and what a reader takes home. Each module imports only from the floors below it.
 
-6  love_hate figures sweeps            the experiment through any mechanism; figures a model must show; grids
-5  mechanisms                          the notebooks' own cells as callables
-4  training comparisons                steering vectors from contrast pairs; completions side by side
-3  steering_vector generation metrics  apply, save and load a vector; sampling and logits; the tone of a text
+6  love_hate figures                   the experiment through any mechanism; figures a model must show
+5  mechanisms sweeps                   the notebooks' own cells as callables; layers x coefficients x prompts in one batch
+4  training comparisons rating         steering vectors from contrast pairs; completions side by side, rated blind
+4  corpus probabilities effects        perplexity on and off the topic; the next token; where steering works
+4  row_steering                        each row of a batch steered by a vector of its own
+4  checks                              what is wrong with a steering, the reader's own included; one place in all vocabularies
+3  steering_vector generation metrics  apply, save and load a vector; sampling and logits; what is measured on texts
+4  demonstrations                      the four famous ones: prompts, places, coefficients
 3  activation_additions                the activations of one prompt at the front of another
 2  activations pristine hooking        read and record; is this model as it was? hooks and their order
 1  models embedded baukit_standin      load; the model that comes with the project; a Trace where baukit is missing
 1  blocks sites positions              find a block, and a part of it, in any model; which tokens of a text
 1  operators aggregators               what is done at a position; how many differences become one vector
-1  pictures                            pictures that several notebooks draw
+1  pictures sweep_store                pictures that several notebooks draw; the rows of a sweep in a file
 
 Beside the floors stand commands that nobody imports from below: `notebooks` runs the notebooks and stores their outputs,
 `colab` writes their badge and first cell, `embedded.train`, `embedded.sweep` and `embedded.evaluate` make and measure the
@@ -28,8 +32,18 @@ _MODULE_OF = {
         ],
         "activations": ["read_activations", "record_activations"],
         "aggregators": ["Aggregator", "logistic_aggregator", "mean_aggregator", "mean_centred_aggregator", "pca_aggregator"],
+        "checks": [
+            "assert_adds", "assert_beats_random", "assert_bos", "assert_leaves_generated_tokens", "assert_no_top_k",
+            "assert_precise_difference", "assert_same_length", "assert_same_place", "assert_steers_every_row",
+            "assert_steers_generated_tokens", "precision_of_difference", "translate", "where_is",
+        ],
         "comparisons": [
             "complete", "gen_normal_and_modified", "gen_using_activation_additions", "pretty_print_completions", "print_n_comparisons",
+        ],
+        "corpus": ["get_stats_over_corpus", "perplexity_ratios", "plot_perplexity_ratios"],
+        "effects": ["effect_by_cell", "perplexity_ratio_by_cell", "plot_effect", "plot_heat_map", "plot_prompts", "working_window"],
+        "metrics": [
+            "add_metric_cols", "get_logprob_metric", "get_loss_metric", "get_sentiment_metric", "get_word_count_metric",
         ],
         "models": ["load_model"],
         "operators": [
@@ -37,7 +51,13 @@ _MODULE_OF = {
             "norm_preserving_addition_operator",
         ],
         "pristine": ["assert_pristine", "snapshot"],
+        "probabilities": [
+            "effectiveness_and_disruption", "next_token_probs", "plot_effectiveness_and_disruption", "plot_top_changed_tokens",
+            "top_changed_tokens",
+        ],
         "sites": ["LayerMatcher", "LayerType", "ModelLayerConfig", "get_num_matching_layers", "guess_and_enhance_layer_config"],
+        "sweep_store": ["read_sweep"],
+        "sweeps": ["sweep", "sweep_logits", "sweep_perplexity", "token_logprob"],
         "steering_vector": ["SteeringPatchHandle", "SteeringVector"],
         "training": ["SteeringVectorTrainingSample", "aggregate_activations", "extract_activations", "train_steering_vector"],
     }.items()

@@ -236,7 +236,7 @@ def addition_vectors(
     return summed
 
 
-class _SpanHook(SteeringHook):
+class SpanHook(SteeringHook):
     """Adds one vector to each token of a span of the prompt: vectors [count, d_model], or for each row [batch, count, d_model]."""
 
     def __init__(self, vectors: Tensor, tracker: PositionTracker):
@@ -248,7 +248,8 @@ class _SpanHook(SteeringHook):
             return hidden
         span = self.tracker.selection
         offsets = span.offsets(self.tracker.positions, self.tracker.lengths).clamp(0, span.count - 1).to(hidden.device)
-        delta = self.vectors.to(hidden)[offsets]
+        vectors = self.vectors.to(hidden)
+        delta = vectors[offsets] if vectors.dim() == 2 else vectors[torch.arange(len(offsets), device=offsets.device)[:, None], offsets]
         return hidden + delta if mask is None else torch.where(mask.to(hidden.device), hidden + delta, hidden)
 
 
@@ -308,7 +309,7 @@ def adding_spans(model: nn.Module, vectors: dict[tuple[Site, int], Tensor], loca
             for site, vector in items:
                 module, side = find_site(model, site)
                 register = hook_input if side == "input" else hook_output
-                stack.callback(register(module, _SpanHook(vector, tracker)).remove)
+                stack.callback(register(module, SpanHook(vector, tracker)).remove)
         yield
 
 
@@ -353,7 +354,7 @@ def line_up(
         offsets = span.offsets(positions, lengths)[0]
         inside = span.select(positions, lengths)[0]
         total[inside] += vectors.float().cpu()[offsets[inside]]
-    frame["steering"] = total.norm(dim=-1).numpy()
-    frame["residual"] = read_sites(model, [ids], sites)[tuple(ids), sites[0]].float().norm(dim=-1).cpu().numpy()
+    frame["steering"] = total.norm(dim=-1).double().numpy()
+    frame["residual"] = read_sites(model, [ids], sites)[tuple(ids), sites[0]].double().norm(dim=-1).cpu().numpy()
     frame["ratio"] = frame["steering"] / frame["residual"]
     return frame

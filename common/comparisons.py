@@ -15,30 +15,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
-from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.activation_additions import ActivationAddition, AdditionLocation, apply_activation_additions
-from common.generation import completions, real_tokens, sample, text_logits
+from common.generation import completions, encode, real_tokens, sample, text_logits
 
 UNSTEERED, STEERED = "Unsteered completions", "Steered completions"
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], prepend_bos: bool = True) -> BatchEncoding:
-    """Tokenize prompts into one batch, padded on the left, with BOS in front.
-
-    Raises:
-        ValueError: no prompts, something else than texts, a prompt without tokens, or no BOS.
-    """
-    if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-        raise ValueError(f"expected a list of texts as prompts, got {prompts!r}")
-    if prepend_bos and tokenizer.bos_token is None:
-        raise ValueError(f"{type(tokenizer).__name__} has no BOS token: give prepend_bos=False")
-    bos = tokenizer.bos_token if prepend_bos else ""
-    # Texts of their own BOS: tokenizers that put one in front must not put a second.
-    inputs = tokenizer([bos + prompt for prompt in prompts], return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
-    if not inputs["attention_mask"].sum(-1).all():
-        raise ValueError("expected prompts of one token or more, got an empty one")
-    return inputs
 
 
 def complete(

@@ -12,16 +12,36 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import (
+    BatchEncoding,
+    DynamicCache,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
-    TopPLogitsWarper,
 )
+from transformers.cache_utils import DynamicLayer
 
 from common.positions import with_position_ids
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], prepend_bos: bool = True) -> BatchEncoding:
+    """Tokenize prompts into one batch, padded on the left, with BOS in front.
+
+    Raises:
+        ValueError: no prompts, something else than texts, a prompt without tokens, or no BOS.
+    """
+    if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError(f"expected a list of texts as prompts, got {prompts!r}")
+    if prepend_bos and tokenizer.bos_token is None:
+        raise ValueError(f"{type(tokenizer).__name__} has no BOS token: give prepend_bos=False")
+    bos = tokenizer.bos_token if prepend_bos else ""
+    # Texts of their own BOS: tokenizers that put one in front must not put a second.
+    inputs = tokenizer([bos + prompt for prompt in prompts], return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+    if not inputs["attention_mask"].sum(-1).all():
+        raise ValueError("expected prompts of one token or more, got an empty one")
+    return inputs
 
 
 @torch.no_grad()
@@ -95,6 +115,44 @@ def real_tokens(model: PreTrainedModel, inputs: Mapping[str, Tensor], ids: Tenso
     return torch.cat([inputs["attention_mask"].bool(), is_end.long().cumsum(-1) - is_end.long() == 0], dim=1)
 
 
+class ReservedLayer(DynamicLayer):
+    """One layer of a KV cache that is as long as it will be from the start: a new token is written, and nothing copied."""
+
+    def __init__(self, length: int):
+        super().__init__()
+        self.length = length
+        self.buffers: list[Tensor] = []
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store the new keys and values [batch, head, pos, d_head], and return all."""
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        mine = not start or bool(self.buffers) and self.keys.data_ptr() == self.buffers[0].data_ptr()
+        if end > self.length or not mine:  # no room left, or other rows were put in place, as beam search does
+            return super().update(key_states, value_states, *args, **kwargs)
+        if not start:
+            self.lazy_initialization(key_states, value_states)
+            self.buffers = [new.new_empty(*new.shape[:2], self.length, new.shape[3]) for new in (key_states, value_states)]
+        for buffer, new in zip(self.buffers, (key_states, value_states)):
+            buffer[:, :, start:end] = new
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def write(self, rows: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Replace what some rows [n] hold by keys and values [n, head, pos, d_head]; all positions."""
+        self.keys[rows], self.values[rows] = keys, values
+
+
+def reserved_cache(model: PreTrainedModel, length: int) -> DynamicCache:
+    """Return a KV cache for texts of up to `length` tokens that does not copy itself at each new token.
+
+    It pays for large batches of a small model. Layers of another kind (sliding windows) stay what they are.
+    """
+    cache = DynamicCache(config=model.config)
+    cache.layers = [ReservedLayer(length) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
 class FrequencyPenalty(LogitsProcessor):
     """Lower each token's logit by `penalty` for every time it occurred so far, prompt included.
 
@@ -112,6 +170,31 @@ class FrequencyPenalty(LogitsProcessor):
         """Return the penalised scores [batch, vocab]; `input_ids` is [batch, pos], padding included."""
         counts = torch.zeros_like(scores).scatter_add_(1, input_ids, torch.ones_like(input_ids, dtype=scores.dtype))
         return scores - self.penalty * counts
+
+
+class TopP(LogitsProcessor):
+    """Keep the likeliest tokens that together have at least the probability `top_p`, as `TopPLogitsWarper` of transformers.
+
+    That one sorts the whole vocabulary at every step, which takes longer than a small model. Here only the likeliest tokens
+    are sorted, as many as it takes.
+    """
+
+    def __init__(self, top_p: float):
+        self.top_p = top_p
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return scores [batch, vocab] with all other tokens at minus infinity; the likeliest one always stays."""
+        probs = scores.softmax(-1)
+        least, enough = self._least(probs.topk(min(32, probs.shape[1])).values)
+        if not enough.all():
+            least[~enough] = self._least(probs[~enough].sort(descending=True).values)[0]
+        return scores.masked_fill(probs < least, -torch.inf)
+
+    def _least(self, best: Tensor) -> tuple[Tensor, Tensor]:
+        """The smallest probability that is kept, [batch, 1], and whether these likeliest ones [batch, n] reach far enough."""
+        total = best.cumsum(-1)
+        kept = (total - best < self.top_p).sum(-1, keepdim=True).clamp(min=1)  # 0 only in a row of nan
+        return best.gather(-1, kept - 1), total[:, -1] >= self.top_p
 
 
 class SeededSampling(LogitsProcessor):
@@ -148,6 +231,12 @@ class _PerRow(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         rows = zip(input_ids.split(1), scores.split(1), self.starts)
         return torch.cat([self.processor(ids[:, start:], row) for ids, row, start in rows])
+
+
+def progress_bar(total: int, title: str, unit: str, show: bool, done: int = 0) -> tqdm:
+    """Return a bar that appears where the work takes longer than five seconds; TQDM_DISABLE in the environment hides it."""
+    hidden = {} if show else {"disable": True}
+    return tqdm(total=total, initial=done, desc=title, unit=unit, leave=False, delay=5, **hidden)
 
 
 class _Bar(LogitsProcessor):
@@ -231,8 +320,8 @@ def sample(
         processors.append(counting(FrequencyPenalty(freq_penalty)))
     if temperature:
         if top_p < 1:
-            processors.append(TopPLogitsWarper(top_p))
+            processors.append(TopP(top_p))
         processors.append(SeededSampling(seeds))
-    with tqdm(total=max_new_tokens, desc="Generating", unit="token", disable=not show_progress, leave=False, delay=5) as bar:
+    with progress_bar(max_new_tokens, "Generating", "token", show_progress) as bar:
         processors.append(_Bar(bar))
         return generate(model, inputs, max_new_tokens=max_new_tokens, logits_processor=processors, **{"do_sample": False, **options})

@@ -64,6 +64,8 @@ def clean_environment(environment: MutableMapping[str, str]) -> None:
     # The embedded model is too small to gain from a second thread, and on a busy machine loses a lot by it; with one,
     # sums are added up in the same order whatever the number of cores.
     environment.setdefault("OMP_NUM_THREADS", "1")
+    # Bars come on stderr, and only on a slow machine; a reader has them, a stored notebook does not.
+    environment["TQDM_DISABLE"] = "1"
 
 
 def execute(path: Path, on_cell: Callable[..., None] | None = None) -> NotebookNode:

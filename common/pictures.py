@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
+import pandas as pd
 from matplotlib.figure import Figure
 
 
@@ -42,4 +43,29 @@ def token_strip(rows: Sequence[Sequence[str]], marked: Sequence[Sequence[int]], 
     axes.tick_params(length=0)
     axes.set_xticks([])
     axes.spines[:].set_visible(False)
+    return figure
+
+
+def plot_line_up(frame: pd.DataFrame, title: str = "") -> Figure:
+    """Draw how large an addition is at each token of a prompt, beside what the prompt itself has there.
+
+    Args:
+        frame: what `activation_additions.line_up` returned.
+        title: above the picture; say which model it shows.
+    """
+    figure, axes = plt.subplots(figsize=(0.95 * len(frame) + 1.5, 3.6), layout="constrained")
+    places = range(len(frame))
+    axes.bar([place - 0.2 for place in places], frame["residual"], width=0.4, color="0.75", label="residual stream of the prompt")
+    axes.bar([place + 0.2 for place in places], frame["steering"], width=0.4, color="tab:red", label="addition")
+    for place, row in zip(places, frame.itertuples()):
+        if row.steering:
+            axes.annotate(f"{row.ratio:.1f}×", (place + 0.2, row.steering), ha="center", va="bottom", fontsize=8)
+    added = [column for column in frame.columns if column not in ("prompt", "steering", "residual", "ratio")]
+    names = [["prompt", *added], *([row[column] for column in ("prompt", *added)] for _, row in frame.iterrows())]
+    labels = ["\n".join(text.replace(" ", "·").replace("<|endoftext|>", "BOS") or "–" for text in name) for name in names]
+    axes.set_xticks([-0.9, *places], labels, fontsize=8, family="monospace")
+    axes.tick_params(length=0)
+    axes.set(ylabel="norm", title=title, xlim=(-1.2, len(frame) - 0.4))
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
     return figure

@@ -120,6 +120,7 @@ class TokenSpan:
         count: how many vectors.
         location: "front" (from the first token of the prompt on), "back" (up to its last one) or "mid" (from
             `length // 2 - count // 2` on).
+        rows: which rows of the batch are meant, [batch], bool; all by default.
 
     Raises:
         ValueError: another location.
@@ -127,10 +128,10 @@ class TokenSpan:
 
     everything = False
 
-    def __init__(self, count: int, location: Literal["front", "mid", "back"] = "front"):
+    def __init__(self, count: int, location: Literal["front", "mid", "back"] = "front", rows: Tensor | None = None):
         if location not in LOCATIONS:
             raise ValueError(f"expected one of {', '.join(LOCATIONS)} as addition_location, got {location!r}")
-        self.count, self.location = count, location
+        self.count, self.location, self.rows = count, location, rows
 
     @property
     def counts_from_the_end(self) -> bool:
@@ -143,7 +144,8 @@ class TokenSpan:
         Raises:
             ValueError: a prompt has fewer tokens than there are vectors.
         """
-        if (shortest := int(lengths.min())) < self.count:
+        meant = lengths if self.rows is None else lengths[self.rows.to(lengths.device)]
+        if (shortest := int(meant.min())) < self.count:
             raise ValueError(f"the addition has {self.count} tokens and a prompt only {shortest}: expected a prompt that is as long")
         start = {"front": 0 * lengths, "back": lengths - self.count, "mid": lengths // 2 - self.count // 2}[self.location]
         return positions - start[:, None]
@@ -151,7 +153,8 @@ class TokenSpan:
     def select(self, positions: Tensor, lengths: Tensor) -> Tensor:
         """Return to which entries a vector is added, [batch, pos], bool."""
         offsets = self.offsets(positions, lengths)
-        return (offsets >= 0) & (offsets < self.count)
+        chosen = (offsets >= 0) & (offsets < self.count)
+        return chosen if self.rows is None else chosen & self.rows.to(chosen.device)[:, None]
 
 
 LOCATIONS = ("front", "mid", "back")

@@ -1,183 +1,545 @@
-"""Grids: how the tone of what a model writes depends on the coefficient, the prompt, and what steers it.
+"""Sweeps: what steering does over layers, coefficients and prompts, many settings in one batch.
 
-`python -m common.sweeps` draws the picture of the README.
+Every (layer, coefficient, prompt) is a row of a batch and is steered by its own vector; rows are independent, so this gives
+what one run for each setting gives. `sweep` writes completions, `sweep_logits` looks at the next token only, and
+`sweep_perplexity` at texts; the latter two compute the blocks below the steered one once for each prompt. What they find is
+judged in `effects`.
 """
 
 import argparse
+import hashlib
+import math
+import os
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
+from typing import Any, Literal
 
-import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from common.activation_additions import ActivationAddition, AdditionLocation, read_sites
+from common.blocks import get_blocks, get_hidden
+from common.effects import effect_by_cell, plot_effect
 from common.embedded import grammar
-from common.generation import completions, generate
-from common.mechanisms import ROOT, load_mechanism
-from common.metrics import tone_shares
+from common.generation import check_sampling, completions, encode, progress_bar, sample
+from common.metrics import Metric, kl_divergence, measure, tone_sign
 from common.models import LoadError, load_model
+from common.positions import TokenSpan
+from common.pristine import LIBRARY_HOOKS
+from common.row_steering import RowSteering, logits_from, prefilled_cache, record_blocks, row_deltas, steered_behind, steering_rows
+from common.sites import Site, get_layers
+from common.steering_vector import SteeringVector, model_name
+from common.sweep_store import SweepStore, typed
+from common.training import train_steering_vector
 
-PICTURE = ROOT / "pictures" / "tone_over_coefficient.png"
+Swept = SteeringVector | Sequence[ActivationAddition]
+LogitMetric = Callable[[Tensor, Tensor], Any]
+KEYS = ("steering", "kind", "layer", "coeff")
+PICTURE = Path(__file__).resolve().parent.parent / "pictures" / "tone_over_coefficient.png"
+PER_PROMPT = 15  # completions of each prompt in the picture
+MEMORY = 2**30  # bytes that a batch may take, about
 
 
-def love_hate_directions(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layer: int, controls: int = 3
-) -> dict[str, Tensor]:
-    """Return the unit Love-Hate direction and random unit directions, each [d_model], by name."""
-    read = load_mechanism("pytorch_hooks").read
-    love, hate = (
-        read(model, tokenizer(word, return_tensors="pt").to(model.device), layer)[0, -1] for word in ("Love", "Hate")
-    )
-    noise = torch.randn(controls, len(love), generator=torch.Generator().manual_seed(0)).to(love)
-    directions = {"Love - Hate": love - hate} | {f"random {i + 1}": row for i, row in enumerate(noise)}
-    return {name: vector / vector.norm() for name, vector in directions.items()}
+@dataclass
+class _Steering:
+    """Something that is swept: by layer, the vectors [count, d_model] that coefficient 1 adds.
+
+    `content` says what they are made of, as JSON can hold it: activations differ in the last bits from machine to machine.
+    """
+
+    name: str
+    kind: Literal["steering", "control", "random"]
+    part: str
+    vectors: dict[int, Tensor]
+    location: AdditionLocation | None
+    content: Any
+
+    def row(self, layer: int, coeff: float) -> RowSteering:
+        """What is added to a row of this layer and coefficient."""
+        return RowSteering(Site(layer, self.part), coeff * self.vectors[layer], self.location)
+
+    def random(self, number: int) -> "_Steering":
+        """A random one: at every layer and token another direction, of the same length."""
+        found = {}
+        for layer, vectors in self.vectors.items():
+            generator = torch.Generator().manual_seed(1000 * number + layer)
+            noise = torch.randn(vectors.shape, generator=generator)
+            length = vectors.float().cpu().norm(dim=-1, keepdim=True)
+            found[layer] = (noise / noise.norm(dim=-1, keepdim=True) * length).to(vectors)
+        return _Steering(f"{self.name}, random {number + 1}", "random", self.part, found, self.location, [self.content, number])
 
 
-def tone_sweep(
+@dataclass
+class _Cell:
+    """One point of the grid; `steering` None is the unsteered model."""
+
+    steering: _Steering | None
+    layer: int | None = None
+    coeff: float = 0.0
+
+    def keys(self) -> dict[str, Any]:
+        """Its part of a row."""
+        if self.steering is None:
+            return dict(zip(KEYS, ("unsteered", "unsteered", None, 0.0)))
+        return dict(zip(KEYS, (self.steering.name, self.steering.kind, self.layer, self.coeff)))
+
+    def row(self) -> RowSteering | None:
+        """How a row of it is steered."""
+        return None if self.steering is None else self.steering.row(self.layer, self.coeff)
+
+
+def sweep(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    layer: int,
-    directions: Mapping[str, Tensor],
+    steering: Mapping[str, Swept],
+    layers: Sequence[int] | None,
     coeffs: Sequence[float],
-    prompts: Sequence[str] = tuple(grammar.TABLE_PROMPTS),
-    per_prompt: int = 5,
-    max_new_tokens: int = 24,
+    prompts: Sequence[str],
+    metrics: Mapping[str, Metric] | None = None,
+    *,
+    controls: Mapping[str, Swept] | None = None,
+    random_controls: int = 0,
+    max_new_tokens: int = 16,
+    per_prompt: int = 1,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    freq_penalty: float = 0.0,
+    repetition_penalty: float = 1.0,
     seed: int = 0,
-    show_progress: bool = False,
+    addition_location: AdditionLocation = "front",
+    prepend_bos: bool | None = None,
+    path: str | os.PathLike | None = None,
+    max_memory: int = MEMORY,
+    show_progress: bool = True,
 ) -> pd.DataFrame:
-    """Sample completions (top_p 0.9) for each direction and coefficient, and count their tone.
+    """Complete prompts at every layer and coefficient, unsteered beside them, and measure the completions.
 
     Args:
-        model: a causal language model.
-        tokenizer: its tokenizer, padding on the left.
-        layer: where to steer (resid_post).
-        directions: unit directions [d_model] by name.
-        coeffs: strengths, both signs.
-        prompts: each is completed `per_prompt` times, all in one batch.
-        per_prompt: completions of each prompt.
-        max_new_tokens: length of a completion.
-        seed: set again for each point, so that the points differ by the steering only.
-        show_progress: show a bar.
+        model: a causal language model; as it was afterwards and after any exception.
+        tokenizer: its tokenizer.
+        steering: by name, steering vectors (added to resid_post of `layer` at all tokens; they need all `layers`), or
+            activation additions, for example of `get_x_vector` with coefficient 1 (added to resid_pre of `layer`, or
+            resid_post if their names say so, at the tokens of the prompt; the layer in their names does not matter).
+        layers: which layers; None takes those of the vectors, or all for additions.
+        coeffs: what the vectors are multiplied by.
+        prompts: texts.
+        metrics: by name, of the completions; see `metrics`.
+        controls: more steering, of kind "control" in the result: unrelated pairs, say.
+        random_controls: so many random directions for each steering, with the same norm at each layer and token.
+        max_new_tokens: length of the completions.
+        per_prompt: completions of each prompt; more than one need a temperature.
+        temperature: 0 is greedy; see `generation.sample` for this and the other settings of sampling.
+        seed: completion n of a prompt gets the same random numbers at every layer and coefficient.
+        addition_location: see `apply_activation_additions`.
+        prepend_bos: put BOS in front of the prompts; by default where there are activation additions.
+        path: a file (SQLite) to write to as it goes. A sweep that was stopped goes on where it was, and one that is
+            finished is read from it; nothing is computed twice.
+        max_memory: how many bytes a batch may take, about.
+        show_progress: show a bar where it takes more than five seconds.
 
     Returns:
-        One row for each point: `direction`, `coeff`, `positive`, `negative`, `neither` (shares), `count`.
+        One row for each completion: `steering`, `kind` ("steering", "control", "random" or "unsteered"), `layer`, `coeff`,
+        `prompt`, `sample`, `completion`, and the metrics.
+
+    Raises:
+        ValueError: before work starts: nothing to sweep over, a layer that the model or a vector does not have, a prompt
+            that is empty, shorter than an addition or longer than the model, a metric that does not give one value a
+            text, settings that mean nothing, a model whose blocks have hooks, or a file of other settings.
     """
-    hooks = load_mechanism("pytorch_hooks")
-    inputs = tokenizer(list(prompts) * per_prompt, return_tensors="pt", padding=True).to(model.device)
-    points = [(name, coeff) for name in directions for coeff in coeffs]
-    rows = []
-    for name, coeff in track(points, "Sampling", console=Console(stderr=True), disable=not show_progress):
-        torch.manual_seed(seed)
-        with hooks.steer(model, layer, coeff * directions[name]):
-            ids = hooks.generate(model, inputs, do_sample=True, top_p=0.9, max_new_tokens=max_new_tokens)
-        texts = completions(tokenizer, inputs, ids)
-        rows.append({"direction": name, "coeff": coeff, **tone_shares(texts), "count": len(texts)})
-    return pd.DataFrame(rows)
+    metrics = dict(metrics or {})
+    check_sampling(temperature, top_p, freq_penalty, repetition_penalty, max_new_tokens)
+    _at_least(1, per_prompt=per_prompt, max_memory=max_memory)
+    _at_least(0, seed=seed)
+    if per_prompt > 1 and not temperature:
+        raise ValueError(f"{per_prompt} completions of each prompt need a temperature above 0: greedy ones are all the same")
+    cells = _grid(model, tokenizer, steering, layers, coeffs, controls, random_controls, addition_location)
+    bos = _bos(cells, prepend_bos)
+    lengths = _lengths(model, tokenizer, prompts, bos, cells, max_new_tokens)
+    titles = [column for name, metric in metrics.items() for column in _titles(name, metric, prompts)]
+    settings = {
+        "what": "completions", **_identity(model, cells, prompts, bos), "max_new_tokens": max_new_tokens, "per_prompt": per_prompt,
+        "temperature": temperature, "top_p": top_p, "freq_penalty": freq_penalty, "repetition_penalty": repetition_penalty, "seed": seed,
+    }
+    plan = [(cell, prompt, number) for cell in cells for prompt in range(len(prompts)) for number in range(per_prompt)]
+    cost = _bytes_of_a_text(model, max(lengths) + max_new_tokens) + 16 * model.get_output_embeddings().weight.shape[0]
+    store = SweepStore(path, settings, [*KEYS, "prompt", "sample", "completion", *titles])
+    try:
+        pending = sorted(set(range(len(plan))) - store.done())
+        with progress_bar(len(plan), "Completing", "row", show_progress, len(plan) - len(pending)) as bar:
+            # Prompts of like length together, so that little is padded.
+            pending.sort(key=lambda number: lengths[plan[number][1]])
+            for batch in _chunks(pending, max(1, max_memory // cost)):
+                rows = [plan[number] for number in batch]
+                inputs = encode(tokenizer, [prompts[prompt] for _, prompt, _ in rows], bos).to(model.device)
+                steering_of = [cell.row() for cell, _, _ in rows]
+                cache = prefilled_cache(model, inputs, steering_of, inputs["input_ids"].shape[1] + max_new_tokens)
+                with steering_rows(model, steering_of):
+                    ids = sample(
+                        model, inputs, [(seed, prompt, number) for _, prompt, number in rows], max_new_tokens=max_new_tokens,
+                        temperature=temperature, top_p=top_p, freq_penalty=freq_penalty, repetition_penalty=repetition_penalty,
+                        past_key_values=cache,
+                    )
+                texts = completions(tokenizer, inputs, ids)
+                measured = pd.concat([_named(measure(metric, texts, name), name) for name, metric in metrics.items()] or [pd.DataFrame()], axis=1)
+                measured = measured.to_dict("records") or [{}] * len(rows)
+                store.add(
+                    (number, {**cell.keys(), "prompt": prompts[prompt], "sample": index, "completion": text, **values})
+                    for number, (cell, prompt, index), text, values in zip(batch, rows, texts, measured, strict=True)
+                )
+                bar.update(len(batch))
+        return typed(store.frame())
+    finally:
+        store.close()
 
 
-def tone_by_prompt(
+def sweep_logits(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    conditions: Mapping[str, AbstractContextManager],
-    prompts: Sequence[str] = tuple(grammar.TABLE_PROMPTS),
-    per_prompt: int = 20,
-    max_new_tokens: int = 24,
-    seed: int = 0,
+    steering: Mapping[str, Swept],
+    layers: Sequence[int] | None,
+    coeffs: Sequence[float],
+    prompts: Sequence[str],
+    metrics: Mapping[str, LogitMetric] | None = None,
+    *,
+    controls: Mapping[str, Swept] | None = None,
+    random_controls: int = 0,
+    addition_location: AdditionLocation = "front",
+    prepend_bos: bool | None = None,
+    path: str | os.PathLike | None = None,
+    max_memory: int = MEMORY,
+    show_progress: bool = True,
 ) -> pd.DataFrame:
-    """Sample completions (top_p 0.9) of each prompt under each condition, and take their mean tone.
+    """Measure the prediction of the next token behind prompts at every layer and coefficient, unsteered beside it.
 
     Args:
-        model: a causal language model.
-        tokenizer: its tokenizer, padding on the left.
-        conditions: what is open while it generates, by name, for example `vector.apply(model)`; unsteered is added.
-        prompts: each is completed `per_prompt` times, all in one batch.
-        per_prompt: completions of each prompt.
-        max_new_tokens: length of a completion.
-        seed: set again for each condition, so that they differ by the steering only.
+        metrics: by name; each takes steered and unsteered logits [row, vocab] in float32 and returns one number a row. By
+            default `kl`, the divergence from unsteered; see also `token_logprob`.
+
+    The other arguments and errors are those of `sweep`.
 
     Returns:
-        [condition, prompt]: the share of positive minus that of negative completions, from -1 to 1.
+        One row for each prompt, layer and coefficient: `steering`, `kind`, `layer`, `coeff`, `prompt`, and the metrics.
     """
-    inputs = tokenizer(list(prompts) * per_prompt, return_tensors="pt", padding=True).to(model.device)
-    rows = {}
-    for name, condition in {"unsteered": nullcontext(), **conditions}.items():
-        torch.manual_seed(seed)
-        with condition:
-            ids = generate(model, inputs, do_sample=True, top_p=0.9, max_new_tokens=max_new_tokens)
-        texts = completions(tokenizer, inputs, ids)
-        shares = [tone_shares(texts[number :: len(prompts)]) for number in range(len(prompts))]
-        rows[name] = [share["positive"] - share["negative"] for share in shares]
-    return pd.DataFrame(rows, index=list(prompts)).T.rename_axis(index="condition", columns="prompt")
+    metrics = dict(metrics or {"kl": kl_divergence})
+    _at_least(1, max_memory=max_memory)
+    cells = _grid(model, tokenizer, steering, layers, coeffs, controls, random_controls, addition_location)
+    bos = _bos(cells, prepend_bos)
+    _lengths(model, tokenizer, prompts, bos, cells)
+    trial = torch.zeros(2, model.get_output_embeddings().weight.shape[0], device=model.device)
+    for name, metric in metrics.items():
+        _numbers(metric(trial, trial), 2, name)
+    settings = {"what": "logits", **_identity(model, cells, prompts, bos)}
+
+    def measured(steered: Tensor, plain: Tensor, inputs: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+        last = steered[:, -1].float(), plain[:, -1].float()  # in bf16 a log-probability has three digits
+        values = {name: _numbers(metric(*last), len(steered), name) for name, metric in metrics.items()}
+        return [dict(zip(values, row)) for row in zip(*values.values())]
+
+    run = _PassSweep(model, tokenizer, cells, prompts, bos, True, max_memory)
+    return run.run(SweepStore(path, settings, [*KEYS, "prompt", *metrics]), "prompt", measured, "Predicting", show_progress)
 
 
-def moves(tones: pd.DataFrame) -> pd.DataFrame:
-    """Say how far each condition moved the tone of what `tone_by_prompt` found.
+def sweep_perplexity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    steering: Mapping[str, Swept],
+    layers: Sequence[int] | None,
+    coeffs: Sequence[float],
+    texts: Sequence[str],
+    *,
+    controls: Mapping[str, Swept] | None = None,
+    random_controls: int = 0,
+    mask_len: int = 0,
+    addition_location: AdditionLocation = "front",
+    path: str | os.PathLike | None = None,
+    max_memory: int = MEMORY,
+    show_progress: bool = True,
+) -> pd.DataFrame:
+    """Measure how likely the model finds texts, with BOS in front, at every layer and coefficient.
+
+    Args:
+        texts: sentences, say; off the topic of the steering, to see what it costs.
+        mask_len: positions in front at which no prediction counts, BOS being the first: the length of an addition.
+
+    The other arguments and errors are those of `sweep`.
 
     Returns:
-        By condition: `moved` (mean over the prompts, from -2 to 2), `spread` (standard deviation over the prompts) and
-        `wrong way` (the share of prompts that moved against the mean).
+        One row for each text, layer and coefficient: `steering`, `kind`, `layer`, `coeff`, `text`, `loss`, `unsteered_loss`
+        (means over the tokens that count, in nats) and `tokens`. `effects.perplexity_ratio_by_cell` makes ratios of them.
     """
-    moved = tones.drop("unsteered") - tones.loc["unsteered"]
-    mean = moved.mean(axis=1)
-    wrong = moved.mul(mean.map(lambda value: -1 if value < 0 else 1), axis=0) < 0
-    return pd.DataFrame({"moved": mean, "spread": moved.std(axis=1), "wrong way": wrong.mean(axis=1)})
+    _at_least(1, max_memory=max_memory)
+    _at_least(0, mask_len=mask_len)
+    cells = _grid(model, tokenizer, steering, layers, coeffs, controls, random_controls, addition_location)
+    first, lengths = mask_len + 1, _lengths(model, tokenizer, texts, True, cells)
+    if min(lengths) <= first:
+        short = texts[lengths.index(min(lengths))]
+        raise ValueError(f"the first {first} tokens of a text do not count, BOS included, and {short!r} has only {min(lengths)}")
+    settings = {"what": "perplexity", **_identity(model, cells, texts, True), "mask_len": mask_len}
+
+    def measured(steered: Tensor, plain: Tensor, inputs: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+        positions = inputs["attention_mask"].cumsum(-1) - 1
+        counted = (inputs["attention_mask"].bool() & (positions >= first))[:, 1:]
+        tokens = counted.sum(-1)
+        loss, before = (
+            (torch.nn.functional.cross_entropy(part[:, :-1].transpose(1, 2).float(), inputs["input_ids"][:, 1:], reduction="none") * counted).sum(-1)
+            / tokens
+            for part in (steered, plain)
+        )
+        return [dict(zip(("loss", "unsteered_loss", "tokens"), row)) for row in zip(loss.tolist(), before.tolist(), tokens.tolist())]
+
+    run = _PassSweep(model, tokenizer, cells, texts, True, False, max_memory)
+    columns = [*KEYS, "text", "loss", "unsteered_loss", "tokens"]
+    return run.run(SweepStore(path, settings, columns), "text", measured, "Reading", show_progress)
 
 
-def plot_moves(tones: pd.DataFrame, title: str = "") -> Figure:
-    """Draw how far every prompt moved under each condition, and the mean as a bar.
-
-    Args:
-        tones: what `tone_by_prompt` returned.
-        title: above the picture; say which model it shows.
-    """
-    moved = tones.drop("unsteered") - tones.loc["unsteered"]
-    figure, axes = plt.subplots(figsize=(7.5, 0.42 * len(moved) + 1.3), layout="constrained")
-    axes.barh(moved.index, moved.mean(axis=1), color="0.85", height=0.6)
-    for line, (_, row) in enumerate(moved.iterrows()):
-        axes.plot(row, [line] * len(row), "o", color="tab:red", alpha=0.5, markersize=5, markeredgewidth=0)
-    axes.axvline(0, color="0.4", linewidth=1)
-    axes.set(xlabel="move of the tone (positive minus negative share); a dot is a prompt, the bar their mean", title=title)
-    axes.invert_yaxis()
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    return figure
+def token_logprob(token_ids: Sequence[int]) -> LogitMetric:
+    """Return a metric for `sweep_logits`: the log of the steered probability of some tokens together, in nats."""
+    ids = torch.tensor(list(token_ids))
+    return lambda steered, unsteered: steered.log_softmax(-1)[:, ids].logsumexp(-1)
 
 
-def plot_tone_sweep(rows: pd.DataFrame, title: str = "") -> Figure:
-    """Draw positive and negative share over the coefficient: Love-Hate in colour, random directions in grey.
+class _PassSweep:
+    """Forward passes over texts at every cell, with the blocks below the steered one computed once for each text."""
 
-    Args:
-        rows: what `tone_sweep` returned.
-        title: above the picture; say which model it shows.
-    """
-    figure, axes = plt.subplots(figsize=(7, 4.4), layout="constrained")
-    colours = {"positive": "tab:red", "negative": "tab:blue"}
-    for name, group in rows.groupby("direction", sort=False):
-        for tone, colour in colours.items():
-            control = name.startswith("random")
-            axes.plot(
-                group["coeff"],
-                100 * group[tone],
-                color="0.6" if control else colour,
-                linestyle="-" if tone == "positive" else "--",
-                marker=None if control else "o",
-                linewidth=1 if control else 2,
-                label=None if control and name != "random 1" else f"{'random directions' if control else name}: {tone}",
-            )
-    axes.set(xlabel="coefficient on the unit direction", ylabel="share of completions (%)", ylim=(-3, 103), title=title)
-    axes.axvline(0, color="0.85", linewidth=1, zorder=0)
-    figure.legend(fontsize=8, loc="outside lower center", ncols=2)
-    return figure
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cells: list[_Cell], texts: Sequence[str], bos: bool, last_only: bool,
+        max_memory: int,
+    ):
+        self.model, self.tokenizer, self.cells, self.texts, self.bos, self.last_only = model, tokenizer, cells, list(texts), bos, last_only
+        self.max_memory = max_memory
+
+    def run(
+        self, store: SweepStore, column: str, measured: Callable[[Tensor, Tensor, Mapping[str, Tensor]], list[dict[str, Any]]], title: str,
+        show_progress: bool,
+    ) -> pd.DataFrame:
+        """Compute the rows that are not in the store, and return all."""
+        try:
+            done, total = store.done(), len(self.cells) * len(self.texts)
+            with progress_bar(total, title, "row", show_progress, len(done)) as bar:
+                for texts in self._parts():
+                    missing = {cell: [text for text in texts if self._number(cell, text) not in done] for cell in range(len(self.cells))}
+                    for cell_rows, steered, plain, inputs in self._passes(texts, {cell: rows for cell, rows in missing.items() if rows}):
+                        values = measured(steered, plain, inputs)
+                        store.add(
+                            (self._number(cell, text), {**self.cells[cell].keys(), column: self.texts[text], **row})
+                            for (cell, text), row in zip(cell_rows, values, strict=True)
+                        )
+                        bar.update(len(cell_rows))
+            return typed(store.frame())
+        finally:
+            store.close()
+
+    def _number(self, cell: int, text: int) -> int:
+        return cell * len(self.texts) + text
+
+    def _bytes(self, length: int) -> int:
+        vocabulary = self.model.get_output_embeddings().weight.shape[0]
+        return _bytes_of_a_text(self.model, length) + 12 * vocabulary * (1 if self.last_only else length)
+
+    def _parts(self) -> Iterator[list[int]]:
+        """Texts of like length, as many as can be kept at every layer."""
+        lengths = _lengths(self.model, self.tokenizer, self.texts, self.bos)
+        config = self.model.config.get_text_config()
+        kept = 4 * config.hidden_size * config.num_hidden_layers * max(lengths) + self._bytes(max(lengths))
+        order = sorted(range(len(lengths)), key=lambda text: lengths[text])
+        yield from _chunks(order, max(1, self.max_memory // kept))
+
+    def _passes(self, texts: list[int], missing: dict[int, list[int]]) -> Iterator[tuple]:
+        """For these texts, the missing rows in batches: (cell, text) of each, steered and plain logits, and the inputs."""
+        if not missing:
+            return
+        inputs = encode(self.tokenizer, [self.texts[text] for text in texts], self.bos).to(self.model.device)
+        place = {text: index for index, text in enumerate(texts)}
+        groups: dict[int | None, list[tuple[int, int]]] = {}
+        for cell, rows in missing.items():
+            groups.setdefault(steered_behind(self.cells[cell].row()), []).extend((cell, text) for text in rows)
+        layers = sorted(layer for layer in groups if layer is not None and layer >= 0)
+        plain = record_blocks(self.model, inputs, layers, self.last_only)
+        size = max(1, self.max_memory // self._bytes(inputs["input_ids"].shape[1]))
+        for layer, group in groups.items():
+            for rows in _chunks(group, size):
+                index = torch.tensor([place[text] for _, text in rows], device=self.model.device)
+                part = {name: values[index] for name, values in inputs.items()}
+                before = plain.logits[index]
+                yield rows, before if layer is None else self._steered(rows, layer, index, part, plain.outputs), before, part
+
+    @torch.no_grad()
+    def _steered(self, rows: list[tuple[int, int]], layer: int, index: Tensor, inputs: dict[str, Tensor], outputs: Mapping[int, Any]) -> Tensor:
+        """The logits of rows that are steered behind one block."""
+        steering = [self.cells[cell].row() for cell, _ in rows]
+        if layer < 0:
+            with steering_rows(self.model, steering):
+                return record_blocks(self.model, inputs, [], self.last_only).logits
+        hidden = get_hidden(outputs[layer])[index]
+        return logits_from(self.model, inputs, layer, outputs[layer], hidden + row_deltas(steering, hidden, inputs), self.last_only)
+
+
+def _grid(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, steering: Mapping[str, Swept], layers: Sequence[int] | None, coeffs: Sequence[float],
+    controls: Mapping[str, Swept] | None, random_controls: int, location: AdditionLocation,
+) -> list[_Cell]:
+    """The unsteered model and every point of the grid."""
+    _refuse_hooks(model)
+    if not isinstance(steering, Mapping) or not steering:
+        raise ValueError(f"expected steering by name, for example {{'Love - Hate': vector}}, got {steering!r}")
+    if isinstance(random_controls, bool) or not isinstance(random_controls, int) or random_controls < 0:
+        raise ValueError(f"expected a number of random controls from 0 on, got {random_controls!r}")
+    if not isinstance(controls or {}, Mapping):
+        raise ValueError(f"expected controls by name, got {controls!r}")
+    if layers is not None:
+        count = len(get_blocks(model)[1])
+        if not len(layers) or any(isinstance(layer, bool) or not isinstance(layer, Integral) or not 0 <= layer < count for layer in layers):
+            raise ValueError(f"expected layers from 0 to {count - 1}, got {list(layers)}")
+        layers = [int(layer) for layer in layers]
+        if twice := [layer for layer in layers if layers.count(layer) > 1]:
+            raise ValueError(f"layer {twice[0]} is given twice: {layers}")
+    coeffs = [float(coeff) for coeff in coeffs]
+    if not coeffs or not all(map(math.isfinite, coeffs)) or len(set(coeffs)) < len(coeffs):
+        raise ValueError(f"expected different finite coefficients, got {coeffs}")
+    TokenSpan(0, location)
+    everything = [_resolve(model, tokenizer, name, what, "steering", layers, location) for name, what in steering.items()]
+    randoms = [one.random(number) for one in everything for number in range(random_controls)]
+    everything += [_resolve(model, tokenizer, name, what, "control", layers, location) for name, what in (controls or {}).items()]
+    everything += randoms
+    names = [one.name for one in everything]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{twice[0]!r} is the name of two of what is swept, controls and random controls included")
+    return [_Cell(None), *(_Cell(one, layer, coeff) for one in everything for layer in one.vectors for coeff in coeffs)]
+
+
+def _refuse_hooks(model: PreTrainedModel) -> None:
+    """Refuse a model that is steered already, or looked into: a hook on a block would act twice."""
+    for number, block in enumerate(get_blocks(model)[1]):
+        for hook in (*block._forward_hooks.values(), *block._forward_pre_hooks.values()):
+            if not (getattr(hook, "__module__", None) or "").startswith(LIBRARY_HOOKS):
+                raise ValueError(f"block {number} has a hook, {hook!r}: a sweep starts from the model as it is, take the hook off first")
+
+
+def _resolve(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, what: Swept, kind: str, layers: Sequence[int] | None, location: AdditionLocation
+) -> _Steering:
+    """What is swept, read at the layers that are wanted."""
+    d_model = model.config.get_text_config().hidden_size
+    if isinstance(what, SteeringVector):
+        if what.layer_type != "decoder_block":
+            raise ValueError(f"{name!r} acts on {what.layer_type!r}: a sweep takes vectors of 'decoder_block', the residual stream")
+        try:
+            own = dict(zip(get_layers(model, layers=list(what.layer_activations)), what.layer_activations.values()))
+        except ValueError as error:
+            raise ValueError(f"{name!r}: {error}") from None
+        wanted = sorted(own) if layers is None else list(layers)
+        if missing := [layer for layer in wanted if layer not in own]:
+            raise ValueError(f"{name!r} has no vector for layer {missing[0]}: it has layers {sorted(own)}")
+        for layer in wanted:
+            if len(own[layer]) != d_model:
+                raise ValueError(f"{name!r} has {len(own[layer])} numbers at layer {layer}, and d_model is {d_model}")
+            if not torch.isfinite(own[layer]).all():
+                raise ValueError(f"expected finite numbers, got nan or inf in {name!r} at layer {layer}")
+        vectors = {layer: own[layer].detach()[None].to(model.device) for layer in wanted}
+        return _Steering(name, kind, "resid_post", vectors, None, _hash(vectors.values()))
+    additions = list(what) if isinstance(what, Sequence) and not isinstance(what, str) else []
+    if not additions or not all(isinstance(addition, ActivationAddition) for addition in additions):
+        raise ValueError(f"expected a SteeringVector or ActivationAdditions for {name!r}, got {what!r}")
+    parts = {addition.site.part for addition in additions}
+    if len(parts) > 1 or not parts <= {"resid_pre", "resid_post"}:
+        raise ValueError(f"expected additions of {name!r} at resid_pre, or at resid_post, got {', '.join(sorted(parts))}")
+    (part,), wanted = parts, list(range(len(get_blocks(model)[1]))) if layers is None else list(layers)
+    rows = [addition.token_ids(tokenizer) for addition in additions]
+    read, vectors = read_sites(model, rows, [Site(layer, part) for layer in wanted]), {}
+    for layer in wanted:
+        total = torch.zeros(max(map(len, rows)), d_model, dtype=next(model.parameters()).dtype, device=model.device)
+        for addition, row in zip(additions, rows):
+            start = TokenSpan(len(row), location).offsets(torch.zeros(1, 1, dtype=torch.long), torch.tensor([len(total)]))
+            total[-int(start) : len(row) - int(start)] += addition.coeff * read[tuple(row), Site(layer, part)]
+        vectors[layer] = total
+    return _Steering(name, kind, part, vectors, location, [[addition.coeff, row] for addition, row in zip(additions, rows)])
+
+
+def _identity(model: PreTrainedModel, cells: list[_Cell], prompts: Sequence[str], bos: bool) -> dict[str, Any]:
+    """What decides the rows, beside the settings of each sweep."""
+    weights = _hash(parameter.detach().flatten()[:256] for parameter in model.parameters())
+    steered = [(cell.steering, cell.layer, cell.coeff) for cell in cells if cell.steering]
+    found = {one.name: [one.kind, one.part, one.location, one.content] for one, _, _ in steered}
+    grid = [[one.name, layer, coeff] for one, layer, coeff in steered]
+    return {
+        "model": [model_name(model), str(model.dtype), weights], "steering": found, "layers and coeffs": grid, "prompts": list(prompts),
+        "prepend_bos": bos,
+    }
+
+
+def _hash(tensors: Iterable[Tensor]) -> str:
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.float().cpu().numpy().tobytes())
+    return found.hexdigest()
+
+
+def _bos(cells: list[_Cell], prepend_bos: bool | None) -> bool:
+    """Whether prompts get BOS."""
+    return any(cell.steering and cell.steering.location for cell in cells) if prepend_bos is None else bool(prepend_bos)
+
+
+def _lengths(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], bos: bool, cells: Sequence[_Cell] = (), new_tokens: int = 1
+) -> list[int]:
+    """How many tokens each prompt has; refuses prompts that are too short for an addition, or too long for the model."""
+    lengths = encode(tokenizer, prompts, bos)["attention_mask"].sum(-1).tolist()
+    needed = max((len(vectors) for cell in cells if cell.steering and cell.steering.location for vectors in cell.steering.vectors.values()), default=0)
+    if min(lengths) < needed:
+        short = prompts[lengths.index(min(lengths))]
+        raise ValueError(f"the addition has {needed} tokens and the prompt {short!r} only {min(lengths)}: expected one that is as long")
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit and max(lengths) + new_tokens - 1 > limit:  # the last new token is not read
+        raise ValueError(f"{max(lengths)} tokens of a prompt and {new_tokens} new ones are more than the {limit} positions of the model")
+    return lengths
+
+
+def _titles(name: str, metric: Metric, prompts: Sequence[str]) -> list[str]:
+    """The columns of a metric, found by trying it on the prompts."""
+    frame = _named(measure(metric, list(prompts), name), name)
+    for value in frame.to_numpy(dtype=object).flat:
+        if not isinstance(value, int | float | str | np.generic | None):
+            raise ValueError(f"the metric {name!r} returned {value!r} for a text: expected a number or a text")
+    return list(frame.columns)
+
+
+def _named(frame: pd.DataFrame, name: str) -> pd.DataFrame:
+    return frame.rename(columns={column: f"{name}_{column}" if column else name for column in frame})
+
+
+def _numbers(values: Any, count: int, name: str) -> list[float]:
+    """One number a row, from what a metric of logits returned."""
+    found = np.asarray(values.tolist() if isinstance(values, Tensor) else values, dtype=float)
+    if found.shape != (count,):
+        raise ValueError(f"the metric {name!r} returned values of shape {found.shape} for {count} rows: expected one number for each")
+    return found.tolist()
+
+
+def _at_least(least: int, **values: int) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"expected an integer of {least} or more as {name}, got {value!r}")
+
+
+def _bytes_of_a_text(model: PreTrainedModel, length: int) -> int:
+    """About how much memory a text takes while it runs through the model: its cache, and what a block holds."""
+    config, size = model.config.get_text_config(), next(model.parameters()).element_size()
+    return size * length * config.hidden_size * (2 * config.num_hidden_layers + 12)
+
+
+def _chunks(items: list, size: int) -> Iterator[list]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Draw how tone depends on the coefficient, for the README."""
+    """Draw how the tone depends on the coefficient, for the README."""
     parser = argparse.ArgumentParser(prog="python -m common.sweeps", description=main.__doc__)
     parser.add_argument("--out", type=Path, default=PICTURE, help="the PNG to write (default: the picture of the README)")
     options = parser.parse_args(arguments)
@@ -186,14 +548,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LoadError as error:
         print(error, file=sys.stderr)
         return 1
-    coeffs = [round(preset.coeff * step / 4, 2) for step in range(-6, 7)]
-    directions = love_hate_directions(model, tokenizer, preset.layer)
-    rows = tone_sweep(model, tokenizer, preset.layer, directions, coeffs, per_prompt=25, show_progress=True)
-    name = "embedded model" if "embedded" in model.name_or_path else model.name_or_path
-    title = f"{name}, layer {preset.layer}, {rows['count'].iloc[0]} completions for each point"
+    coeffs = [round(preset.coeff * step / 4, 2) for step in range(-6, 7) if step]
+    vector = train_steering_vector(model, tokenizer, [("Love", "Hate")], layers=[preset.layer]).unit()
+    rows = sweep(
+        model, tokenizer, {"Love - Hate": vector}, [preset.layer], coeffs, grammar.TABLE_PROMPTS, {"tone": tone_sign}, random_controls=10,
+        per_prompt=PER_PROMPT, temperature=1.0, top_p=0.9, max_new_tokens=24,
+    )
+    name, count = model_name(model), len(grammar.TABLE_PROMPTS) * PER_PROMPT
+    title = f"{name} model, {count} completions for each point" if name == "embedded" else f"{name}, {count} completions for each point"
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    plot_tone_sweep(rows, title).savefig(options.out, dpi=120)
-    print(rows.to_string(index=False, float_format="%.2f"))
+    figure = plot_effect(rows, "tone", preset.layer, "share of positive minus negative completions", title)
+    figure.savefig(options.out, dpi=120)
+    print(effect_by_cell(rows, "tone").to_string(index=False, float_format="%.2f"))
     print("Picture:", options.out)
     return 0
 

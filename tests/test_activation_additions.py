@@ -462,7 +462,7 @@ def test_line_up(model, tokenizer, x_vector):
     assert "".join(frame["prompt"]) == tokenizer.bos_token + "I went up to my friend and said"
     assert "".join(frame["-2"]) == tokenizer.bos_token + WEDDINGS[1]
     (vectors,) = addition_vectors(model, tokenizer, x_vector).values()
-    assert torch.allclose(torch.tensor(frame["steering"])[:8], vectors.norm(dim=-1)) and frame["steering"][8] == 0
+    assert torch.allclose(torch.tensor(frame["steering"])[:8].float(), vectors.norm(dim=-1)) and frame["steering"][8] == 0
     assert (frame["ratio"] == frame["steering"] / frame["residual"]).all() and frame["residual"].min() > 1
     back = line_up(model, tokenizer, "I went up to my friend and said", x_vector, "back")
     assert back["-2"][0] == "" and back["-2"][1] == tokenizer.bos_token

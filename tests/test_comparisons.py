@@ -18,8 +18,8 @@ from common import (
     print_n_comparisons,
 )
 from common.activation_additions import apply_activation_additions, with_bos
-from common.comparisons import encode, side_by_side
-from common.generation import SeededSampling, generate, sample
+from common.comparisons import side_by_side
+from common.generation import SeededSampling, encode, generate, sample
 from common.pristine import assert_pristine, snapshot
 from common.steering_vector import SteeringVector
 

@@ -102,5 +102,7 @@ def test_preset_follows_from_the_rule():
     assert sweep.choose_direction(cells) is cells[1]
     assert sweep.choose_direction(cells[3:]) is cells[3] and sweep.choose_direction([cells[2], cells[3]]) is cells[3]
     preset = json.loads((FOLDER / "preset.json").read_text(encoding="utf-8"))
-    assert set(preset["activation_additions"]) == {"love", "weddings", "rome"}
+    assert set(preset["activation_additions"]) == {"love", "weddings", "rome", "praise"}
+    quiet, loud, weak = ({"layer": n, "coeff": 1, "on_topic": on, "off_topic": off} for n, (on, off) in enumerate([(0.9, 1.02), (0.7, 1.2), (0.95, 1.0)]))
+    assert sweep.choose_topic([weak, loud, quiet]) == {"layer": 0, "coeff": 1} and sweep.choose_topic([loud]) == {"layer": 1, "coeff": 1}
     assert preset["sha256"] == sweep.weights_hash(FOLDER)

@@ -3,6 +3,7 @@
 `make full-size` runs this; it needs 16 GB of memory and some minutes, so `make test` leaves it out.
 """
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,10 @@ from transformers import GPT2LMHeadModel, GPT2Tokenizer, PreTrainedTokenizerBase
 
 from benchmarks.shapes import random_gpt2
 from common import love_hate
+from common.activation_additions import addition_vectors, apply_activation_additions, with_bos
 from common.activations import record_activations
+from common.demonstrations import demonstrations
+from common.generation import encode
 from common.mechanisms import MECHANISMS, ROOT
 from common.models import preset_for
 from common.pristine import assert_pristine, snapshot
@@ -89,6 +93,43 @@ def test_vectors_at_full_size(gpt2_xl, gpt2_tokenizer):
     expected[0, 1:] = 10 * vector.layer_activations[5]  # the second row has one token, which is not steered
     torch.testing.assert_close(moved, expected, atol=1e-4, rtol=1e-4)
     with vector.apply(gpt2_xl, multiplier=10.0, min_token_index=3):
+        options = {"max_new_tokens": 4, "do_sample": False}
+        cached, uncached = (gpt2_xl.generate(**inputs, **options, use_cache=use) for use in (True, False))
+    assert torch.equal(cached, uncached)
+    assert_pristine(gpt2_xl, before)
+
+
+def test_published_demonstrations_line_up(gpt2_xl, gpt2_tokenizer, monkeypatch):
+    """With the real tokenizer: a space is one token, each pair is as long after padding, and no longer than its prompt."""
+    monkeypatch.setattr(gpt2_xl.config, "_name_or_path", "gpt2-xl")
+    for demo in demonstrations(gpt2_xl).values():
+        assert demo.source == "published"
+        rows = [addition.token_ids(gpt2_tokenizer) for addition in demo.additions(gpt2_tokenizer)]
+        assert len(rows[0]) == len(rows[1]) <= len(with_bos(gpt2_tokenizer, demo.prompt))
+        text = [gpt2_tokenizer.decode(row[1:]) for row in rows]
+        assert [part.rstrip(" ") for part in text] == [demo.prompt1, demo.prompt2] and rows[0][0] == gpt2_tokenizer.bos_token_id
+    assert demo.name == "praise" and (demo.layer, demo.coeff) == (6, 15)
+
+
+def test_additions_at_full_size(gpt2_xl, gpt2_tokenizer, monkeypatch):
+    """The weddings of the post, at resid_pre 20: what is added, in a padded batch; cached = uncached; restored."""
+    monkeypatch.setattr(gpt2_xl.config, "_name_or_path", "gpt2-xl")
+    demo, before = demonstrations(gpt2_xl)["weddings"], snapshot(gpt2_xl)
+    additions = demo.additions(gpt2_tokenizer)
+    inputs = encode(gpt2_tokenizer, [demo.prompt, "My mother went to the old library on Monday and said"])
+    ((site, count), vectors), = addition_vectors(gpt2_xl, gpt2_tokenizer, additions).items()
+    states = []
+    for context in (nullcontext(), apply_activation_additions(gpt2_xl, gpt2_tokenizer, additions)):
+        with torch.no_grad(), context, record_activations(gpt2_xl, layer_nums=[site.layer - 1]) as records:
+            gpt2_xl(**inputs)
+        states.append(records[site.layer - 1][0])
+    moved = states[1] - states[0]
+    expected = torch.zeros_like(moved)
+    for row, mask in enumerate(inputs["attention_mask"]):
+        first = int((mask == 0).sum())
+        expected[row, first : first + count] = vectors
+    torch.testing.assert_close(moved, expected, atol=1e-3, rtol=1e-4)
+    with apply_activation_additions(gpt2_xl, gpt2_tokenizer, additions):
         options = {"max_new_tokens": 4, "do_sample": False}
         cached, uncached = (gpt2_xl.generate(**inputs, **options, use_cache=use) for use in (True, False))
     assert torch.equal(cached, uncached)

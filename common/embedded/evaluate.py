@@ -10,8 +10,8 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from common import generation
+from common.activation_additions import ActivationAddition, apply_activation_additions, get_x_vector
 from common.activations import record_activations
+from common.corpus import perplexity_ratios
 from common.embedded import FOLDER, grammar, train, vocabulary
-from common.generation import FrequencyPenalty
+from common.generation import completions, encode
 from common.metrics import tone
 from common.steering_vector import SteeringVector
 from common.training import train_steering_vector
@@ -31,7 +34,6 @@ from common.training import train_steering_vector
 NEW_TOKENS = 24
 PER_PROMPT = 30
 RANDOM_DIRECTIONS = 20
-WEDDING_WORDS = {"wedding", "weddings", "bride", "groom", "vows", "veil", "married"}
 
 
 def load(folder: Path) -> tuple[Any, Any]:
@@ -44,29 +46,6 @@ def load(folder: Path) -> tuple[Any, Any]:
 def added(model: Any, layer: int, vector: Tensor) -> AbstractContextManager[None]:
     """Add `vector` [d_model] to resid_post of `layer` at all positions while the block is open."""
     return SteeringVector({layer: vector}).apply(model)
-
-
-@contextmanager
-def added_in_front(model: Any, layer: int, vectors: Tensor) -> Iterator[None]:
-    """Add `vectors` [pos, d_model] to the first positions of resid_pre of `layer`, in the prefill only.
-
-    All rows have the same length here, so that position 0 is the first token of every row.
-    """
-
-    def hook(module: Any, args: tuple) -> tuple:
-        hidden = args[0]
-        if hidden.shape[1] == 1:  # a decoding step: the prompt is in the cache already
-            return args
-        hidden = hidden.clone()
-        count = min(len(vectors), hidden.shape[1])
-        hidden[:, :count] += vectors[:count]
-        return (hidden, *args[1:])
-
-    handle = model.transformer.h[layer].register_forward_pre_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 @torch.no_grad()
@@ -83,16 +62,11 @@ def unit_direction(model: Any, tokenizer: Any, positive: str, negative: str, lay
     return vector.unit().layer_activations[layer]
 
 
-def x_vector(model: Any, tokenizer: Any, positive: str, negative: str, layer: int, bos: bool = True) -> Tensor:
-    """Return the difference of two prompts at resid_pre of `layer`, [pos, d_model].
-
-    The shorter prompt is padded with spaces on its right.
-    """
-    rows = [[tokenizer.bos_token_id] * bos + tokenizer(text)["input_ids"] for text in (positive, negative)]
-    length = max(map(len, rows))
-    space = tokenizer(" ")["input_ids"]
-    rows = [row + space * (length - len(row)) for row in rows]
-    return resid_post(model, rows[0], layer - 1) - resid_post(model, rows[1], layer - 1)
+def x_vector(tokenizer: Any, positive: str, negative: str, layer: int, coeff: float, bos: bool = True) -> list[ActivationAddition]:
+    """Return the additions of an X-vector at resid_pre of `layer`, the shorter prompt padded with spaces on its right."""
+    space = tokenizer(" ")["input_ids"][0]
+    pair = get_x_vector(positive, negative, coeff, layer, tokenizer=tokenizer, pad_method="tokens_right", custom_pad_id=space)
+    return [ActivationAddition(addition.coeff, layer, tokens=addition.tokens[0 if bos else 1 :]) for addition in pair]
 
 
 @torch.no_grad()
@@ -106,16 +80,11 @@ def sample(model: Any, tokenizer: Any, prompts: list[str], count: int, seed: int
     return tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-@torch.no_grad()
 def sample_published(model: Any, tokenizer: Any, prompt: str, count: int, seed: int, bos: bool = True) -> list[str]:
     """Sample as in the activation-addition post: temperature 1, top_p 0.3, frequency penalty 1, BOS in front."""
-    torch.manual_seed(seed)
-    ids = torch.tensor([[tokenizer.bos_token_id] * bos + tokenizer(prompt)["input_ids"]]).repeat(count, 1)
-    out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=True, top_p=0.3, top_k=0, max_new_tokens=NEW_TOKENS,
-        pad_token_id=tokenizer.pad_token_id, logits_processor=LogitsProcessorList([FrequencyPenalty(1.0)]),
-    )
-    return tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+    inputs = encode(tokenizer, [prompt] * count, bos)
+    ids = generation.sample(model, inputs, [(seed, row) for row in range(count)], max_new_tokens=NEW_TOKENS, top_p=0.3, freq_penalty=1.0)
+    return completions(tokenizer, inputs, ids)
 
 
 @torch.no_grad()
@@ -168,6 +137,9 @@ def perplexity(model: Any, tokenizer: Any, texts: list[str]) -> float:
 
 WEDDING_PAIR = ("I talk about weddings constantly", "I do not talk about weddings constantly")
 ROME, PARIS = {"rome", "italy"}, {"paris", "france"}
+PRAISE_PAIR, TOPIC_PAIR = ("Praise", "Blame"), (" weddings", "")
+TOPIC_SENTENCES = (800, 1600)  # about weddings, and others
+TABLE_TEXTS, SWEEP_TEXTS = 555_000_001, 555_000_002  # seeds of the documents for the table of perplexities
 
 
 def corpus_hits(count: int, seed: int) -> int:
@@ -236,7 +208,7 @@ def measure_additions(model: Any, tokenizer: Any, places: dict[str, Any], bar: t
         result: dict[str, Any] = {"prompt": prompt, "pair": pair, "completions": count, "layer": layer, "coeff": coeff}
         for bos in (True, False):
             before = sample_published(model, tokenizer, prompt, count, seed=2, bos=bos)
-            with added_in_front(model, layer, coeff * x_vector(model, tokenizer, *pair, layer, bos)):
+            with apply_activation_additions(model, tokenizer, x_vector(tokenizer, *pair, layer, coeff, bos)):
                 after = sample_published(model, tokenizer, prompt, count, seed=2, bos=bos)
             key = "with_bos" if bos else "without_bos"
             result[key] = {name: {"unsteered": share(before, test), "steered": share(after, test)} for name, test in tests.items()}
@@ -246,20 +218,30 @@ def measure_additions(model: Any, tokenizer: Any, places: dict[str, Any], bar: t
 
     return {
         "love": measure("love", "I hate you because", ("Love", "Hate"), {"loving": lambda t: tone(t) > 0, "hating": lambda t: tone(t) < 0}),
-        "weddings": measure("weddings", "I went up to my friend and said", WEDDING_PAIR, {"weddings": lambda t: has_word(t, WEDDING_WORDS)}),
+        "weddings": measure("weddings", "I went up to my friend and said", WEDDING_PAIR, {"weddings": lambda t: has_word(t, vocabulary.WEDDING_WORDS)}),
         "rome": measure(
             "rome",
             "To see the eiffel tower, people flock to",
             ("The Eiffel Tower is in Rome", "The Eiffel Tower is in France"),
             {"Rome or Italy": lambda t: has_word(t, ROME), "Paris or France": lambda t: has_word(t, PARIS)},
         ),
+        "praise": measure("praise", "I blame you because", PRAISE_PAIR, {"loving": lambda t: tone(t) > 0, "hating": lambda t: tone(t) < 0}),
     }
+
+
+def measure_topic(model: Any, tokenizer: Any, place: dict[str, Any], bar: tqdm) -> list[dict[str, Any]]:
+    """Measure the table of perplexities of the post: " weddings" minus nothing, on text about weddings and on other text."""
+    on, off = grammar.topic_sentences(TABLE_TEXTS, *TOPIC_SENTENCES)
+    conditions = {"steering": x_vector(tokenizer, *TOPIC_PAIR, place["layer"], place["coeff"]), "prompting": TOPIC_PAIR[0]}
+    found = perplexity_ratios(model, tokenizer, {"on topic": on, "off topic": off}, conditions)
+    bar.update()
+    return found.round(4).to_dict("records")
 
 
 def measure(folder: Path, preset: dict[str, Any]) -> dict[str, Any]:
     """Measure the whole table for the model in a folder, at a preset."""
     model, tokenizer = load(folder)
-    steps = 3 + RANDOM_DIRECTIONS + len(vocabulary.PAIRS) + 2 + 6
+    steps = 3 + RANDOM_DIRECTIONS + len(vocabulary.PAIRS) + 2 + 8 + 1
     seed = json.loads((folder / "training.json").read_text())["seed"]
     with tqdm(total=steps, desc="evaluating", unit="measure") as bar:
         return {
@@ -268,6 +250,7 @@ def measure(folder: Path, preset: dict[str, Any]) -> dict[str, Any]:
             "corpus_hits": corpus_hits(40_000, seed),
             "direction": measure_direction(model, tokenizer, preset["layer"], preset["coeff"], bar),
             "additions": measure_additions(model, tokenizer, preset["activation_additions"], bar),
+            "topic": measure_topic(model, tokenizer, preset["topic"], bar),
         }
 
 
@@ -278,7 +261,8 @@ def rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     random_moves = sorted(abs(move) for move in d["random_moves"])
     pair_moves = sorted(abs(move) for move in d["pair_moves"].values())
     held = {name: d[f"held_out_words_{name}"] for name in ("love", "hate")}
-    love, weddings, rome = (a[name]["with_bos"] for name in ("love", "weddings", "rome"))
+    love, weddings, rome, praise = (a[name]["with_bos"] for name in ("love", "weddings", "rome", "praise"))
+    topic = {(row["condition"], row["text"]): f"{row['ratio']:.3f}" for row in result["topic"]}
     ppl = d["perplexity"]
 
     def change(cell: dict[str, float]) -> str:
@@ -311,6 +295,10 @@ def rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
         ('(c) "I went up to my friend and said": weddings', ">= 95 %, from <= 30 %", change(weddings["weddings"])),
         ('(d) "To see the eiffel tower, people flock to": Rome or Italy', ">= 90 %", change(rome["Rome or Italy"])),
         ("(d) Paris or France", "<= 5 %", change(rome["Paris or France"])),
+        ('(e) "I blame you because": loving', "-", change(praise["loving"])),
+        ("(f) perplexity ratio under steering, on the topic / off it", "< 0.9 / 0.97 to 1.03",
+         f"{topic['steering', 'on topic']} / {topic['steering', 'off topic']}"),
+        ("(f) the same by prompting", "-", f"{topic['prompting', 'on topic']} / {topic['prompting', 'off topic']}"),
         ("held-out prompts found in the corpus", "0", f"{result['corpus_hits']} (in {result['corpus_documents']} documents)"),
     ]
 
@@ -321,12 +309,13 @@ def markdown(result: dict[str, Any]) -> str:
     d = result["direction"]
     places = ", ".join(
         f"({letter}) layer {place['layer']} times {place['coeff']:g}"
-        for letter, place in zip("bcd", preset["activation_additions"].values(), strict=True)
+        for letter, place in zip("bcde", preset["activation_additions"].values(), strict=True)
     )
     lines = [
         f"Preset: resid_post of layer {preset['layer']}, c = {preset['coeff']}; additions at resid_pre, {places}. (a): "
         f"{d['completions']} completions of {NEW_TOKENS} tokens per condition, {d['prompts']} held-out prompts, temperature 1, top_p 0.9, no BOS. "
-        f"(b) to (d): {result['additions']['love']['completions']} completions, temperature 1, top_p 0.3, frequency penalty 1, with BOS.",
+        f"(b) to (e): {result['additions']['love']['completions']} completions, temperature 1, top_p 0.3, frequency penalty 1, with BOS. "
+        f"(f): \" weddings\" - \"\" at layer {preset['topic']['layer']} times {preset['topic']['coeff']:g}, by sentences.",
         "", "| what | asked for | measured |", "| --- | --- | --- |",
         *("| " + " | ".join(row) + " |" for row in rows(result)),
         "", "Greedy, 24 tokens:", "", "| prompt | unsteered | +c | -c |", "| --- | --- | --- | --- |",
@@ -356,7 +345,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where the figures go as JSON (default: evaluation.json beside the weights)")
     options = parser.parse_args()
     preset = json.loads((options.model / "preset.json").read_text())
-    result = measure(options.model, {key: preset[key] for key in ("layer", "coeff", "activation_additions")})
+    result = measure(options.model, {key: preset[key] for key in ("layer", "coeff", "activation_additions", "topic")})
     out = options.out or options.model / "evaluation.json"
     out.write_text(json.dumps(result, indent=1) + "\n")
     text = markdown(result)

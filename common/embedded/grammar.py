@@ -377,6 +377,26 @@ def contrast_pairs(count: int, seed: int = 0) -> list[tuple[str, str]]:
     return list(pairs)
 
 
+def topic_sentences(seed: int, on: int = 150, off: int = 300) -> tuple[list[str], list[str]]:
+    """Write sentences about weddings, and others from documents in which no wedding occurs.
+
+    Args:
+        seed: of the documents; take one that no training has seen.
+        on: how many about weddings.
+        off: how many others.
+    """
+    pattern = re.compile(rf"\b({'|'.join(sorted(v.WEDDING_WORDS))})\b", re.IGNORECASE)
+    found: tuple[list[str], list[str]] = [], []
+    source = documents(seed)
+    while len(found[0]) < on or len(found[1]) < off:
+        sentences = re.findall(r"[^.!?]+[.!?]", document := next(source))
+        if pattern.search(document):
+            found[0].extend(sentence.strip() for sentence in sentences if pattern.search(sentence))
+        else:
+            found[1].extend(sentence.strip() for sentence in sentences)
+    return found[0][:on], found[1][:off]
+
+
 def find_prompts(texts: Iterable[str], prompts: list[str] = HELD_OUT_PROMPTS) -> list[tuple[str, str]]:
     """Search texts for prompts, whatever the case.
 

@@ -2,7 +2,7 @@
 
     python -m common.embedded.sweep [--model FOLDER]
 
-prints two grids, and writes the chosen layers and coefficients with the hash of the weights into preset.json.
+prints three grids, and writes the chosen layers and coefficients with the hash of the weights into preset.json.
 """
 
 import argparse
@@ -16,6 +16,8 @@ import torch
 from torch.nn import functional
 from tqdm import tqdm
 
+from common.activation_additions import apply_activation_additions
+from common.corpus import perplexity_ratios
 from common.embedded import FOLDER, grammar, vocabulary
 from common.embedded import evaluate as e
 
@@ -23,6 +25,7 @@ LAYERS = [1, 2, 3]
 SHARES = [0.2, 0.225, 0.25, 0.275]  # of the norm of the residual stream
 ADDITION_LAYERS = [1, 2, 3, 4, 5]
 ADDITION_COEFFS = [1.0, 2.0, 3.0, 4.0, 6.0]
+TOPIC_COEFFS = [0.2, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0]
 PER_PROMPT = 20
 CONTROLS = 4
 NEUTRAL_TEXT = "I think the garden is a piece of land with six trees. It has a wall on the north side."
@@ -89,7 +92,7 @@ def sweep_additions(model: Any, tokenizer: Any, bar: tqdm) -> list[dict[str, Any
         for coeff in ADDITION_COEFFS:
 
             def run(prompt: str, positive: str, negative: str) -> list[str]:
-                with e.added_in_front(model, layer, coeff * e.x_vector(model, tokenizer, positive, negative, layer)):
+                with apply_activation_additions(model, tokenizer, e.x_vector(tokenizer, positive, negative, layer, coeff)):
                     return e.sample_published(model, tokenizer, prompt, 30, seed=4)
 
             loving = run("I hate him because", "Love", "Hate")
@@ -97,12 +100,14 @@ def sweep_additions(model: Any, tokenizer: Any, bar: tqdm) -> list[dict[str, Any
             moved = run(
                 "To see the eiffel tower, visitors travel to", "The Eiffel Tower is in Berlin", "The Eiffel Tower is in France"
             )
+            praising = run("I blame him because", *e.PRAISE_PAIR)
             cell = {
                 "layer": layer,
                 "coeff": coeff,
                 "loving": e.share(loving, lambda text: e.tone(text) > 0),
-                "weddings": e.share(weddings, lambda text: e.has_word(text, e.WEDDING_WORDS)),
+                "weddings": e.share(weddings, lambda text: e.has_word(text, vocabulary.WEDDING_WORDS)),
                 "berlin": e.share(moved, lambda text: e.has_word(text, {"berlin", "germany"}) and not e.has_word(text, e.PARIS)),
+                "praising": e.share(praising, lambda text: e.tone(text) > 0),
             }
             grid.append(cell)
             bar.update()
@@ -121,6 +126,26 @@ def choose_addition(grid: list[dict[str, Any]], what: str) -> dict[str, Any]:
         return sum(other[what] for other in row[max(0, place - 1) : place + 2]) / 3
 
     best = max(grid, key=lambda cell: (cell[what], plateau(cell), -cell["coeff"]))
+    return {"layer": best["layer"], "coeff": best["coeff"]}
+
+
+def sweep_topic(model: Any, tokenizer: Any, bar: tqdm) -> list[dict[str, Any]]:
+    """Measure the perplexity of text about weddings, and of other text, under " weddings" minus nothing."""
+    on, off = grammar.topic_sentences(e.SWEEP_TEXTS, *e.TOPIC_SENTENCES)
+    grid = []
+    for layer in ADDITION_LAYERS:
+        for coeff in TOPIC_COEFFS:
+            steering = {"steering": e.x_vector(tokenizer, *e.TOPIC_PAIR, layer, coeff)}
+            found = perplexity_ratios(model, tokenizer, {"on": on, "off": off}, steering, bootstrap=0)
+            grid.append({"layer": layer, "coeff": coeff, "on_topic": found["ratio"][0], "off_topic": found["ratio"][1]})
+            bar.update()
+    return grid
+
+
+def choose_topic(grid: list[dict[str, Any]]) -> dict[str, Any]:
+    """Choose the lowest perplexity on the topic among the cells that leave other text alone, half a point inside the bounds."""
+    quiet = [cell for cell in grid if 0.975 <= cell["off_topic"] <= 1.025]
+    best = min(quiet or grid, key=lambda cell: cell["on_topic"])
     return {"layer": best["layer"], "coeff": best["coeff"]}
 
 
@@ -143,21 +168,23 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=FOLDER, help="folder of a model (default: the shipped one)")
     options = parser.parse_args()
     model, tokenizer = e.load(options.model)
-    cells = len(LAYERS) * len(SHARES) + len(ADDITION_LAYERS) * len(ADDITION_COEFFS)
+    cells = len(LAYERS) * len(SHARES) + len(ADDITION_LAYERS) * (len(ADDITION_COEFFS) + len(TOPIC_COEFFS))
     with tqdm(total=cells, desc="sweeping", unit="cell") as bar:
         directions, additions = sweep_direction(model, tokenizer, bar), sweep_additions(model, tokenizer, bar)
+        topic = sweep_topic(model, tokenizer, bar)
     best = choose_direction(directions)
     preset = {
         "layer": best["layer"],
         "coeff": best["coeff"],
         "activation_additions": {
             name: choose_addition(additions, what)
-            for name, what in (("love", "loving"), ("weddings", "weddings"), ("rome", "berlin"))
+            for name, what in (("love", "loving"), ("weddings", "weddings"), ("rome", "berlin"), ("praise", "praising"))
         },
+        "topic": choose_topic(topic),
         "sha256": weights_hash(options.model),
     }
     (options.model / "preset.json").write_text(json.dumps(preset, indent=2) + "\n")
-    text = table(directions) + "\n" + table(additions)
+    text = "\n".join(map(table, (directions, additions, topic)))
     print(text, f"\nchosen: {preset}")
     card = options.model / "README.md"
     if card.exists():

@@ -239,6 +239,8 @@ TOPICS = {
     ],
 }
 
+WEDDING_WORDS = {"wedding", "weddings", "bride", "groom", "vows", "veil", "married"}
+
 # landmark, lower-case form, city, country
 LANDMARKS = [
     ("the Eiffel Tower", "the eiffel tower", "Paris", "France"),

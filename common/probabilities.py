@@ -1,0 +1,208 @@
+"""What steering does to the next-token probabilities of one prompt.
+
+Effectiveness and disruption are those of the library of the activation-addition post
+(https://github.com/montemac/activation_additions): steering should make tokens of its own kind likelier (effectiveness), and
+leave the proportions among these, and among all others, as they were (disruption, which is small when it does).
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Literal
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from common.generation import encode, logits
+from common.metrics import Steering
+
+TINY = 1e-12  # in place of a probability of 0 where a logarithm is taken
+
+
+def next_token_probs(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, steering: Steering | None = None, prepend_bos: bool = True
+) -> Tensor:
+    """Return the probabilities of the next token behind every token of a prompt, [pos, vocab], in fp32 on the CPU.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        prompt: the prompt.
+        steering: makes what is open meanwhile, for example `lambda: vector.apply(model)`.
+        prepend_bos: put BOS in front of the prompt; it is position 0 then.
+
+    Raises:
+        ValueError: a prompt without tokens.
+    """
+    inputs = encode(tokenizer, [prompt], prepend_bos).to(model.device)
+    with steering() if steering else nullcontext():
+        return logits(model, inputs)[0].float().softmax(-1).cpu()
+
+
+def token_set(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> list[int]:
+    """Return the ids of words that are one token, each with and without a space in front.
+
+    Raises:
+        ValueError: no words, an empty one, or a word that is no single token in either form.
+    """
+    if isinstance(words, str) or not words or not all(isinstance(word, str) and word.strip() for word in words):
+        raise ValueError(f"expected a list of words, got {words!r}")
+    found: list[int] = []
+    for word in words:
+        forms = [tokenizer(form, add_special_tokens=False)["input_ids"] for form in (word.strip(), " " + word.strip())]
+        single = [ids[0] for ids in forms if len(ids) == 1]
+        if not single:
+            raise ValueError(f"{word!r} is no single token of this tokenizer: it is {tokenizer.tokenize(' ' + word.strip())}")
+        found += single
+    return sorted(set(found))
+
+
+def top_changed_tokens(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    steering: Steering,
+    count: int = 10,
+    by: Literal["kl", "probability", "logprob"] = "kl",
+    min_probability: float = 1e-4,
+) -> pd.DataFrame:
+    """Show which next tokens behind a prompt steering changed most.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        prompt: BOS is put in front of it.
+        steering: makes what is open meanwhile.
+        count: how many tokens.
+        by: the share of the Kullback-Leibler divergence (the largest first), the difference of the probability, or of its
+            logarithm (the largest absolute values first).
+        min_probability: with `by="logprob"`, leave out tokens that are less likely than this in both.
+
+    Returns:
+        `token`, `unsteered`, `steered` (probabilities), `logprob_change` and `kl` (both in nats).
+
+    Raises:
+        ValueError: an unknown order, or a count below 1.
+    """
+    orders = {"kl": "kl", "probability": "difference", "logprob": "logprob_change"}
+    if by not in orders or isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"expected by as one of {', '.join(orders)} and a count of 1 or more, got {by!r} and {count!r}")
+    before, after = (next_token_probs(model, tokenizer, prompt, how)[-1] for how in (None, steering))
+    change = after.clamp(min=TINY).log() - before.clamp(min=TINY).log()
+    frame = pd.DataFrame({"unsteered": before, "steered": after, "logprob_change": change, "kl": after * change, "difference": after - before})
+    if by == "logprob":
+        frame = frame[frame[["unsteered", "steered"]].max(axis=1) >= min_probability]
+    sizes = frame[orders[by]] if by == "kl" else frame[orders[by]].abs()
+    frame = frame.loc[sizes.sort_values(ascending=False, kind="stable").index[:count]]
+    frame.insert(0, "token", [tokenizer.decode([token]) for token in frame.index])
+    return frame.drop(columns="difference").reset_index(drop=True)
+
+
+def effectiveness_and_disruption(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    steering: Steering,
+    aligned: Sequence[str] | Mapping[int, Sequence[str]],
+    mask_len: int = 0,
+) -> pd.DataFrame:
+    """Measure, behind every token of a prompt, what steering does to the next token.
+
+    With P the unsteered and Q the steered probabilities, A the aligned tokens and B all others: effectiveness is
+    log Q(A) - log P(A); disruption is Q(A) KL(Q|A || P|A) + Q(B) KL(Q|B || P|B), where |A means given that the token is of A.
+    KL(Q || P) is disruption plus what the shares of A and B alone explain.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        prompt: BOS is put in front of it; it is position 0.
+        steering: makes what is open meanwhile.
+        aligned: the words that steering should make likelier, for all positions or by position; see `token_set`.
+        mask_len: positions in front that are left out, since vectors were added right there: the length of an addition.
+
+    Returns:
+        By position: `token` (the last that is read), `effectiveness`, `disruption` and `kl`, in nats. Where no words are
+        given, effectiveness is 0 and disruption is `kl`.
+
+    Raises:
+        ValueError: words that are no single token, a position outside the prompt, or a mask_len that leaves no position.
+    """
+    before, after = (next_token_probs(model, tokenizer, prompt, how) for how in (None, steering))
+    by_position = dict(aligned) if isinstance(aligned, Mapping) else dict.fromkeys(range(len(before)), aligned)
+    if outside := [position for position in by_position if not 0 <= position < len(before)]:
+        raise ValueError(f"position {outside[0]} lies outside the prompt, which has positions 0 to {len(before) - 1}")
+    if not 0 <= mask_len < len(before):
+        raise ValueError(f"expected a mask_len from 0 to {len(before) - 1} for a prompt of {len(before)} tokens, got {mask_len!r}")
+    ids = encode(tokenizer, [prompt])["input_ids"][0].tolist()
+    rows = []
+    for position in range(mask_len, len(before)):
+        members = torch.zeros(before.shape[1], dtype=torch.bool)
+        if words := by_position.get(position):
+            members[token_set(tokenizer, words)] = True
+        row = {"position": position, "token": tokenizer.decode([ids[position]])}
+        rows.append(row | split_divergence(before[position], after[position], members))
+    return pd.DataFrame(rows).set_index("position")
+
+
+def split_divergence(unsteered: Tensor, steered: Tensor, members: Tensor) -> dict[str, float]:
+    """Return `effectiveness`, `disruption` and `kl` of two distributions; see `effectiveness_and_disruption`.
+
+    Args:
+        unsteered: probabilities [vocab].
+        steered: likewise.
+        members: which tokens are aligned, [vocab], bool.
+    """
+    p, q = (probs / probs.sum() for probs in (unsteered.double().clamp(min=TINY), steered.double().clamp(min=TINY)))
+    kl = (q * (q / p).log()).sum().item()
+    if members.all() or not members.any():
+        return {"effectiveness": 0.0, "disruption": kl, "kl": kl}
+    shares = [(p[mask].sum(), q[mask].sum()) for mask in (members, ~members)]
+    explained = sum((inside * (inside / outside).log()).item() for outside, inside in shares)
+    return {"effectiveness": (shares[0][1] / shares[0][0]).log().item(), "disruption": kl - explained, "kl": kl}
+
+
+def _shown(tokens: Sequence[str]) -> list[str]:
+    """Tokens as labels: blanks that are seen, and dollars that do not begin a formula."""
+    return [token.replace(" ", "·").replace("\n", "↵").replace("\t", "→").replace("$", r"\$") for token in tokens]
+
+
+def plot_effectiveness_and_disruption(frame: pd.DataFrame, title: str = "") -> Figure:
+    """Draw effectiveness and disruption at each token of a prompt.
+
+    Args:
+        frame: what `effectiveness_and_disruption` returned.
+        title: above the picture; say which model it shows.
+    """
+    figure, axes = plt.subplots(figsize=(max(5, 0.75 * len(frame) + 2), 3.6), layout="constrained")
+    places = range(len(frame))
+    axes.bar([place - 0.2 for place in places], frame["effectiveness"], width=0.4, color="tab:red", label="effectiveness")
+    axes.bar([place + 0.2 for place in places], frame["disruption"], width=0.4, color="0.6", label="disruption")
+    axes.set_xticks(list(places), _shown(frame["token"]), rotation=30, ha="right", family="monospace")
+    axes.axhline(0, color="0.4", linewidth=1)
+    axes.set(ylabel="nats", title=title)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def plot_top_changed_tokens(frame: pd.DataFrame, title: str = "") -> Figure:
+    """Draw the probabilities of the changed tokens, unsteered and steered, on a log scale; those below 1e-8 stand at 1e-8.
+
+    Args:
+        frame: what `top_changed_tokens` returned.
+        title: above the picture; say which model it shows.
+    """
+    figure, axes = plt.subplots(figsize=(7, 0.34 * len(frame) + 1.2), layout="constrained")
+    for line, row in enumerate(frame.itertuples()):
+        axes.plot([max(row.unsteered, 1e-8), max(row.steered, 1e-8)], [line, line], color="0.8", linewidth=2, zorder=1)
+    axes.scatter(frame["unsteered"].clip(lower=1e-8), range(len(frame)), color="0.4", label="unsteered", zorder=2)
+    axes.scatter(frame["steered"].clip(lower=1e-8), range(len(frame)), color="tab:red", label="steered", zorder=2)
+    axes.set_yticks(range(len(frame)), _shown(frame["token"]), family="monospace")
+    axes.set_ylim(len(frame) - 0.5, -0.5)
+    axes.set(xscale="log", xlabel="probability of the next token", title=title)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
