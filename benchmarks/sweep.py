@@ -110,12 +110,12 @@ def embedded_grid(quick: bool) -> Grid:
 
 
 def small_grid(quick: bool) -> Grid:
-    """Four layers of GPT-2-small's shape, 4 coefficients, 10 prompts of 8 tokens."""
+    """Three layers of GPT-2-small's shape, 2 coefficients, 6 prompts of 8 tokens."""
     model, tokenizer = random_gpt2("gpt2-small"), word_tokenizer()
     noise = torch.randn(model.config.n_layer, model.config.n_embd, generator=torch.Generator().manual_seed(0))
-    vector = SteeringVector({layer: noise[layer] / noise[layer].norm() for layer in (2, 5, 8, 11)})
-    prompts = [prompt for pair in random_pairs(5, 8) for prompt in pair]
-    return Grid(model, tokenizer, vector, COEFFS[::2][: 1 if quick else 4], prompts[: 2 if quick else 10])
+    vector = SteeringVector({layer: noise[layer] / noise[layer].norm() for layer in (2, 6, 10)})
+    prompts = [prompt for pair in random_pairs(3, 8) for prompt in pair]
+    return Grid(model, tokenizer, vector, [-2.0, 2.0], prompts[: 2 if quick else 6])
 
 
 def report(results: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
@@ -89,6 +90,7 @@ class _Cell:
             return dict(zip(KEYS, ("unsteered", "unsteered", None, 0.0)))
         return dict(zip(KEYS, (self.steering.name, self.steering.kind, self.layer, self.coeff)))
 
+    @cached_property
     def row(self) -> RowSteering | None:
         """How a row of it is steered."""
         return None if self.steering is None else self.steering.row(self.layer, self.coeff)
@@ -177,7 +179,7 @@ def sweep(
             for batch in _chunks(pending, max(1, max_memory // cost)):
                 rows = [plan[number] for number in batch]
                 inputs = encode(tokenizer, [prompts[prompt] for _, prompt, _ in rows], bos).to(model.device)
-                steering_of = [cell.row() for cell, _, _ in rows]
+                steering_of = [cell.row for cell, _, _ in rows]
                 cache = prefilled_cache(model, inputs, steering_of, inputs["input_ids"].shape[1] + max_new_tokens)
                 with steering_rows(model, steering_of):
                     ids = sample(
@@ -230,7 +232,7 @@ def sweep_logits(
     _at_least(1, max_memory=max_memory)
     cells = _grid(model, tokenizer, steering, layers, coeffs, controls, random_controls, addition_location)
     bos = _bos(cells, prepend_bos)
-    _lengths(model, tokenizer, prompts, bos, cells)
+    lengths = _lengths(model, tokenizer, prompts, bos, cells)
     trial = torch.zeros(2, model.get_output_embeddings().weight.shape[0], device=model.device)
     for name, metric in metrics.items():
         _numbers(metric(trial, trial), 2, name)
@@ -241,7 +243,7 @@ def sweep_logits(
         values = {name: _numbers(metric(*last), len(steered), name) for name, metric in metrics.items()}
         return [dict(zip(values, row)) for row in zip(*values.values())]
 
-    run = _PassSweep(model, tokenizer, cells, prompts, bos, True, max_memory)
+    run = _PassSweep(model, tokenizer, cells, prompts, lengths, bos, True, max_memory)
     return run.run(SweepStore(path, settings, [*KEYS, "prompt", *metrics]), "prompt", measured, "Predicting", show_progress)
 
 
@@ -293,7 +295,7 @@ def sweep_perplexity(
         )
         return [dict(zip(("loss", "unsteered_loss", "tokens"), row)) for row in zip(loss.tolist(), before.tolist(), tokens.tolist())]
 
-    run = _PassSweep(model, tokenizer, cells, texts, True, False, max_memory)
+    run = _PassSweep(model, tokenizer, cells, texts, lengths, True, False, max_memory)
     columns = [*KEYS, "text", "loss", "unsteered_loss", "tokens"]
     return run.run(SweepStore(path, settings, columns), "text", measured, "Reading", show_progress)
 
@@ -308,11 +310,11 @@ class _PassSweep:
     """Forward passes over texts at every cell, with the blocks below the steered one computed once for each text."""
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cells: list[_Cell], texts: Sequence[str], bos: bool, last_only: bool,
-        max_memory: int,
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cells: list[_Cell], texts: Sequence[str], lengths: list[int], bos: bool,
+        last_only: bool, max_memory: int,
     ):
         self.model, self.tokenizer, self.cells, self.texts, self.bos, self.last_only = model, tokenizer, cells, list(texts), bos, last_only
-        self.max_memory = max_memory
+        self.lengths, self.max_memory = lengths, max_memory
 
     def run(
         self, store: SweepStore, column: str, measured: Callable[[Tensor, Tensor, Mapping[str, Tensor]], list[dict[str, Any]]], title: str,
@@ -344,7 +346,7 @@ class _PassSweep:
 
     def _parts(self) -> Iterator[list[int]]:
         """Texts of like length, as many as can be kept at every layer."""
-        lengths = _lengths(self.model, self.tokenizer, self.texts, self.bos)
+        lengths = self.lengths
         config = self.model.config.get_text_config()
         kept = 4 * config.hidden_size * config.num_hidden_layers * max(lengths) + self._bytes(max(lengths))
         order = sorted(range(len(lengths)), key=lambda text: lengths[text])
@@ -358,7 +360,7 @@ class _PassSweep:
         place = {text: index for index, text in enumerate(texts)}
         groups: dict[int | None, list[tuple[int, int]]] = {}
         for cell, rows in missing.items():
-            groups.setdefault(steered_behind(self.cells[cell].row()), []).extend((cell, text) for text in rows)
+            groups.setdefault(steered_behind(self.cells[cell].row), []).extend((cell, text) for text in rows)
         layers = sorted(layer for layer in groups if layer is not None and layer >= 0)
         plain = record_blocks(self.model, inputs, layers, self.last_only)
         size = max(1, self.max_memory // self._bytes(inputs["input_ids"].shape[1]))
@@ -372,7 +374,7 @@ class _PassSweep:
     @torch.no_grad()
     def _steered(self, rows: list[tuple[int, int]], layer: int, index: Tensor, inputs: dict[str, Tensor], outputs: Mapping[int, Any]) -> Tensor:
         """The logits of rows that are steered behind one block."""
-        steering = [self.cells[cell].row() for cell, _ in rows]
+        steering = [self.cells[cell].row for cell, _ in rows]
         if layer < 0:
             with steering_rows(self.model, steering):
                 return record_blocks(self.model, inputs, [], self.last_only).logits

@@ -182,6 +182,8 @@ def test_samples_do_not_depend_on_what_is_beside_them(model, tokenizer, vector):
     assert len({text for (name, *_), text in whole.items() if name == "unsteered"}) == len(PROMPTS) * 3
     other = by_cell(sweep(model, tokenizer, {"v": vector}, [1, 4], [-1.0, 1.0], PROMPTS, seed=1, **options), "completion")
     assert sum(whole[key] == other[key] for key in whole) < len(whole) / 3
+    twice = sweep(model, tokenizer, {"v": vector}, [4], [0.0], [PROMPTS[0]] * 2, **options)
+    assert twice["completion"][:6].nunique() == 6  # a prompt that is there twice is two prompts
 
 
 def seen_rows(monkeypatch) -> list:
@@ -346,9 +348,9 @@ def test_blocks_below_run_once_for_each_prompt(model, tokenizer, vector, run):
         run(model, tokenizer, {"v": vector}, range(6), [-1.0, 1.0, 2.0], PROMPTS)
     assert first == [len(PROMPTS)]
     assert sum(last) == len(PROMPTS) * (1 + 5 * 3)
-    with counting(model, 0) as first:
+    with counting(model, 0) as first, counting(model, 5) as last:
         run(model, tokenizer, {"v": vector}, range(6), [-1.0, 1.0], PROMPTS, max_memory=TINY)
-    assert first == [1] * len(PROMPTS)
+    assert first == [1] * len(PROMPTS) and last == [1] * len(PROMPTS) * (1 + 5 * 2)  # no batch is larger than it may be
 
 
 def test_what_block_0_reads_is_steered_there(model, tokenizer):
