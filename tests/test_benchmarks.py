@@ -5,7 +5,9 @@ import torch
 
 from benchmarks.extraction import bare_blocks
 from benchmarks.shapes import WORDS, random_pairs, word_tokenizer
+from benchmarks.sweep import Grid
 from benchmarks.timing import interleaved, ratio
+from common.steering_vector import SteeringVector
 
 
 def test_bare_blocks_are_the_models(model):
@@ -45,3 +47,18 @@ def test_ratio_is_the_median_of_the_rounds():
     """Round by round, with quartiles around it."""
     assert ratio([2.0, 6.0, 4.0], [2.0, 2.0, 2.0])[0] == pytest.approx(2.0)
     assert ratio([1.0], [2.0]) == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize("kind", ["completions", "logits"])
+def test_three_ways_of_a_sweep_do_the_same(model, tokenizer, kind):
+    """The same cells, and the same texts or divergences, whichever way they are computed."""
+    vector = SteeringVector({layer: torch.randn(128, generator=torch.Generator().manual_seed(layer)) for layer in (1, 4)})
+    grid = Grid(model, tokenizer, vector, [-2.0, 2.0], ["I think dogs are", "You"])
+    for way in grid.ways(kind).values():
+        way()
+    own = grid.found["sweep"]
+    assert len(own) == 8 and len({str(value) for value in own.values()}) > 4
+    for way in ("each setting", "each prompt"):
+        assert grid.found[way].keys() == own.keys()
+        same = [own[key] == other if kind == "completions" else abs(own[key] - other) < 1e-4 for key, other in grid.found[way].items()]
+        assert all(same)
