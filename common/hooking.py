@@ -1,5 +1,6 @@
 """Hooks of this library: where they stand among others, what they see of a pass, and how they are switched off for a while."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -28,15 +29,15 @@ def is_suspended() -> bool:
     return _suspended.get()
 
 
-class SteeringHook:
+class SteeringHook(ABC):
     """A hook that changes hidden states: as a forward hook what a module gives, as a pre-hook what it gets.
 
     Subclasses define `steer(hidden)`, which returns the steered hidden states, both [batch, pos, d_model].
     """
 
+    @abstractmethod
     def steer(self, hidden: Tensor) -> Tensor:
         """Return the steered hidden states."""
-        raise NotImplementedError
 
     def on_output(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Steer what the module gives."""
