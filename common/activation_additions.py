@@ -176,7 +176,8 @@ def read_sites(model: nn.Module, rows: Sequence[Sequence[int]], sites: Sequence[
     vocabulary = model.get_input_embeddings().num_embeddings
     if bad := [token for row in rows for token in row if not 0 <= token < vocabulary]:
         raise ValueError(f"token {bad[0]} does not exist: the model has tokens 0 to {vocabulary - 1}")
-    distinct = sorted({tuple(row) for row in rows}, key=len)
+    # In one order whatever the order given: the last bits depend on the place in the batch.
+    distinct = sorted({tuple(row) for row in rows}, key=lambda row: (len(row), row))
     places = {site: find_site(model, site) for site in dict.fromkeys(sites)}
     found: dict[Site, Tensor] = {}
 

@@ -339,6 +339,15 @@ def test_additions_commute(model, tokenizer, order, location):
         assert torch.equal(logits(model, tokenizer, prompt), one)
 
 
+def test_the_order_of_the_rows_does_not_matter_to_the_last_bit(model):
+    """Sets of tuples come in an order that depends on how they were filled; the last bits depend on the place in a batch."""
+    generator, site = torch.Generator().manual_seed(0), Site(1, "resid_pre")
+    for _ in range(20):
+        one, other = (tuple(row) for row in torch.randint(2000, (2, 5), generator=generator).tolist())
+        found = [read_sites(model, rows, [site]) for rows in ([one, other], [other, one])]
+        assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
+
+
 @pytest.mark.parametrize("first, second", [(1, 3), (3, 1), (3, 3)])
 def test_nested_blocks_add_up(model, tokenizer, first, second):
     """Also where the inner addition is read behind the place of the outer one, and beside a steering vector."""

@@ -134,14 +134,14 @@ ALL = {(layer, size) for layer in (2, 3, 4) for size in (1.0, 2.0)}
 
 
 def test_all_cells_work():
-    """Recommended is the middle of the window, here with three neighbours, and of these the strongest."""
-    found = window({("Love", "steering", 3, sign * 2.0): good(sign, 1.5) for sign in (1, -1)})
+    """Recommended is the middle of the window, here with three neighbours, and of these the strongest; not a corner that is stronger."""
+    found = window({("Love", "steering", layer, sign * 2.0): good(sign, factor) for sign in (1, -1) for layer, factor in ((3, 1.5), (4, 1.75))})
     assert works(found) == ALL and (found.layer, found.coeff) == (3, 2.0)
     assert isinstance(found.layer, int) and isinstance(found.coeff, float)
     assert list(found.cells) == ["layer", "coeff", "effect", "ratio", "wrong way", "control", "works", "neighbours"]
     assert found.cells.set_index(["layer", "coeff"])["neighbours"].to_dict() == {(2, 1): 2, (2, 2): 2, (3, 1): 3, (3, 2): 3, (4, 1): 2, (4, 2): 2}
     assert found.reason == (
-        "layer 3, coefficient 2: effect 0.75 (asked 0.38), controls at most 0.12, perplexity ratio 1.02 (at most 1.1), "
+        "layer 3, coefficient 2: effect 0.75 (asked 0.44), controls at most 0.12, perplexity ratio 1.02 (at most 1.1), "
         "0% of the prompts the wrong way; 3 of its neighbours work too"
     )
 
