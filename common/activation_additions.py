@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from common.blocks import get_hidden
-from common.hooking import SteeringHook, holder_of_blocks, hook_input, hook_output, hook_passes, unsteered
+from common.hooking import EndOfPass, SteeringHook, holder_of_blocks, hook_input, hook_output, hook_passes, unsteered
 from common.positions import PositionTracker, TokenSpan
 from common.sites import Site, find_site, parse_site
 
@@ -154,10 +154,6 @@ def get_x_vector(
     return ActivationAddition(coeff, act_name, tokens=rows[0]), ActivationAddition(-coeff, act_name, tokens=rows[1])
 
 
-class _EndOfPass(Exception):
-    """Ends a forward pass behind the last place that is wanted."""
-
-
 @torch.no_grad()
 def read_sites(model: nn.Module, rows: Sequence[Sequence[int]], sites: Sequence[Site]) -> dict[tuple[tuple[int, ...], Site], Tensor]:
     """Read the activations of token sequences at some places, without the steering of this library.
@@ -184,7 +180,7 @@ def read_sites(model: nn.Module, rows: Sequence[Sequence[int]], sites: Sequence[
     def keep(site: Site, hidden: Tensor) -> None:
         found[site] = hidden.detach().clone()
         if len(found) == len(places):
-            raise _EndOfPass
+            raise EndOfPass
 
     # Padding on the right: what stands in front of it does not see it.
     ids = pad_sequence([torch.tensor(row) for row in distinct], batch_first=True).to(model.device)
@@ -205,7 +201,7 @@ def read_sites(model: nn.Module, rows: Sequence[Sequence[int]], sites: Sequence[
             stack.callback(setattr, module, "training", True)
         try:
             model(input_ids=ids, attention_mask=mask)
-        except _EndOfPass:
+        except EndOfPass:
             pass
     return {(row, site): hidden[index, : len(row)] for site, hidden in found.items() for index, row in enumerate(distinct)}
 

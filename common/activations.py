@@ -12,6 +12,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from common.blocks import get_hidden
+from common.hooking import EndOfPass
 from common.sites import LayerType, ModelLayerConfig, get_layers
 
 ReadTokenIndex = int | Callable[[str], int]
@@ -115,7 +116,7 @@ def read_activations(
             index, position = (batch[name].to(hidden.device) for name in ("rows", "positions"))
             kept[layer].store(batch["slots"], hidden[index, position])
             if layer == last:
-                raise _EndOfPass
+                raise EndOfPass
 
         return hook
 
@@ -134,15 +135,11 @@ def read_activations(
             batch["shape"] = ids.shape
             try:
                 model(input_ids=ids.to(model.device), attention_mask=attention_mask.to(model.device), **options)
-            except _EndOfPass:
+            except EndOfPass:
                 pass
             bar.update(len(chunk))
     order = torch.tensor(reads.order)
     return {layer: found.values[order.to(found.values.device)] for layer, found in sorted(kept.items())}
-
-
-class _EndOfPass(Exception):
-    """Ends a forward pass behind the last layer that is wanted."""
 
 
 class _Kept:

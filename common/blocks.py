@@ -83,7 +83,8 @@ def check_vector(model: nn.Module, layer: int, vector: Tensor) -> Tensor:
         vector: [d_model], floating point, finite.
 
     Returns:
-        The vector [d_model], in the dtype and on the device of the block's weights.
+        The vector [d_model], in the dtype and on the device of the block's weights; on its own device where these are
+        offloaded and lie nowhere yet.
 
     Raises:
         ValueError: no such layer; not a floating-point tensor; another shape than [d_model]; not finite.
@@ -97,4 +98,4 @@ def check_vector(model: nn.Module, layer: int, vector: Tensor) -> Tensor:
         raise ValueError(f"expected a steering vector of shape [{d_model}] (d_model), got {list(vector.shape)}")
     if not torch.isfinite(vector).all():
         raise ValueError("expected a steering vector of finite numbers, got one with nan or inf")
-    return vector.to(device=weight.device, dtype=weight.dtype)
+    return vector.to(device=vector.device if weight.is_meta else weight.device, dtype=weight.dtype)

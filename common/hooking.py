@@ -14,6 +14,10 @@ from common.blocks import get_blocks, get_hidden, with_hidden
 _suspended: ContextVar[bool] = ContextVar("steering_is_suspended", default=False)
 
 
+class EndOfPass(Exception):
+    """Raised in a hook to end a forward pass behind the last place that is wanted; whoever ran the pass suppresses it."""
+
+
 @contextmanager
 def unsteered() -> Iterator[None]:
     """Switch off all steering of this library while the block is open, so that a model can be read as it is."""

@@ -1,14 +1,17 @@
 """The six mechanisms as callables: the very cells that a reader reads, run from the notebooks.
 
-Cells tagged `mechanism` define `wrap`, `read`, `steer`, `logits` and `generate` (README.md, "How to add a seventh").
+Cells tagged `mechanism` define `wrap`, `read`, `steer`, `logits` and `generate`, and `intervene` where the mechanism can do more
+than add (README.md, "How to add a seventh").
 Tests, benchmark and comparison take them from here, so that nothing holds a second copy.
 """
 
 import linecache
+import sys
 import zlib
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import nbformat
@@ -26,6 +29,7 @@ class Mechanism(NamedTuple):
     steer: Callable  # (wrapped, layer, vector [d_model]) -> context manager
     logits: Callable  # (wrapped, inputs) -> [batch, pos, vocab]
     generate: Callable  # (wrapped, inputs, **options) -> [batch, pos + new]
+    intervene: Callable | None = None  # (wrapped, layer, change: hidden -> hidden) -> context manager
 
 
 def mechanism_cells(name: str, folder: Path = ROOT) -> list[str]:
@@ -45,12 +49,15 @@ def mechanism_cells(name: str, folder: Path = ROOT) -> list[str]:
 
 
 def run_cells(sources: list[str], name: str) -> dict:
-    """Run the cells in a namespace of their own and return it.
+    """Run the cells in a module of their own and return its namespace.
 
     Each cell is registered with `linecache` under its file name: nnsight reads the source of a traced block, and keeps
-    what it compiled under that name, so the name must change with the source.
+    what it compiled under that name, so the name must change with the source. The module is registered as well, because
+    `torch.compile` looks up by name where a function comes from.
     """
-    namespace: dict = {"__name__": f"notebook_{name}"}
+    module = ModuleType(f"notebook_{name}")
+    sys.modules[module.__name__] = module
+    namespace = module.__dict__
     for number, source in enumerate(sources, 1):
         file_name = f"<{name}.ipynb, mechanism cell {number}, {zlib.crc32(source.encode()):08x}>"
         linecache.cache[file_name] = (len(source), None, source.splitlines(keepends=True), file_name)
@@ -65,14 +72,14 @@ def notebook_namespace(name: str, folder: Path = ROOT) -> dict:
 
 
 def load_mechanism(name: str, folder: Path = ROOT) -> Mechanism:
-    """Run the tagged cells of one notebook and return its five functions.
+    """Run the tagged cells of one notebook and return its functions: five, and `intervene` where it has one.
 
     Raises:
         ValueError: no such notebook, or its cells do not define all five.
     """
     namespace = notebook_namespace(name, folder)
-    wanted = Mechanism._fields[1:]
+    wanted = Mechanism._fields[1:6]
     missing = [function for function in wanted if not callable(namespace.get(function))]
     if missing:
         raise ValueError(f"the cells tagged 'mechanism' in {name}.ipynb do not define {', '.join(missing)}")
-    return Mechanism(name, *(namespace[function] for function in wanted))
+    return Mechanism(name, *(namespace[function] for function in wanted), namespace.get("intervene"))

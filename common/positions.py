@@ -204,7 +204,8 @@ class PositionTracker:
         self.mask: Tensor | None = None
         self.positions: Tensor | None = None
         self.lengths: Tensor | None = None
-        self._names = list(inspect.signature(module.forward).parameters)
+        # nnsight puts a `forward(*args, **kwargs)` on the module; the class still knows the names.
+        self._names = list(inspect.signature(type(module).forward).parameters)[1:]
         self._lengths: Tensor | None = None
         self._prompt: Tensor | None = None
         self._total = 0

@@ -86,3 +86,10 @@ def test_vector_takes_the_blocks_dtype():
     model = build(CONFIGS["model.layers"]).bfloat16()
     vector = torch.ones(16, dtype=torch.float64)
     assert check_vector(model, 1, vector).dtype == torch.bfloat16 and vector.dtype == torch.float64
+
+
+def test_vector_stays_where_it_is_for_an_offloaded_block():
+    """accelerate leaves the weights of an offloaded block on the meta device, where nothing can be added."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CONFIGS["model.layers"])
+    assert check_vector(model, 1, torch.ones(16)).tolist() == [1.0] * 16

@@ -8,18 +8,12 @@ import test_parity
 import test_restoration
 from support import Bench
 
+from common.hooking import EndOfPass
 from common.mechanisms import MECHANISMS, Mechanism, mechanism_cells, run_cells
 from common.models import copy_sharing_weights
 
 # Where each mechanism adds: (the expression, the hidden states in it, the vector in it).
-ADDITIONS = {
-    "custom_wrapper": ("self.hidden + self.vector", "self.hidden", "self.vector"),
-    "pytorch_hooks": ("get_hidden(output) + vector", "get_hidden(output)", "vector"),
-    "transformer_lens": ("hidden + vector", "hidden", "vector"),
-    "baukit": ("get_hidden(output) + vector", "get_hidden(output)", "vector"),
-    "nnsight": ("get_hidden(module.output) + vector", "get_hidden(module.output)", "vector"),
-    "bias_editing": ("original + change", "original", "change"),
-}
+ADDITIONS = {name: ("hidden + vector", "hidden", "vector") for name in MECHANISMS} | {"bias_editing": ("original + change", "original", "change")}
 CHANGED_ADDITIONS = {
     "skipped": "{hidden} + 0 * {vector}",
     "wrong sign": "{hidden} - {vector}",
@@ -30,15 +24,9 @@ CHANGED_ADDITIONS = {
 }
 A_BIAS_CANNOT = ("row 0 only", "last position only", "prompt only")
 
-WRONG_LAYER = {
-    "custom_wrapper": ("wrapping(model, layer, check_vector", "wrapping(model, layer - 1, check_vector"),
-    "pytorch_hooks": (
-        "get_block(model, layer).register_forward_hook(add",
-        "get_block(model, layer - 1).register_forward_hook(add",
-    ),
-    "transformer_lens": ('{layer}.hook_resid_post", add_vector', '{layer - 1}.hook_resid_post", add_vector'),
-    "baukit": ("block_path(model, layer), edit_output", "block_path(model, layer - 1), edit_output"),
-    "nnsight": ("module, earlier = block(wrapped, layer)", "module, earlier = block(wrapped, layer - 1)"),
+WRONG_LAYER = {name: ("return intervene(model, layer, ", "return intervene(model, layer - 1, ") for name in MECHANISMS} | {
+    "transformer_lens": ("return intervene(bridge, layer, ", "return intervene(bridge, layer - 1, "),
+    "nnsight": ("return intervene(wrapped, layer, ", "return intervene(wrapped, layer - 1, "),
     "bias_editing": ("get_block(model, layer).get_submodule", "get_block(model, layer - 1).get_submodule"),
 }
 # What restores the model. A bridge and Trace restore by their own context managers: these are left out for a plain call.
@@ -50,12 +38,12 @@ RESTORES = {
 }
 NEVER_REMOVED = {name: (text, text.rsplit("\n", 1)[0] + "\n        pass") for name, text in RESTORES.items()} | {
     "transformer_lens": (
-        'with bridge.hooks(fwd_hooks=[(f"blocks.{layer}.hook_resid_post", add_vector)]):\n        yield bridge',
-        'bridge.add_hook(f"blocks.{layer}.hook_resid_post", add_vector)\n    yield bridge',
+        "return bridge.hooks(fwd_hooks=[(name, lambda hidden, hook: change(hidden))])",
+        "bridge.add_hook(name, lambda hidden, hook: change(hidden))\n    return __import__('contextlib').nullcontext(bridge)",
     ),
     "baukit": (
-        "with Trace(model, block_path(model, layer), edit_output=add_vector, retain_output=False):\n        yield model",
-        "Trace(model, block_path(model, layer), edit_output=add_vector, retain_output=False)\n    yield model",
+        "with Trace(model, block_path(model, layer), edit_output=edit_output, retain_output=False):\n        yield model",
+        "Trace(model, block_path(model, layer), edit_output=edit_output, retain_output=False)\n    yield model",
     ),
 }
 ONLY_WITHOUT_ERROR = "except ZeroDivisionError:\n        raise\n    else:"  # in the place of `finally:`
@@ -121,7 +109,7 @@ def fails(model, tokenizer, hooks, batch, plus) -> Callable[[Mechanism, str], bo
         try:
             with test_restoration.left_as_it_was(bench, batch) if "after" in test else nullcontext():
                 calls[test](bench)
-        except AssertionError:
+        except (AssertionError, EndOfPass):  # a wrapper that reads and is left behind ends every pass
             return True
         return False
 
@@ -136,7 +124,7 @@ def mutant(name: str, old: str, new: str) -> Mechanism:
     cells = mechanism_cells(name)
     assert any(old in cell for cell in cells), f"{name}.ipynb no longer holds {old!r}: adapt the mutation"
     namespace = run_cells([cell.replace(old, new) for cell in cells], f"{name} with {new!r}")
-    return Mechanism(name, *(namespace[function] for function in Mechanism._fields[1:]))
+    return Mechanism(name, *(namespace.get(function) for function in Mechanism._fields[1:]))
 
 
 @pytest.mark.parametrize(("name", "mutation"), MUTATIONS)

@@ -5,7 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.positions import TokenSelection
+from torch import nn
+
+from common.positions import PositionTracker, TokenSelection
 
 ends = st.none() | st.integers(-12, 12)
 
@@ -90,3 +92,17 @@ def test_a_mask_of_other_rows_is_refused():
         selection.select(torch.arange(2).expand(3, 2), torch.full((3,), 2))
     four = selection.select(torch.arange(2).expand(4, 2), torch.full((4,), 2))
     assert four.tolist() == [[True, False], [True, False], [False, True], [False, True]]
+
+
+def test_tracker_knows_the_names_of_positional_arguments_under_another_forward():
+    """nnsight replaces `forward` on the module by one without names; GPT-2 passes the ids by position."""
+
+    class Model(nn.Module):
+        def forward(self, input_ids, attention_mask=None):
+            return input_ids
+
+    model = Model()
+    model.forward = lambda *args, **kwargs: None
+    tracker = PositionTracker(model, TokenSelection(1))
+    tracker((torch.tensor([[0, 5, 6]]),), {"attention_mask": torch.tensor([[0, 1, 1]])})
+    assert tracker.mask[0, :, 0].tolist() == [False, False, True]

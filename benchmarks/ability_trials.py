@@ -1,0 +1,574 @@
+"""The trials behind the matrix of abilities: each runs one mechanism and fails with what happened instead.
+
+A trial gets a `Subject` and raises `Silently` where something else happened without an error. The truth it compares with comes
+from elsewhere: the plain hook on another copy of the model, or the library in `common`.
+"""
+
+import copy
+import json
+import pickle
+import subprocess
+import sys
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import cache, cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase, pipeline
+
+from common import embedded
+from common.activation_additions import SpanHook, adding_spans
+from common.blocks import get_block
+from common.generation import generate, logits
+from common.hooking import holder_of_blocks, hook_passes
+from common.mechanisms import MECHANISMS, ROOT, Mechanism, load_mechanism
+from common.models import copy_sharing_weights, load_model
+from common.operators import ablation_operator
+from common.positions import PositionTracker, TokenSelection, TokenSpan, with_position_ids
+from common.sites import Site
+from common.steering_vector import SteeringVector
+
+PROMPTS = ["I think dogs are ", "My neighbour", "The old library is on the"]
+TOLERANCE = 1e-4  # logits; steering moves them by units
+NEW = 6  # tokens
+FIRST = 2  # the first token that is steered where only later ones are
+
+
+class Silently(Exception):
+    """Something else happened than what was asked for, and no error said so."""
+
+
+class Elsewhere(Exception):
+    """An error in another process, as it was reported: "Type: message"."""
+
+
+class Subject:
+    """One mechanism on modules of its own, what it shall do, and what is true of it.
+
+    Attributes:
+        plain: another copy of the model, which nobody touches but the reference.
+        wrapped: what the mechanism works with.
+        vector: [d_model], twice as long as the hidden states at `layer`, so that it changes whatever is written.
+    """
+
+    def __init__(self, mechanism: Mechanism, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layer: int):
+        self.mechanism, self.model, self.tokenizer, self.layer = mechanism, model, tokenizer, layer
+        self.inputs = tokenizer(PROMPTS, return_tensors="pt", padding=True)
+        self.real = self.inputs["attention_mask"].bool()
+        self.plain = copy_sharing_weights(model)
+        hidden = self._reference.read(self.plain, self.inputs, layer)[self.real]
+        noise = torch.randn(hidden.shape[-1], generator=torch.Generator().manual_seed(0))
+        self.vector = (2 * noise / noise.norm() * hidden.norm(dim=-1).mean()).to(hidden)
+
+    @cached_property
+    def wrapped(self):
+        """What the mechanism's `wrap` made of a copy of the modules."""
+        return self.mechanism.wrap(copy_sharing_weights(self.model), self.tokenizer)
+
+    @property
+    def module(self) -> PreTrainedModel:
+        """The Hugging Face model inside: what one hands to code that knows nothing of the mechanism."""
+        return getattr(self.wrapped, "original_model", getattr(self.wrapped, "_module", self.wrapped))
+
+    @property
+    def _reference(self) -> Mechanism:
+        return load_mechanism("pytorch_hooks")
+
+    def steer(self) -> AbstractContextManager:
+        """Steer by the mechanism."""
+        return self.mechanism.steer(self.wrapped, self.layer, self.vector)
+
+    def intervene(self, change: Callable[[Tensor], Tensor], vector: Tensor | None = None, **wish) -> AbstractContextManager:
+        """Change hidden states by the mechanism; one without `intervene` is asked by its `steer`, and says why not."""
+        if self.mechanism.intervene:
+            return self.mechanism.intervene(self.wrapped, self.layer, change)
+        return self.mechanism.steer(self.wrapped, self.layer, self.vector if vector is None else vector, **wish)
+
+    def logits(self) -> Tensor:
+        """Logits of the real tokens by the mechanism, as it is now."""
+        return self.mechanism.logits(self.wrapped, self.inputs)[self.real]
+
+    def generate(self, **options) -> Tensor:
+        """Token ids by the mechanism, as it is now."""
+        return self.mechanism.generate(self.wrapped, self.inputs, max_new_tokens=NEW, **options)
+
+    def steered(self, what: Callable[[PreTrainedModel], Tensor]) -> Tensor:
+        """What a plain hook gives, steered, on a copy that nobody else touches."""
+        with self._reference.steer(self.plain, self.layer, self.vector):
+            return what(self.plain)
+
+    def steered_logits(self) -> Tensor:
+        """The truth for `logits` while steered."""
+        return self.steered(lambda model: logits(model, self.inputs)[self.real])
+
+    def unsteered_logits(self) -> Tensor:
+        """The truth for `logits` while nothing is steered."""
+        return logits(self.plain, self.inputs)[self.real]
+
+
+@cache
+def _embedded() -> tuple:
+    return load_model("embedded", device="cpu")
+
+
+def embedded_subject(mechanism: str) -> Subject:
+    """A mechanism on the embedded model, at the layer of its preset."""
+    model, tokenizer, preset = _embedded()
+    return Subject(load_mechanism(mechanism), model, tokenizer, preset.layer)
+
+
+def expect(found: Tensor, expected: Tensor, silently: str) -> None:
+    """Fail with what silently happened, unless two tensors are the same (ids) or close (numbers)."""
+    same = found.shape == expected.shape and (
+        torch.allclose(found, expected, rtol=0, atol=TOLERANCE) if found.is_floating_point() else torch.equal(found, expected)
+    )
+    if not same:
+        raise Silently(silently)
+
+
+def expect_steered(subject: Subject, found: Tensor, silently: str = "steered otherwise than by the vector") -> None:
+    """Fail unless logits [tokens, vocab] are the steered ones; say so if they are the unsteered ones."""
+    if torch.allclose(found, subject.unsteered_logits(), rtol=0, atol=TOLERANCE):
+        raise Silently("unsteered, and no error")
+    expect(found, subject.steered_logits(), silently)
+
+
+# --- where and how ---
+
+
+def all_positions(subject: Subject) -> None:
+    """Every position of every row, and the model as before afterwards."""
+    with subject.steer():
+        expect_steered(subject, subject.logits())
+        ids = subject.generate()
+    expect(ids, subject.steered(lambda model: generate(model, subject.inputs, max_new_tokens=NEW)), "other tokens are generated")
+    expect(subject.logits(), subject.unsteered_logits(), "still steered afterwards")
+
+
+@contextmanager
+def following(subject: Subject, selection: TokenSelection | TokenSpan) -> Iterator[PositionTracker]:
+    """Let a tracker follow the passes of the model, which knows the absolute positions, with a KV cache too."""
+    tracker = PositionTracker(holder_of_blocks(subject.module), selection)
+    handle = hook_passes(subject.module, tracker)
+    try:
+        yield tracker
+    finally:
+        handle.remove()
+
+
+def later_positions(subject: Subject) -> None:
+    """Token 2 and all later ones, with a KV cache and padding."""
+
+    def change(hidden: Tensor) -> Tensor:
+        moved = hidden + subject.vector
+        return moved if tracker.mask is None else torch.where(tracker.mask, moved, hidden)
+
+    vector = SteeringVector({subject.layer: subject.vector})
+    with following(subject, TokenSelection(FIRST)) as tracker, subject.intervene(change, positions=slice(FIRST, None)):
+        scores, ids = subject.logits(), subject.generate()
+    with vector.apply(subject.plain, min_token_index=FIRST):
+        expect(scores, logits(subject.plain, subject.inputs)[subject.real], "other positions are steered")
+        expect(ids, generate(subject.plain, subject.inputs, max_new_tokens=NEW), "other tokens are generated")
+
+
+def front_additions(subject: Subject) -> None:
+    """One vector for each of the first tokens of every row, as activation additions do."""
+    vectors = torch.stack([subject.vector, -subject.vector])
+    span = TokenSpan(len(vectors), "front")
+    with following(subject, span) as tracker, subject.intervene(SpanHook(vectors, tracker).steer, positions=[0, 1]):
+        scores, ids = subject.logits(), subject.generate()
+    with adding_spans(subject.plain, {(Site(subject.layer, "resid_post"), len(vectors)): vectors}, "front"):
+        expect(scores, logits(subject.plain, subject.inputs)[subject.real], "other positions are steered")
+        expect(ids, generate(subject.plain, subject.inputs, max_new_tokens=NEW), "other tokens are generated")
+
+
+def ablation(subject: Subject) -> None:
+    """The component along the vector is taken away."""
+    operator = ablation_operator()
+    with subject.intervene(lambda hidden: hidden + operator(hidden, subject.vector), operator="ablate"):
+        scores = subject.logits()
+    with SteeringVector({subject.layer: subject.vector}).apply(subject.plain, operator=operator):
+        expect(scores, logits(subject.plain, subject.inputs)[subject.real], "something else than ablation")
+
+
+def coefficient_for_each_row(subject: Subject) -> None:
+    """Each row of one batch is steered by a coefficient of its own."""
+    coeffs = torch.tensor([1.0, 0.0, -1.0])
+    rows = coeffs[:, None, None] * subject.vector  # [batch, 1, d_model]
+    with subject.intervene(lambda hidden: hidden + rows, vector=rows):
+        scores = subject.mechanism.logits(subject.wrapped, subject.inputs)
+    for row, coeff in enumerate(coeffs):
+        with SteeringVector({subject.layer: coeff * subject.vector}).apply(subject.plain):
+            alone = logits(subject.plain, subject.inputs)[row]
+        expect(scores[row][subject.real[row]], alone[subject.real[row]], "a row has the coefficient of another")
+
+
+def two_vectors(subject: Subject) -> None:
+    """Two vectors at two layers and a second one at the first of them; each is taken away by itself."""
+    places = [(1, subject.vector), (4, -subject.vector), (1, subject.vector.roll(1))]
+    with ExitStack() as mine, ExitStack() as theirs:
+        for layer, vector in places:
+            mine.enter_context(subject.mechanism.steer(subject.wrapped, layer, vector))
+            theirs.enter_context(SteeringVector({layer: vector}).apply(subject.plain))
+        expect(subject.logits(), logits(subject.plain, subject.inputs)[subject.real], "the vectors do not add up")
+    expect(subject.logits(), subject.unsteered_logits(), "still steered afterwards")
+
+
+# --- generation ---
+
+
+def beam_search(subject: Subject) -> None:
+    """`num_beams=3`."""
+    options = {"max_new_tokens": 2 * NEW, "num_beams": 3}
+    with subject.steer():
+        ids = subject.mechanism.generate(subject.wrapped, subject.inputs, **options)
+    beams, greedy = (subject.steered(lambda model: generate(model, subject.inputs, **options | {"num_beams": count})) for count in (3, 1))
+    assert beams.tolist() != greedy.tolist(), "these prompts do not tell beams from greedy decoding"
+    expect(ids, beams, "greedy decoding, and no error" if ids.tolist() == greedy.tolist() else "other tokens than by a hook")
+
+
+def assisted_decoding(subject: Subject) -> None:
+    """An unsteered model drafts, the steered one decides: the text is the steered one's."""
+    one = subject.tokenizer(PROMPTS[0], return_tensors="pt")  # assisted generation takes one row
+    drafts: list[int] = []
+    counting = subject.plain.register_forward_pre_hook(lambda module, args: drafts.append(1))
+    with subject.steer():
+        ids = subject.mechanism.generate(subject.wrapped, one, max_new_tokens=NEW, assistant_model=subject.plain)
+    counting.remove()
+    if not drafts:
+        raise Silently("the assistant is ignored, and no error")
+    steered, unsteered = subject.steered(lambda model: generate(model, one, max_new_tokens=NEW)), generate(subject.plain, one, max_new_tokens=NEW)
+    assert steered.tolist() != unsteered.tolist(), "this prompt does not tell steered from unsteered"
+    expect(ids, steered, "other tokens than the steered model's own")
+
+
+def text_generation_pipeline(subject: Subject) -> None:
+    """`transformers.pipeline("text-generation", model=...)`."""
+    def write(model: nn.Module) -> str:
+        generator = pipeline("text-generation", model=model, tokenizer=subject.tokenizer, device="cpu")
+        return generator(PROMPTS[0], max_new_tokens=NEW, do_sample=False)[0]["generated_text"]
+
+    expected, unsteered = subject.steered(write), write(subject.plain)
+    assert expected != unsteered, "this prompt does not tell steered from unsteered"
+    with subject.steer():
+        found = write(subject.module)
+    if found != expected:
+        raise Silently("unsteered, and no error" if found == unsteered else "another text than by a hook")
+
+
+# --- training, compiling, exporting ---
+
+
+def _gradient_by_hook(subject: Subject) -> Tensor:
+    """The gradient of a loss by the vector [d_model], through a plain hook."""
+    vector = subject.vector.clone().requires_grad_()
+    with load_mechanism("custom_wrapper").steer(subject.plain, subject.layer, vector):
+        subject.plain(**with_position_ids(subject.inputs)).logits[:, -1].logsumexp(-1).sum().backward()
+    return vector.grad
+
+
+def gradient(subject: Subject) -> None:
+    """The gradient of a loss by the vector, so that it can be learned by gradient descent."""
+    vector = subject.vector.clone().requires_grad_()
+    with subject.mechanism.steer(subject.wrapped, subject.layer, vector):
+        scores = subject.mechanism.logits.__wrapped__(subject.wrapped, subject.inputs)  # without torch.no_grad
+        scores[:, -1].logsumexp(-1).sum().backward()
+    if vector.grad is None:
+        raise Silently("the vector gets no gradient, and no error")
+    expect(vector.grad, _gradient_by_hook(subject), "another gradient")
+
+
+def gradient_of_the_bias(subject: Subject) -> None:
+    """the gradient that the edited bias gets, `mlp.c_proj.bias.grad`, is that of the vector"""
+    with subject.steer():
+        bias = get_block(subject.module, subject.layer).mlp.c_proj.bias
+        subject.module(**with_position_ids(subject.inputs)).logits[:, -1].logsumexp(-1).sum().backward()
+    expect(bias.grad, _gradient_by_hook(subject), "another gradient")
+
+
+@contextmanager
+def compiled(module: nn.Module, fullgraph: bool = True) -> Iterator[nn.Module]:
+    """A model compiled as one graph. The graph is what matters here, so it is run without generating machine code."""
+    torch.compiler.reset()
+    try:
+        yield torch.compile(module, fullgraph=fullgraph, backend="aot_eager")
+    finally:
+        torch.compiler.reset()
+
+
+@torch.no_grad()
+def _compiled_logits(subject: Subject, fast: nn.Module) -> Tensor:
+    return fast(**with_position_ids(subject.inputs), use_cache=False).logits[subject.real]
+
+
+def compile_while_steered(subject: Subject) -> None:
+    """`torch.compile(model, fullgraph=True)` inside the block."""
+    with subject.steer(), compiled(subject.module) as fast:
+        expect_steered(subject, _compiled_logits(subject, fast))
+
+
+def compile_in_parts(subject: Subject) -> None:
+    """without `fullgraph=True`: compiled in parts"""
+    with subject.steer(), compiled(subject.module, fullgraph=False) as fast:
+        expect_steered(subject, _compiled_logits(subject, fast))
+
+
+def steer_what_is_compiled(subject: Subject) -> None:
+    """A model that was compiled and has run, steered afterwards, and no longer when the block ends."""
+    with compiled(subject.module) as fast:
+        expect(_compiled_logits(subject, fast), subject.unsteered_logits(), "wrong before it is steered")
+        with subject.steer():
+            expect_steered(subject, _compiled_logits(subject, fast))
+        expect(_compiled_logits(subject, fast), subject.unsteered_logits(), "still steered afterwards")
+
+
+def compile_with_guards(subject: Subject) -> None:
+    """`torch._dynamo.config.skip_nnmodule_hook_guards = False`, before compiling"""
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+        steer_what_is_compiled(subject)
+
+
+@torch.no_grad()
+def export(subject: Subject) -> None:
+    """`torch.export` of the steered model: the program is steered without hooks and without this library."""
+    inputs = {**with_position_ids(subject.inputs), "use_cache": False}
+    with subject.steer():
+        program = torch.export.export(subject.module, (), inputs, strict=False)
+    expect_steered(subject, program.module()(**inputs).logits[subject.real])
+
+
+# --- files and copies ---
+
+
+@cache
+def _saved_and_loaded() -> dict[str, Tensor | str]:
+    """Save under each mechanism, load all in one fresh process with transformers alone; logits, or the error of saving."""
+    found: dict[str, Tensor | str] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in MECHANISMS:
+            subject = embedded_subject(name)
+            try:
+                with subject.steer():
+                    subject.module.save_pretrained(Path(folder, name))
+            except Exception as error:
+                found[name] = f"{type(error).__name__}: {error}"
+        command = [sys.executable, "-m", "benchmarks.ability_processes", "load", folder]
+        given = json.dumps({key: value.tolist() for key, value in with_position_ids(subject.inputs).items()})
+        answer = subprocess.run(command, input=given, capture_output=True, text=True, cwd=ROOT, check=True)
+        for name, scores in json.loads(answer.stdout.splitlines()[-1]).items():
+            found.setdefault(name, scores if isinstance(scores, str) else torch.tensor(scores))
+    return found
+
+
+def saved_and_loaded(subject: Subject) -> None:
+    """`save_pretrained` inside the block, and `from_pretrained` in a fresh process without this project."""
+    scores = _saved_and_loaded()[subject.mechanism.name]
+    if isinstance(scores, str):
+        raise Elsewhere(scores)
+    expect_steered(subject, scores[subject.real], "the weights of the steered block are missing and were drawn at random")
+
+
+def deep_copy(subject: Subject) -> None:
+    """`copy.deepcopy` inside the block: the copy stays steered, and the original does not."""
+    with subject.steer():
+        twin = copy.deepcopy(subject.wrapped)
+    expect(subject.logits(), subject.unsteered_logits(), "the original is still steered")
+    expect_steered(subject, subject.mechanism.logits(twin, subject.inputs)[subject.real])
+
+
+def pickled(subject: Subject) -> None:
+    """`pickle` inside the block, and back."""
+    with subject.steer():
+        twin = pickle.loads(pickle.dumps(subject.wrapped))
+    expect_steered(subject, subject.mechanism.logits(twin, subject.inputs)[subject.real])
+
+
+# --- other models, and models in other places ---
+
+
+def _tiny(config: transformers.PretrainedConfig) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "initializer_range": 0.2}
+
+
+@cache
+def tiny_llama() -> PreTrainedModel:
+    """A Llama with random weights: linear layers without bias, rotary positions."""
+    return _tiny(LlamaConfig(**SIZES, vocab_size=len(_embedded().tokenizer)))
+
+
+@cache
+def tiny_neox() -> PreTrainedModel:
+    """A GPT-NeoX with random weights: attention and MLP side by side."""
+    return _tiny(GPTNeoXConfig(**SIZES, vocab_size=len(_embedded().tokenizer)))
+
+
+def other_architecture(model: Callable[[], PreTrainedModel]) -> Callable[[Subject], None]:
+    """The trial of all positions, on another model."""
+
+    def trial(subject: Subject) -> None:
+        all_positions(Subject(subject.mechanism, model(), subject.tokenizer, 1))
+
+    return trial
+
+
+def _quantized(module: nn.Module) -> nn.Module:
+    """A copy whose linear layers are int8, quantised as they run."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch moves this to torchao
+        return torch.ao.quantization.quantize_dynamic(module, {nn.Linear}, dtype=torch.qint8)
+
+
+def quantized(subject: Subject) -> None:
+    """A model of dynamic int8 linear layers, steered."""
+    expect_quantized_steered(Subject(subject.mechanism, _quantized(tiny_llama()), subject.tokenizer, 1))
+
+
+def expect_quantized_steered(subject: Subject) -> None:
+    """All positions of an int8 model move by the vector."""
+    before = subject.mechanism.read(subject.wrapped, subject.inputs, 1)
+    with subject.steer():
+        moved = subject.mechanism.read(subject.wrapped, subject.inputs, 1) - before
+        expect(moved, subject.vector.expand_as(moved), "not moved by the vector")
+        expect_steered(subject, subject.logits())
+
+
+def steered_then_quantized(subject: Subject) -> None:
+    """steer first and quantise then: the bias goes into the int8 layer"""
+    llama = Subject(subject.mechanism, tiny_llama(), subject.tokenizer, 1)
+    with llama.steer():
+        steered = _quantized(llama.module)
+    before = subject.mechanism.read(_quantized(tiny_llama()), subject.inputs, 1)
+    moved = subject.mechanism.read(steered, subject.inputs, 1) - before
+    expect(moved, llama.vector.expand_as(moved), "not moved by the vector")
+
+
+def offloaded_to_disk(subject: Subject) -> None:
+    """`device_map` puts the steered block and another on the disk; accelerate loads them when they run."""
+    device_map = {"transformer.wte": "cpu", "transformer.wpe": "cpu", "transformer.ln_f": "cpu", "lm_head": "cpu"}
+    device_map |= {f"transformer.h.{layer}": "disk" if layer in (subject.layer, 0) else "cpu" for layer in range(6)}
+    with tempfile.TemporaryDirectory() as folder:
+        model = AutoModelForCausalLM.from_pretrained(embedded.FOLDER, dtype=torch.float32, device_map=device_map, offload_folder=folder).eval()
+        wrapped = subject.mechanism.wrap(model, subject.tokenizer)
+        with subject.mechanism.steer(wrapped, subject.layer, subject.vector):
+            expect_steered(subject, subject.mechanism.logits(wrapped, subject.inputs)[subject.real])
+        expect(subject.mechanism.logits(wrapped, subject.inputs)[subject.real], subject.unsteered_logits(), "still steered afterwards")
+
+
+@cache
+def _in_two_processes() -> dict[str, Tensor | str]:
+    """Logits of every mechanism on a Llama whose layers are split between two processes, or the error."""
+    subject = Subject(load_mechanism("pytorch_hooks"), tiny_llama(), _embedded().tokenizer, 1)
+    with tempfile.TemporaryDirectory() as folder:
+        tiny_llama().save_pretrained(folder)
+        subject.tokenizer.save_pretrained(folder)
+        torch_run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        command = [*torch_run, "-m", "benchmarks.ability_processes", "parallel", folder]
+        given = {"layer": 1, "vector": subject.vector.tolist(), "prompts": PROMPTS, "mechanisms": MECHANISMS}
+        Path(folder, "given.json").write_text(json.dumps(given))
+        subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True, timeout=300)
+        answers = json.loads(Path(folder, "answers.json").read_text())
+    return {name: scores if isinstance(scores, str) else torch.tensor(scores) for name, scores in answers.items()}
+
+
+def tensor_parallel(subject: Subject) -> None:
+    """Two processes under torchrun with gloo, each with half of every layer (`tp_plan="auto"`)."""
+    scores = _in_two_processes()[subject.mechanism.name]
+    if isinstance(scores, str):
+        raise Elsewhere(scores)
+    expect_steered(Subject(load_mechanism("pytorch_hooks"), tiny_llama(), subject.tokenizer, 1), scores)
+
+
+# --- threads ---
+
+
+def one_thread_steers(subject: Subject) -> None:
+    """Two threads use one object, one of them steered: the other must not be."""
+    steering, done, found = threading.Event(), threading.Event(), []
+
+    def steer_meanwhile() -> None:
+        with subject.steer():
+            found.append(subject.logits())
+            steering.set()
+            done.wait(60)
+
+    other = threading.Thread(target=steer_meanwhile)
+    other.start()
+    try:
+        steering.wait(60)
+        scores = subject.logits()
+    finally:
+        done.set()
+        other.join()
+    expect_steered(subject, found[0])
+    expect(scores, subject.unsteered_logits(), "the other thread is steered too")
+
+
+def a_copy_for_each_thread(subject: Subject) -> None:
+    """`copy_sharing_weights(model)` for each thread: own modules, the same weights"""
+    other = Subject(subject.mechanism, subject.model, subject.tokenizer, subject.layer)
+    subject.wrapped, other.wrapped
+    found: dict[str, list[Tensor]] = {"steered": [], "unsteered": []}
+    together = threading.Barrier(2, timeout=60)
+
+    def run(label: str, which: Subject) -> None:
+        together.wait()
+        with which.steer() if label == "steered" else ExitStack():
+            found[label] += [which.logits() for _ in range(5)]
+
+    threads = [threading.Thread(target=run, args=item) for item in (("steered", subject), ("unsteered", other))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if [len(scores) for scores in found.values()] != [5, 5]:
+        raise RuntimeError("a thread ended with an error")
+    for steered, unsteered in zip(*found.values(), strict=True):
+        expect_steered(subject, steered)
+        expect(unsteered, subject.unsteered_logits(), "the other thread is steered too")
+
+
+class Trial(NamedTuple):
+    """A trial, and for some mechanisms the one with the lines that help."""
+
+    trial: Callable[[Subject], None]
+    helps: dict[str, Callable[[Subject], None]] = {}
+
+
+BRIDGE, HOOKS = "transformer_lens", ("custom_wrapper", "pytorch_hooks", "baukit")
+TRIALS: dict[str, Trial] = {
+    "all positions": Trial(all_positions),
+    "only later positions": Trial(later_positions),
+    "additions at the front": Trial(front_additions),
+    "another operator (ablation)": Trial(ablation),
+    "a coefficient for each row": Trial(coefficient_for_each_row),
+    "two vectors at once": Trial(two_vectors),
+    "beam search": Trial(beam_search),
+    "assisted decoding": Trial(assisted_decoding),
+    "transformers.pipeline": Trial(text_generation_pipeline),
+    "gradient through the vector": Trial(gradient, {"bias_editing": gradient_of_the_bias}),
+    "torch.compile while steered": Trial(compile_while_steered, {BRIDGE: compile_in_parts}),
+    "steered after torch.compile": Trial(steer_what_is_compiled, dict.fromkeys(HOOKS, compile_with_guards)),
+    "torch.export": Trial(export),
+    "saved, run in a fresh process": Trial(saved_and_loaded),
+    "int8 linear layers": Trial(quantized, {"bias_editing": steered_then_quantized}),
+    "blocks offloaded to disk": Trial(offloaded_to_disk),
+    "two processes (tensor parallel)": Trial(tensor_parallel),
+    "threads: the other unsteered": Trial(one_thread_steers, dict.fromkeys(MECHANISMS, a_copy_for_each_thread)),
+    "a Llama": Trial(other_architecture(tiny_llama)),
+    "a GPT-NeoX": Trial(other_architecture(tiny_neox)),
+    "deep copy stays steered": Trial(deep_copy),
+    "pickle stays steered": Trial(pickled),
+}
