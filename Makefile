@@ -17,7 +17,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test notebooks lab colab embedded evaluate-embedded full-size gpt2-xl picture benchmark-extraction benchmark-sweep clean
+.PHONY: help run test notebooks lab colab embedded evaluate-embedded full-size gpt2-xl picture benchmark-extraction benchmark-sweep benchmark-mechanisms clean
 
 help: ## list the targets
 	@awk -F ': .*## ' '/^[a-z0-9-]+: .*## / { printf "make %-22s %s\n", $$1, $$2 }' Makefile
@@ -57,6 +57,10 @@ benchmark-extraction: $(STAMP) $(PEERS)/.installed ## measure what training a ve
 
 benchmark-sweep: $(STAMP) ## measure what a sweep costs, beside one run for each setting and prompt
 	$(RUN) benchmarks.sweep
+
+benchmark-mechanisms: $(STAMP) $(PEERS)/.installed ## measure what the six mechanisms cost and can do (half an hour, 16 GB of memory)
+	$(RUN) benchmarks.abilities
+	$(RUN) benchmarks.mechanisms --peer $(PEERS)/bin/python
 
 clean: ## remove the environment and the caches, nothing else
 	rm -rf $(VENV) $(PEERS) .pytest_cache .hypothesis __pycache__ */__pycache__ common/*/__pycache__

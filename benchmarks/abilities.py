@@ -15,14 +15,15 @@ from datetime import date
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
 from rich.progress import track
 
-from benchmarks.ability_trials import TRIALS, Elsewhere, Silently, Subject, embedded_subject
-from benchmarks.timing import machine
+from benchmarks.ability_subject import Elsewhere, Silently, Subject, embedded_subject
+from benchmarks.ability_trials import TRIALS
+from benchmarks.timing import machine, provenance
 from common.mechanisms import MECHANISMS
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -53,7 +54,7 @@ def attempt(trial: Callable[[Subject], None], subject: Subject) -> tuple[str, st
         return "silently no", str(failure)
     except Exception as error:  # whatever a library raises: that is the result
         line = next((line for line in str(error).splitlines() if line.strip()), "")
-        line = re.sub(r" ?\(?[/<]\S+", "", line)  # paths of this machine, and numbers of generated code
+        line = re.sub(r" ?\(?(/|<eval_)\S+", "", line)  # paths of this machine, and numbers of generated code
         return "error", textwrap.shorten(line if isinstance(error, Elsewhere) else f"{type(error).__name__}: {line}", 160)
     return "yes", ""
 
@@ -77,8 +78,11 @@ def run_trial(ability: str, mechanism: str) -> Cell:
 
 
 def load_matrix(path: Path = RESULTS / "abilities.json") -> pd.DataFrame:
-    """Read the stored cells: columns `mechanism`, `ability`, `outcome`, `says`; both in the order of their tables."""
-    return pd.DataFrame(json.loads(path.read_text(encoding="utf-8"))["cells"])
+    """Read the stored cells: columns `mechanism`, `ability`, `outcome`, `says`; `attrs` says when and where they were tried."""
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    cells = pd.DataFrame(stored["cells"])
+    cells.attrs["provenance"] = provenance(stored)
+    return cells
 
 
 def matrix_table(cells: pd.DataFrame) -> pd.DataFrame:
@@ -89,15 +93,13 @@ def matrix_table(cells: pd.DataFrame) -> pd.DataFrame:
 
 def plot_matrix(cells: pd.DataFrame) -> Figure:
     """Draw the matrix, coloured by outcome, with the outcome written into each cell."""
-    from matplotlib import pyplot as plt
-    from matplotlib.patches import Patch
-
     table = matrix_table(cells)
-    figure, axes = plt.subplots(figsize=(1.35 * len(table.columns) + 3.2, 0.34 * len(table) + 1.5), layout="constrained")
+    figure = Figure(figsize=(1.35 * len(table.columns) + 3.2, 0.34 * len(table) + 1.7), layout="constrained")
+    axes = figure.subplots()
     for row, ability in enumerate(table.index):
         for column, mechanism in enumerate(table.columns):
             outcome = table.loc[ability, mechanism]
-            axes.add_patch(plt.Rectangle((column, row), 1, 1, facecolor=COLOURS[outcome], edgecolor="white", linewidth=2))
+            axes.add_patch(Rectangle((column, row), 1, 1, facecolor=COLOURS[outcome], edgecolor="white", linewidth=2))
             dark = outcome in ("yes", "silently no")
             axes.text(column + 0.5, row + 0.5, outcome, ha="center", va="center", fontsize=8, color="white" if dark else "0.15")
     axes.set(xlim=(0, len(table.columns)), ylim=(len(table), 0))
@@ -106,6 +108,8 @@ def plot_matrix(cells: pd.DataFrame) -> Figure:
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
+    if "provenance" in cells.attrs:
+        axes.set_xlabel(cells.attrs["provenance"], fontsize=7)
     legend = [Patch(color=COLOURS[outcome], label=f"{outcome}: {meaning}") for outcome, meaning in OUTCOMES.items()]
     figure.legend(handles=legend, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     return figure
@@ -129,7 +133,6 @@ def print_limits(mechanism: str, cells: pd.DataFrame | None = None) -> None:
 def main() -> None:
     """Run the command."""
     warnings.simplefilter("ignore")  # what libraries warn of belongs to the trials
-    matplotlib.use("Agg")
     todo = [(ability, mechanism) for ability in TRIALS for mechanism in MECHANISMS]
     cells = pd.DataFrame([run_trial(*each) for each in track(todo, "Trials")])
     print(matrix_table(cells).to_string())
@@ -139,7 +142,7 @@ def main() -> None:
     found = {"measured": date.today().isoformat(), "machine": machine("transformer-lens", "nnsight", "accelerate"), "cells": cells.to_dict("records")}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "abilities.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    plot_matrix(cells).savefig(RESULTS / "abilities.png", dpi=120)
+    plot_matrix(load_matrix()).savefig(RESULTS / "abilities.png", dpi=120)
     print("written to benchmarks/results/abilities.json and abilities.png")
 
 

@@ -13,131 +13,29 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import cache, cached_property
+from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase, pipeline
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PreTrainedModel, pipeline
 
+from benchmarks.ability_subject import NEW, PROMPTS, Elsewhere, Silently, Subject, embedded_model, embedded_subject, expect, expect_steered
 from common import embedded
 from common.activation_additions import SpanHook, adding_spans
 from common.blocks import get_block
 from common.generation import generate, logits
 from common.hooking import holder_of_blocks, hook_passes
-from common.mechanisms import MECHANISMS, ROOT, Mechanism, load_mechanism
-from common.models import copy_sharing_weights, load_model
+from common.mechanisms import MECHANISMS, ROOT, load_mechanism
 from common.operators import ablation_operator
 from common.positions import PositionTracker, TokenSelection, TokenSpan, with_position_ids
 from common.sites import Site
 from common.steering_vector import SteeringVector
 
-PROMPTS = ["I think dogs are ", "My neighbour", "The old library is on the"]
-TOLERANCE = 1e-4  # logits; steering moves them by units
-NEW = 6  # tokens
 FIRST = 2  # the first token that is steered where only later ones are
-
-
-class Silently(Exception):
-    """Something else happened than what was asked for, and no error said so."""
-
-
-class Elsewhere(Exception):
-    """An error in another process, as it was reported: "Type: message"."""
-
-
-class Subject:
-    """One mechanism on modules of its own, what it shall do, and what is true of it.
-
-    Attributes:
-        plain: another copy of the model, which nobody touches but the reference.
-        wrapped: what the mechanism works with.
-        vector: [d_model], twice as long as the hidden states at `layer`, so that it changes whatever is written.
-    """
-
-    def __init__(self, mechanism: Mechanism, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layer: int):
-        self.mechanism, self.model, self.tokenizer, self.layer = mechanism, model, tokenizer, layer
-        self.inputs = tokenizer(PROMPTS, return_tensors="pt", padding=True)
-        self.real = self.inputs["attention_mask"].bool()
-        self.plain = copy_sharing_weights(model)
-        hidden = self._reference.read(self.plain, self.inputs, layer)[self.real]
-        noise = torch.randn(hidden.shape[-1], generator=torch.Generator().manual_seed(0))
-        self.vector = (2 * noise / noise.norm() * hidden.norm(dim=-1).mean()).to(hidden)
-
-    @cached_property
-    def wrapped(self):
-        """What the mechanism's `wrap` made of a copy of the modules."""
-        return self.mechanism.wrap(copy_sharing_weights(self.model), self.tokenizer)
-
-    @property
-    def module(self) -> PreTrainedModel:
-        """The Hugging Face model inside: what one hands to code that knows nothing of the mechanism."""
-        return getattr(self.wrapped, "original_model", getattr(self.wrapped, "_module", self.wrapped))
-
-    @property
-    def _reference(self) -> Mechanism:
-        return load_mechanism("pytorch_hooks")
-
-    def steer(self) -> AbstractContextManager:
-        """Steer by the mechanism."""
-        return self.mechanism.steer(self.wrapped, self.layer, self.vector)
-
-    def intervene(self, change: Callable[[Tensor], Tensor], vector: Tensor | None = None, **wish) -> AbstractContextManager:
-        """Change hidden states by the mechanism; one without `intervene` is asked by its `steer`, and says why not."""
-        if self.mechanism.intervene:
-            return self.mechanism.intervene(self.wrapped, self.layer, change)
-        return self.mechanism.steer(self.wrapped, self.layer, self.vector if vector is None else vector, **wish)
-
-    def logits(self) -> Tensor:
-        """Logits of the real tokens by the mechanism, as it is now."""
-        return self.mechanism.logits(self.wrapped, self.inputs)[self.real]
-
-    def generate(self, **options) -> Tensor:
-        """Token ids by the mechanism, as it is now."""
-        return self.mechanism.generate(self.wrapped, self.inputs, max_new_tokens=NEW, **options)
-
-    def steered(self, what: Callable[[PreTrainedModel], Tensor]) -> Tensor:
-        """What a plain hook gives, steered, on a copy that nobody else touches."""
-        with self._reference.steer(self.plain, self.layer, self.vector):
-            return what(self.plain)
-
-    def steered_logits(self) -> Tensor:
-        """The truth for `logits` while steered."""
-        return self.steered(lambda model: logits(model, self.inputs)[self.real])
-
-    def unsteered_logits(self) -> Tensor:
-        """The truth for `logits` while nothing is steered."""
-        return logits(self.plain, self.inputs)[self.real]
-
-
-@cache
-def _embedded() -> tuple:
-    return load_model("embedded", device="cpu")
-
-
-def embedded_subject(mechanism: str) -> Subject:
-    """A mechanism on the embedded model, at the layer of its preset."""
-    model, tokenizer, preset = _embedded()
-    return Subject(load_mechanism(mechanism), model, tokenizer, preset.layer)
-
-
-def expect(found: Tensor, expected: Tensor, silently: str) -> None:
-    """Fail with what silently happened, unless two tensors are the same (ids) or close (numbers)."""
-    same = found.shape == expected.shape and (
-        torch.allclose(found, expected, rtol=0, atol=TOLERANCE) if found.is_floating_point() else torch.equal(found, expected)
-    )
-    if not same:
-        raise Silently(silently)
-
-
-def expect_steered(subject: Subject, found: Tensor, silently: str = "steered otherwise than by the vector") -> None:
-    """Fail unless logits [tokens, vocab] are the steered ones; say so if they are the unsteered ones."""
-    if torch.allclose(found, subject.unsteered_logits(), rtol=0, atol=TOLERANCE):
-        raise Silently("unsteered, and no error")
-    expect(found, subject.steered_logits(), silently)
 
 
 # --- where and how ---
@@ -406,13 +304,13 @@ SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "nu
 @cache
 def tiny_llama() -> PreTrainedModel:
     """A Llama with random weights: linear layers without bias, rotary positions."""
-    return _tiny(LlamaConfig(**SIZES, vocab_size=len(_embedded().tokenizer)))
+    return _tiny(LlamaConfig(**SIZES, vocab_size=len(embedded_model().tokenizer)))
 
 
 @cache
 def tiny_neox() -> PreTrainedModel:
     """A GPT-NeoX with random weights: attention and MLP side by side."""
-    return _tiny(GPTNeoXConfig(**SIZES, vocab_size=len(_embedded().tokenizer)))
+    return _tiny(GPTNeoXConfig(**SIZES, vocab_size=len(embedded_model().tokenizer)))
 
 
 def other_architecture(model: Callable[[], PreTrainedModel]) -> Callable[[Subject], None]:
@@ -470,7 +368,7 @@ def offloaded_to_disk(subject: Subject) -> None:
 @cache
 def _in_two_processes() -> dict[str, Tensor | str]:
     """Logits of every mechanism on a Llama whose layers are split between two processes, or the error."""
-    subject = Subject(load_mechanism("pytorch_hooks"), tiny_llama(), _embedded().tokenizer, 1)
+    subject = Subject(load_mechanism("pytorch_hooks"), tiny_llama(), embedded_model().tokenizer, 1)
     with tempfile.TemporaryDirectory() as folder:
         tiny_llama().save_pretrained(folder)
         subject.tokenizer.save_pretrained(folder)
@@ -519,7 +417,7 @@ def one_thread_steers(subject: Subject) -> None:
 def a_copy_for_each_thread(subject: Subject) -> None:
     """`copy_sharing_weights(model)` for each thread: own modules, the same weights"""
     other = Subject(subject.mechanism, subject.model, subject.tokenizer, subject.layer)
-    subject.wrapped, other.wrapped
+    subject.wrapped, other.wrapped  # both are made before the threads run
     found: dict[str, list[Tensor]] = {"steered": [], "unsteered": []}
     together = threading.Barrier(2, timeout=60)
 

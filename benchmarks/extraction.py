@@ -45,7 +45,7 @@ STEERING_ROUNDS = 15
 
 
 class Peer:
-    """steering-vectors in its own environment, waiting to be told what to time."""
+    """The peers in their own environment, waiting to be told what to time."""
 
     def __init__(self, python: str, folder: Path):
         self.vectors = folder / "vectors.safetensors"
@@ -56,6 +56,10 @@ class Peer:
     def train(self, shape: str, layers: list[int] | None, batch_size: int) -> float:
         """Let it train once, and return its seconds."""
         case = {"shape": shape, "layers": layers, "batch_size": batch_size, "pairs": PAIRS, "tokens": TOKENS, "vectors": str(self.vectors)}
+        return self.ask({"job": "training", **case})
+
+    def ask(self, case: dict[str, Any]) -> Any:
+        """Let it do one job (see `peer.py`), and return its answer."""
         self.process.stdin.write(json.dumps(case) + "\n")
         self.process.stdin.flush()
         return self._answer()
@@ -77,7 +81,7 @@ def bare_blocks(model: PreTrainedModel, batches: list[torch.Tensor], last: int) 
     """Run embeddings and blocks 0 to `last` on token ids [batch, pos], and nothing else."""
     core = model.transformer
     for ids in batches:
-        hidden = core.wte(ids) + core.wpe(torch.arange(ids.shape[1]))
+        hidden = core.wte(ids) + core.wpe(torch.arange(ids.shape[1], device=ids.device))
         for block in core.h[: last + 1]:
             hidden = get_hidden(block(hidden))
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from benchmarks.abilities import OUTCOMES, attempt, load_matrix, matrix_table, plot_matrix, print_limits, run_trial
-from benchmarks.ability_trials import TRIALS, Silently, Subject, expect
+from benchmarks.ability_subject import Silently, Subject, expect
+from benchmarks.ability_trials import TRIALS
 from common.mechanisms import MECHANISMS, load_mechanism
 
 ELSEWHERE = {"saved, run in a fresh process", "two processes (tensor parallel)"}  # a mechanism is loaded by name in another process
