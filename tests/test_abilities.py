@@ -5,7 +5,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from benchmarks.abilities import OUTCOMES, attempt, load_matrix, matrix_table, plot_matrix, print_limits, run_trial
+from benchmarks.abilities import attempt, run_trial
+from benchmarks.ability_matrix import OUTCOMES, load_matrix, matrix_table, plot_matrix, print_limits
 from benchmarks.ability_subject import Silently, Subject, expect
 from benchmarks.ability_trials import TRIALS
 from common.mechanisms import MECHANISMS, load_mechanism
