@@ -25,8 +25,9 @@ help: ## list the targets
 run: $(STAMP) ## steer by all six mechanisms and compare (another model: MODEL=gpt2-xl)
 	$(RUN) common.love_hate
 
+# A worker for each core; the cells of a notebook depend on each other, so a file stays with one worker.
 test: $(STAMP) ## run the tests and every notebook
-	$(RUN) pytest --nbval
+	$(RUN) pytest --nbval --numprocesses logical --maxprocesses 8 --dist loadfile
 
 notebooks: $(STAMP) ## execute the notebooks again and store their outputs
 	$(RUN) common.notebooks
