@@ -49,7 +49,7 @@ def test_parts_are_found(models, name):
         assert list(get_layers(models[name], part, layers=[-1, 0])) == [LAYERS - 1, 0]
 
 
-@pytest.mark.parametrize("name, part", [(name, part) for name in MISSING for part in MISSING[name]])
+@pytest.mark.parametrize("name, part", [(name, part) for name in MISSING for part in sorted(MISSING[name])])
 def test_a_missing_part_is_named_with_those_there_are(models, name, part):
     """The error lists what a block has, and how to name one of them."""
     with pytest.raises(ValueError, match=f"no part that is known as '{part}'; a block of it has .*layer_config="):
