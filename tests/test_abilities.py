@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.abilities import attempt, run_trial
 from benchmarks.ability_matrix import OUTCOMES, load_matrix, matrix_table, plot_matrix, print_limits
-from benchmarks.ability_subject import Silently, Subject, expect
+from benchmarks.ability_subject import Silently, Subject, embedded_model, expect
 from benchmarks.ability_trials import TRIALS
 from common.mechanisms import MECHANISMS, load_mechanism
 
@@ -34,11 +34,12 @@ def test_cells_are_what_the_trials_give(ability):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("ability", sorted(TRIALS.keys() - ELSEWHERE))
-def test_a_mechanism_that_does_nothing_has_no_ability(loaded, ability):
+def test_a_mechanism_that_does_nothing_has_no_ability(ability):
     """It raises no error and does not steer, so every trial says no."""
     hooks = load_mechanism("pytorch_hooks")
     idle = hooks._replace(name="idle", steer=lambda *_: nullcontext(), intervene=lambda *_: nullcontext())
-    outcome, says = attempt(TRIALS[ability].trial, Subject(idle, loaded.model, loaded.tokenizer, loaded.preset.layer))
+    model, tokenizer, preset = embedded_model()  # that of the trials: what transformers hooks onto a model that others used cannot be pickled
+    outcome, says = attempt(TRIALS[ability].trial, Subject(idle, model, tokenizer, preset.layer))
     assert (outcome, bool(says)) == ("silently no", True)
 
 
