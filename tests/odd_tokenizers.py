@@ -1,4 +1,4 @@
-"""Small tokenizers of the kinds that differ in how a prompt begins, made here of the classes that real models have."""
+"""Small tokenizers of the kinds that differ in how a prompt begins, of the classes of real models."""
 
 import json
 from collections.abc import Sequence
@@ -26,12 +26,17 @@ CHATML = (
 )
 
 
-def _bpe(specials: list[str], pre: pre_tokenizers.PreTokenizer, alphabet: Sequence[str] = ()) -> tuple[dict, list]:
+def _bpe(
+    specials: list[str], pre: pre_tokenizers.PreTokenizer, alphabet: Sequence[str] = ()
+) -> tuple[dict, list]:
     """Vocabulary and merges, trained on a few sentences."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre
     trainer = trainers.BpeTrainer(
-        vocab_size=500, special_tokens=specials, show_progress=False, initial_alphabet=list(alphabet)
+        vocab_size=500,
+        special_tokens=specials,
+        show_progress=False,
+        initial_alphabet=list(alphabet),
     )
     tokenizer.train_from_iterator(TEXTS, trainer)
     found = json.loads(tokenizer.to_str())["model"]
@@ -44,7 +49,7 @@ def _byte_level(specials: list[str]) -> tuple[dict, list]:
 
 
 def llama() -> PreTrainedTokenizerBase:
-    """Adds BOS; only a word at the very front of the string gets a space; no pad token; its chat text has BOS."""
+    """Adds BOS; only a word at the very front of a string gets a space; no pad token; chats with BOS."""
     vocab, merges = _bpe(["<unk>", "<s>", "</s>"], pre_tokenizers.Metaspace(prepend_scheme="first"))
     return LlamaTokenizer(vocab, merges, add_bos_token=True, chat_template=MISTRAL_CHAT)
 
@@ -63,9 +68,14 @@ def llama3() -> PreTrainedTokenizerBase:
     made = Tokenizer(models.BPE(vocab, merges))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.add_special_tokens(specials)
-    made.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, vocab[bos])])
+    made.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, vocab[bos])]
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=made, bos_token=bos, eos_token=eos, chat_template="{{ bos_token }}" + CHATML
+        tokenizer_object=made,
+        bos_token=bos,
+        eos_token=eos,
+        chat_template="{{ bos_token }}" + CHATML,
     )
 
 
@@ -84,7 +94,9 @@ def gpt2() -> PreTrainedTokenizerBase:
     made = Tokenizer(models.BPE(vocab, merges))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.add_special_tokens([end])
-    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token=end, eos_token=end, pad_token=end)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token=end, eos_token=end, pad_token=end
+    )
 
 
 KINDS = {"Llama": llama, "Gemma": gemma, "Llama 3": llama3, "Qwen": qwen, "GPT-2": gpt2}
