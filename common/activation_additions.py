@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from common.blocks import get_hidden
 from common.hooking import EndOfPass, SteeringHook, holder_of_blocks, hook_input, hook_output, hook_passes, unsteered
 from common.positions import PositionTracker, TokenSpan
+from common.prompts import Prompt, is_prompt, prompt_ids
 from common.sites import Site, find_site, parse_site
 
 ActName = int | str | tuple[int, str]
@@ -38,17 +39,18 @@ class ActivationAddition:
         coeff: the coefficient; negative ones subtract.
         act_name: a number l or "blocks.{l}.hook_resid_pre" (both: what block l reads), "blocks.{l}.hook_resid_post", or a
             pair (layer, part); see `sites.parse_site`. It is kept as the name that TransformerLens gives the place.
-        prompt: the text. BOS is put in front of it when it is read, so the text may be empty.
+        prompt: a text, or messages for a chat model. BOS is put in front of a text when it is read, where the tokenizer
+            has one; the text may then be empty. Prompts and additions follow one rule, see `prompts.prompt_ids`.
         tokens: token ids [pos] instead of a prompt, with BOS, if there is to be one.
 
     Raises:
         ValueError: an unknown place, a coefficient that is not finite, both or neither of prompt and tokens, a prompt that
-            is no text, tokens that are not one-dimensional integers from 0 on.
+            is neither text nor messages, tokens that are not one-dimensional integers from 0 on.
     """
 
     coeff: float
     act_name: ActName
-    prompt: str | None = None
+    prompt: Prompt | None = None
     tokens: Tensor | Sequence[int] | None = None
     site: Site = field(init=False)
 
@@ -58,8 +60,10 @@ class ActivationAddition:
         site = parse_site(self.act_name)
         if (self.prompt is None) == (self.tokens is None):
             raise ValueError(f"give a prompt or tokens, exactly one of them; got prompt={self.prompt!r} and tokens={self.tokens!r}")
+        if self.prompt is not None and not is_prompt(self.prompt):
+            raise ValueError(f"expected a text or a list of messages as prompt, got {self.prompt!r}")
         if self.prompt is not None and not isinstance(self.prompt, str):
-            raise ValueError(f"expected a text as prompt, got {self.prompt!r}")
+            object.__setattr__(self, "prompt", [dict(message) for message in self.prompt])
         if self.tokens is not None:
             tokens = torch.as_tensor(self.tokens).detach().cpu()
             if tokens.dim() != 1 or not tokens.numel() or tokens.is_floating_point() or tokens.dtype == torch.bool or tokens.min() < 0:
@@ -70,7 +74,7 @@ class ActivationAddition:
         object.__setattr__(self, "act_name", str(site) if str(site).startswith("blocks.") else tuple(site))
 
     def _key(self) -> tuple:
-        return self.coeff, self.act_name, self.prompt, None if self.tokens is None else tuple(self.tokens.tolist())
+        return self.coeff, self.act_name, repr(self.prompt), None if self.tokens is None else tuple(self.tokens.tolist())
 
     def __eq__(self, other: object) -> bool:
         """Whether both have the same coefficient, place, and prompt or tokens."""
@@ -86,30 +90,35 @@ class ActivationAddition:
         return f"ActivationAddition(coeff={self.coeff:g}, act_name={self.act_name!r}, {what})"
 
     def token_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        """Return what is run through the model: the tokens as they are, or BOS and the prompt.
+        """Return what is run through the model: the tokens as they are, or BOS and the prompt (`with_bos`).
 
         Raises:
-            ValueError: a prompt, and a tokenizer without BOS.
+            ValueError: a prompt without tokens, as the empty text is where there is no BOS; or what `prompt_ids` raises.
         """
-        return self.tokens.tolist() if self.tokens is not None else with_bos(tokenizer, self.prompt)
+        ids = self.tokens.tolist() if self.tokens is not None else with_bos(tokenizer, self.prompt)
+        if not ids:
+            raise ValueError(
+                f"{self.prompt!r} has no tokens, since {type(tokenizer).__name__} has no BOS: pad it "
+                "(get_x_vector with pad_method), or leave this addition out"
+            )
+        return ids
 
 
-def with_bos(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return BOS and the tokens of a text.
+def with_bos(tokenizer: PreTrainedTokenizerBase, text: Prompt) -> list[int]:
+    """Return BOS, where the tokenizer has one, and the tokens of a text; of messages, what the chat template gives.
 
     GPT-2's tokenizer puts no BOS in front by itself; the activation-addition work always has one, and an X-vector is 0 there.
+    Without BOS (Qwen) additions begin at the first token of the prompt.
 
     Raises:
-        ValueError: the tokenizer has no BOS.
+        ValueError: see `prompts.prompt_ids`, which this is, with `prepend_bos=True`.
     """
-    if tokenizer.bos_token_id is None:
-        raise ValueError(f"{type(tokenizer).__name__} has no BOS token: give tokens instead of a prompt")
-    return [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+    return prompt_ids(tokenizer, [text], prepend_bos=True)[0]
 
 
 def get_x_vector(
-    prompt1: str,
-    prompt2: str,
+    prompt1: Prompt,
+    prompt2: Prompt,
     coeff: float,
     act_name: ActName,
     model: Any = None,
@@ -127,8 +136,9 @@ def get_x_vector(
         model: needed only if it brings the tokenizer, as models of TransformerLens do (`model.tokenizer`).
         tokenizer: needed for padding.
         pad_method: how two prompts of different lengths are made equal: "tokens_right" puts padding behind the shorter,
-            "tokens_left" in front of it, behind BOS. None leaves them as they are; the difference of prompts of different
-            lengths then holds, from the end of the shorter on, the longer one alone, which is rarely what is wanted.
+            "tokens_left" in front of it, after BOS where there is one. None leaves them as they are; the difference of
+            prompts of different lengths then holds, from the end of the shorter on, the longer one alone, which is rarely
+            what is wanted.
         custom_pad_id: the token to pad with, 0 like any other; the tokenizer's pad token by default. The published vectors
             are padded with a space.
 
@@ -150,7 +160,8 @@ def get_x_vector(
     length = max(map(len, rows))
     for row in rows:
         missing = [pad] * (length - len(row))
-        row[:] = [*row, *missing] if pad_method == "tokens_right" else [row[0], *missing, *row[1:]]
+        front = int(row[:1] == [tokenizer.bos_token_id])  # padding comes after BOS
+        row[:] = [*row, *missing] if pad_method == "tokens_right" else [*row[:front], *missing, *row[front:]]
     return ActivationAddition(coeff, act_name, tokens=rows[0]), ActivationAddition(-coeff, act_name, tokens=rows[1])
 
 
@@ -263,7 +274,8 @@ def apply_activation_additions(
     They are added once, at positions of the prompt, for forward passes and for generation, with and without a KV cache:
     what is generated is not touched. Rows of a left-padded batch have each their own front. The prompts of the additions
     are read when the block opens, from the model without any steering of this library, so nested blocks add up. Put BOS in
-    front of the model's prompt (`with_bos`), since additions have one: otherwise they fall one token too late.
+    front of the model's prompt (`generation.encode`, `with_bos`), since additions have one where the tokenizer does:
+    otherwise they fall one token too late.
 
     Args:
         model: a causal language model. It gets hooks while the block is open, and is as it was afterwards and after any
@@ -313,7 +325,7 @@ def adding_spans(model: nn.Module, vectors: dict[tuple[Site, int], Tensor], loca
 def line_up(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
+    prompt: Prompt,
     activation_additions: Sequence[ActivationAddition],
     addition_location: AdditionLocation = "front",
 ) -> pd.DataFrame:
@@ -322,7 +334,7 @@ def line_up(
     Args:
         model: a causal language model; unchanged.
         tokenizer: its tokenizer.
-        prompt: the prompt; BOS is put in front of it.
+        prompt: the prompt; BOS is put in front of a text, where the tokenizer has one.
         activation_additions: all at one place.
         addition_location: as for `apply_activation_additions`.
 

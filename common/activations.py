@@ -13,9 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from common.blocks import get_hidden
 from common.hooking import EndOfPass
+from common.prompts import Prompt, check_prompts, prompt_ids
 from common.sites import LayerType, ModelLayerConfig, get_layers
 
-ReadTokenIndex = int | Callable[[str], int]
+ReadTokenIndex = int | Callable[[Prompt], int]
 
 
 @contextmanager
@@ -61,7 +62,7 @@ def record_activations(
 def read_activations(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     layers: Sequence[int] | None = None,
     layer_type: LayerType = "decoder_block",
     layer_config: ModelLayerConfig | None = None,
@@ -70,6 +71,7 @@ def read_activations(
     move_to_cpu: bool = False,
     show_progress: bool = False,
     tqdm_desc: str = "Reading activations",
+    prepend_bos: bool | None = None,
 ) -> dict[int, Tensor]:
     """Read the activations of one token of each prompt.
 
@@ -80,7 +82,7 @@ def read_activations(
     Args:
         model: a causal language model; unchanged afterwards.
         tokenizer: its tokenizer; unchanged, and it needs no pad token.
-        prompts: texts of any lengths.
+        prompts: texts of any lengths, or messages for a chat model, which the chat template ends where the answer begins.
         layers: which layers, negative ones counted from the last; all by default.
         layer_type: which part of the blocks.
         layer_config: matchers for parts that are not found by themselves.
@@ -89,20 +91,21 @@ def read_activations(
         move_to_cpu: keep the activations on the CPU, whatever the device of the model.
         show_progress: show a bar that counts the prompts that are computed.
         tqdm_desc: what stands in front of the bar.
+        prepend_bos: what stands in front of a text: by default what the tokenizer puts there; see `prompts.prompt_ids`.
 
     Returns:
         By layer number, [prompt, d_model] in the order of the prompts, in the dtype of the model.
 
     Raises:
         ValueError: no prompts, a prompt without tokens or with too many, a read index outside a prompt, a batch size below
-            1, an unknown layer type or layer.
+            1, an unknown layer type or layer; what `prompt_ids` raises.
     """
     modules = get_layers(model, layer_type, layer_config, None if layers is None else list(layers))
     if not modules:
         raise ValueError("expected at least one layer, got an empty list")
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"expected a batch size of 1 or more, got {batch_size!r}")
-    rows, reads = _plan(model, tokenizer, prompts, read_token_index)
+    rows, reads = _plan(model, tokenizer, prompts, read_token_index, prepend_bos)
     kept = {layer: _Kept(len(reads.slots), move_to_cpu) for layer in modules}
     last = max(modules)
     batch: dict[str, Any] = {}
@@ -181,14 +184,12 @@ class _Reads:
 def _plan(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     read_token_index: ReadTokenIndex | Sequence[int],
+    prepend_bos: bool | None,
 ) -> tuple[list[tuple[int, ...]], _Reads]:
     """The distinct prompts as token ids, the longest first, and what is read of each."""
-    if isinstance(prompts, str) or not prompts:
-        raise ValueError(f"expected a list of prompts, got {prompts!r}")
-    if bad := [prompt for prompt in prompts if not isinstance(prompt, str)]:
-        raise ValueError(f"expected strings as prompts, got {bad[0]!r}")
+    check_prompts(prompts)
     if callable(read_token_index):
         indices = [read_token_index(prompt) for prompt in prompts]
     elif isinstance(read_token_index, int):
@@ -197,12 +198,10 @@ def _plan(
         indices = list(read_token_index)
         if len(indices) != len(prompts):
             raise ValueError(f"expected one read index for each of {len(prompts)} prompts, got {len(indices)}")
-    distinct = list(dict.fromkeys(prompts))
-    ids = dict(zip(distinct, (tuple(row) for row in tokenizer(distinct)["input_ids"])))
+    rows = [tuple(row) for row in prompt_ids(tokenizer, prompts, prepend_bos)]
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     reads = _Reads()
-    for prompt, index in zip(prompts, indices):
-        row = ids[prompt]
+    for prompt, row, index in zip(prompts, rows, indices):
         if not row or (limit and len(row) > limit):
             raise ValueError(f"the prompt {prompt!r} has {len(row)} tokens; expected 1 to {limit or 'any number'}")
         if isinstance(index, bool) or not isinstance(index, int) or not -len(row) <= index < len(row):
@@ -211,7 +210,7 @@ def _plan(
             )
         reads.add(row, index % len(row))
     # The longest first: a batch that does not fit into memory fails at once, and the bar is never too hopeful.
-    return sorted(dict.fromkeys(ids.values()), key=len, reverse=True), reads
+    return sorted(dict.fromkeys(rows), key=len, reverse=True), reads
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from common import generation
 from common.blocks import check_vector, get_block, get_blocks, get_hidden, with_hidden
 from common.metrics import Steering, kl_divergence
 from common.positions import TokenSelection, position_ids
+from common.prompts import Prompt, is_prompt, prompt_ids
 from common.sites import Site, parse_site
 
 PROMPTS = ("I think that dogs are", "The garden", "My old neighbour went to the house and said")
@@ -266,31 +267,31 @@ def _plain(name: str) -> str:
 # --- prompts, sampling, numbers ---
 
 
-def assert_same_length(tokenizer: PreTrainedTokenizerBase, *prompts: str) -> None:
+def assert_same_length(tokenizer: PreTrainedTokenizerBase, *prompts: Prompt) -> None:
     """Fail unless all prompts have as many tokens; otherwise position i of one has no counterpart in the other."""
-    if len(prompts) < 2 or not all(isinstance(prompt, str) for prompt in prompts):
+    if len(prompts) < 2 or not all(map(is_prompt, prompts)):
         raise ValueError(f"expected two texts or more, got {prompts!r}")
-    tokens = [[tokenizer.decode([number]) for number in tokenizer(prompt)["input_ids"]] for prompt in prompts]
+    tokens = [[tokenizer.decode([number]) for number in row] for row in prompt_ids(tokenizer, prompts)]
     if len({len(row) for row in tokens}) > 1:
         found = "; ".join(f"{len(row)} tokens {row}" for row in tokens)
         _fail(found, "as many in each", "words that are split differently: pad the shorter prompt (get_x_vector), or read the last token only")
 
 
-def assert_bos(tokenizer: PreTrainedTokenizerBase, *prompts: str | Sequence[int] | Tensor | Mapping[str, Tensor]) -> None:
-    """Fail unless all prompts begin alike: each with one BOS, or each with none.
+def assert_bos(tokenizer: PreTrainedTokenizerBase, *prompts: Prompt | Sequence[int] | Tensor | Mapping[str, Tensor]) -> None:
+    """Fail unless all prompts begin alike: each with one BOS, or each with none, as where the tokenizer has none.
 
-    It catches a vector read with BOS and a prompt run without one, and a second BOS in front of the first.
+    It catches a vector read with BOS and a prompt run without one, and a second BOS in front of the first. A text is taken as
+    your own `tokenizer(text)` gives it; where this library reads a text, the second BOS does not come about.
 
     Args:
         tokenizer: the model's tokenizer.
-        prompts: texts, as this tokenizer encodes them; token ids [pos] without padding; or what a tokenizer returned, where
-            the attention mask says what is padding.
+        prompts: texts, as this tokenizer encodes them; messages, as its chat template does; token ids [pos] without padding;
+            or what a tokenizer returned, where the attention mask says what is padding.
     """
-    if tokenizer.bos_token_id is None:
-        raise ValueError(f"{type(tokenizer).__name__} has no BOS token")
     rows: list[list[int]] = []
     for prompt in prompts:
-        given = tokenizer(prompt) if isinstance(prompt, str) else prompt
+        given = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
+        given = prompt_ids(tokenizer, [prompt])[0] if is_prompt(prompt) and not isinstance(prompt, str) else given
         if isinstance(given, Mapping | BatchEncoding):
             ids, mask = (torch.atleast_2d(torch.as_tensor(given[name])) for name in ("input_ids", "attention_mask"))
             rows += [row[real].tolist() for row, real in zip(ids, mask.bool())]
@@ -422,7 +423,7 @@ def _batch(model: Any, tokenizer: PreTrainedTokenizerBase, steering: Steering | 
         raise ValueError("the model is in training mode, where dropout moves everything: call model.eval()")
     if tokenizer.pad_token is None:
         raise ValueError("the tokenizer has no padding token: set tokenizer.pad_token = tokenizer.eos_token")
-    return generation.encode(tokenizer, prompts, prepend_bos=tokenizer.bos_token is not None).to(_module(model).device)
+    return generation.encode(tokenizer, prompts).to(_module(model).device)
 
 
 @contextmanager

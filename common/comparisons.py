@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.activation_additions import ActivationAddition, AdditionLocation, apply_activation_additions
 from common.generation import completions, encode, real_tokens, sample, text_logits
+from common.prompts import Prompt, prompt_text
 
 UNSTEERED, STEERED = "Unsteered completions", "Steered completions"
 
@@ -26,7 +27,7 @@ UNSTEERED, STEERED = "Unsteered completions", "Steered completions"
 def complete(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     steering: AbstractContextManager | None = None,
     *,
     tokens_to_generate: int = 40,
@@ -36,7 +37,7 @@ def complete(
     freq_penalty: float = 0.0,
     repetition_penalty: float = 1.0,
     include_logits: bool = False,
-    prepend_bos: bool = True,
+    prepend_bos: bool | None = True,
     show_progress: bool = False,
 ) -> pd.DataFrame:
     """Sample a completion of each prompt, all in one batch, and measure how likely the model finds the whole text.
@@ -47,7 +48,7 @@ def complete(
     Args:
         model: a causal language model; it is as it was afterwards.
         tokenizer: its tokenizer.
-        prompts: texts; repeat one for several completions of it.
+        prompts: texts, or messages for a chat model; repeat one for several completions of it.
         steering: what is open meanwhile, for example `vector.apply(model)`; nothing by default.
         tokens_to_generate: length of the completions.
         seed: an integer from 0 on; by default another one each time.
@@ -56,15 +57,17 @@ def complete(
         freq_penalty: likewise.
         repetition_penalty: likewise.
         include_logits: add a column with the logits [token, vocab] of each text, under the steering.
-        prepend_bos: put BOS in front of the prompts, as the published experiments do.
+        prepend_bos: see `prompts.prompt_ids`; by default one BOS where the tokenizer has one, as in the published
+            experiments.
         show_progress: show a bar.
 
     Returns:
-        `prompts`, `completions`, `loss` (mean over the tokens of prompt and completion, in nats, under the steering),
+        `prompts` (messages as the text that the chat template makes of them), `completions`, `loss` (mean over the tokens
+        of prompt and completion but the first, BOS or not, which nothing predicts; in nats, under the steering),
         `unsteered_loss` (of the same text, without it), `is_modified`, and `logits` where asked for.
 
     Raises:
-        ValueError: no prompts, an empty one, or settings that mean nothing.
+        ValueError: no prompts, an empty one, one that `prompt_ids` refuses, or settings that mean nothing.
     """
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
         raise ValueError(f"expected an integer from 0 on as seed, got {seed!r}")
@@ -78,7 +81,8 @@ def complete(
         logits = text_logits(model, inputs, ids)
     real = real_tokens(model, inputs, ids)
     loss = mean_losses(logits, ids, real)
-    frame = pd.DataFrame({"prompts": list(prompts), "completions": completions(tokenizer, inputs, ids), "loss": loss})
+    texts = [prompt_text(tokenizer, prompt) for prompt in prompts]
+    frame = pd.DataFrame({"prompts": texts, "completions": completions(tokenizer, inputs, ids), "loss": loss})
     frame["unsteered_loss"] = loss if steering is None else mean_losses(text_logits(model, inputs, ids), ids, real)
     frame["is_modified"] = steering is not None
     if include_logits:
@@ -102,7 +106,7 @@ def mean_losses(logits: Tensor, ids: Tensor, real: Tensor) -> list[float]:
 def gen_using_activation_additions(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     activation_additions: Sequence[ActivationAddition],
     addition_location: AdditionLocation = "front",
     res_stream_slice: slice = slice(None),
@@ -116,7 +120,7 @@ def gen_using_activation_additions(
 def gen_normal_and_modified(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     activation_additions: Sequence[ActivationAddition] = (),
     addition_location: AdditionLocation = "front",
     res_stream_slice: slice = slice(None),
@@ -138,7 +142,7 @@ def gen_normal_and_modified(
 
 
 def print_n_comparisons(
-    prompt: str,
+    prompt: Prompt,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     activation_additions: Sequence[ActivationAddition] = (),
@@ -151,13 +155,13 @@ def print_n_comparisons(
     top_p: float = 1.0,
     freq_penalty: float = 0.0,
     repetition_penalty: float = 1.0,
-    prepend_bos: bool = True,
+    prepend_bos: bool | None = True,
     show_progress: bool = True,
 ) -> None:
     """Print unsteered and steered completions of a prompt side by side; all of them are sampled at once.
 
     Args:
-        prompt: the prompt; it is shown in bold.
+        prompt: a text, or messages for a chat model; it is shown in bold.
         num_comparisons: how many rows the table has.
         show_progress: show a bar where it takes more than five seconds.
 

@@ -17,9 +17,10 @@ import torch
 from matplotlib.figure import Figure
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from common.activation_additions import ActivationAddition, apply_activation_additions, with_bos
+from common.activation_additions import ActivationAddition, apply_activation_additions
 from common.generation import logits, progress_bar
 from common.metrics import Steering
+from common.prompts import prompt_ids
 
 Condition = str | Sequence[ActivationAddition] | Steering
 SplitMethod = Literal["sentence", "token"]
@@ -59,9 +60,10 @@ def split_sentences(text: str) -> list[str]:
 
 
 def split_corpus(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str] | str, split_method: SplitMethod = "sentence", window: int = 32, stride: int = 32
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str] | str, split_method: SplitMethod = "sentence", window: int = 32, stride: int = 32,
+    prepend_bos: bool | None = True,
 ) -> tuple[list[list[int]], list[int]]:
-    """Cut a corpus into pieces, each with BOS in front.
+    """Cut a corpus into pieces, each with BOS in front where the tokenizer has one.
 
     Args:
         tokenizer: the tokenizer.
@@ -69,18 +71,21 @@ def split_corpus(
         split_method: "sentence", or "token": the tokens of all texts in a row, an end of text between two, in windows.
         window: tokens in a window, without BOS.
         stride: how far the next window begins; where windows overlap, only what is new in each one counts.
+        prepend_bos: see `prompts.prompt_ids`. Windows are tokens already, and get BOS or none: None is True where the
+            tokenizer adds BOS by itself.
 
     Returns:
         The token ids of each piece, and how many positions in front of it do not count because an earlier window had them.
 
     Raises:
-        ValueError: no text or something else, an unknown method, a stride that is not from 1 to window, or no BOS.
+        ValueError: no text or something else, an unknown method, a stride that is not from 1 to window; what `prompt_ids`
+            raises.
     """
     texts = [texts] if isinstance(texts, str) else list(texts)
     if not all(isinstance(text, str) for text in texts) or not any(text.strip() for text in texts):
         raise ValueError(f"expected texts, got {texts[:3]!r}")
     if split_method == "sentence":
-        pieces = [with_bos(tokenizer, sentence) for text in texts for sentence in split_sentences(text)]
+        pieces = prompt_ids(tokenizer, [sentence for text in texts for sentence in split_sentences(text)], prepend_bos)
         return pieces, [0] * len(pieces)
     if split_method != "token":
         raise ValueError(f"expected 'sentence' or 'token' as split_method, got {split_method!r}")
@@ -89,10 +94,12 @@ def split_corpus(
     row: list[int] = []
     for text in texts:
         # Not verbose: it would warn of texts that are longer than the model, which are cut right here.
-        row += [tokenizer.eos_token_id] * bool(row) + tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        row += [tokenizer.eos_token_id] * bool(row) + ids[ids[:1] == [tokenizer.bos_token_id] :]
+    front = [token for token in prompt_ids(tokenizer, [""], prepend_bos)[0][:1] if token == tokenizer.bos_token_id]
     starts = [start for start in range(0, len(row), stride) if start == 0 or start + window - stride < len(row)]
-    pieces = [with_bos(tokenizer, "") + row[start : start + window] for start in starts]
-    return pieces, [0 if start == 0 else 1 + window - stride for start in starts]
+    pieces = [front + row[start : start + window] for start in starts]
+    return pieces, [0 if start == 0 else len(front) + window - stride for start in starts]
 
 
 def get_stats_over_corpus(
@@ -106,31 +113,37 @@ def get_stats_over_corpus(
     stride: int = 32,
     batch_size: int = 32,
     show_progress: bool = False,
+    prepend_bos: bool | None = True,
 ) -> CorpusStats:
     """Measure how likely a model finds a corpus, cut into pieces that are read one by one.
+
+    The first token of a piece never counts: it is BOS, or, without BOS, what nothing predicts.
 
     Args:
         model: a causal language model; as it was afterwards.
         tokenizer: its tokenizer.
         texts: the corpus.
         condition: how the model is steered: activation additions; a callable that makes any other steering, for example
-            `lambda: vector.apply(model)`; or a text, which is put between BOS and each piece (prompting) and does not
-            count itself. None is the model as it is.
+            `lambda: vector.apply(model)`; or a text, which is put in front of each piece (prompting), after its BOS, and
+            does not count itself. None is the model as it is.
         split_method: see `split_corpus`.
-        mask_len: positions of each piece in front that do not count, BOS being the first: the length of an addition. What is
-            predicted at these positions is left out, as in the post, since vectors were added right there: the first token
-            that counts is the one behind the first token that follows them. Pieces that end before it drop out.
+        mask_len: positions of each piece in front that do not count, BOS (if any) being the first: the length of an
+            addition. What is predicted at these positions is left out, as in the post, since vectors were added right there:
+            the first token that counts is the one behind the first token that follows them. Pieces that end before it drop
+            out.
         window: see `split_corpus`.
         stride: likewise.
         batch_size: pieces in one pass.
         show_progress: show a bar.
+        prepend_bos: see `prompts.prompt_ids`; by default one BOS where the tokenizer has one.
 
     Raises:
         ValueError: no texts, a piece that the model has no positions for, or that is shorter than an addition (then mask_len
             should be at least as long as this), or nothing that counts.
     """
-    pieces, known = split_corpus(tokenizer, texts, split_method, window, stride)
-    prefix = tokenizer(condition, add_special_tokens=False)["input_ids"] if isinstance(condition, str) else []
+    pieces, known = split_corpus(tokenizer, texts, split_method, window, stride, prepend_bos)
+    prefix = prompt_ids(tokenizer, [condition], False)[0] if isinstance(condition, str) else []
+    prefix = prefix[prefix[:1] == [tokenizer.bos_token_id] :]  # the piece brings BOS
     if isinstance(condition, str) and not prefix:
         raise ValueError("expected a text to prompt with, got an empty one")
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -139,7 +152,7 @@ def get_stats_over_corpus(
         raise ValueError(
             f"a piece of {longest} tokens is longer than the {limit} positions of the model: use split_method='token' and a short window"
         )
-    # BOS is predicted from nothing, so that it never counts.
+    # The first token, BOS or not, is predicted from nothing, so that it never counts.
     first = [max(mask_len + 1, seen) for seen in known]
     order = sorted((index for index, piece in enumerate(pieces) if len(piece) > first[index]), key=lambda index: len(pieces[index]))
     if not order:
@@ -148,7 +161,7 @@ def get_stats_over_corpus(
     with progress_bar(len(order), "Reading the corpus", "piece", show_progress) as bar:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            rows = [[pieces[index][0], *prefix, *pieces[index][1:]] for index in batch]
+            rows = [_put_in(prefix, pieces[index], tokenizer.bos_token_id) for index in batch]
             length = max(map(len, rows))
             # Padding on the right: it disturbs nothing in front of it, and needs no positions of its own.
             ids = torch.tensor([row + [row[0]] * (length - len(row)) for row in rows], device=model.device)
@@ -160,6 +173,12 @@ def get_stats_over_corpus(
                 found[index] = chosen[row, len(prefix) + first[index] - 1 : len(rows[row]) - 1]
             bar.update(len(batch))
     return CorpusStats([found[index] for index in sorted(found)])
+
+
+def _put_in(prefix: list[int], piece: list[int], bos: int | None) -> list[int]:
+    """A piece with a prefix in front, after BOS where the piece has one."""
+    front = int(piece[:1] == [bos])
+    return [*piece[:front], *prefix, *piece[front:]]
 
 
 def _steering(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, condition: Condition | None) -> Steering:
@@ -183,6 +202,7 @@ def perplexity_ratios(
     bootstrap: int = 1000,
     seed: int = 0,
     show_progress: bool = False,
+    prepend_bos: bool | None = True,
 ) -> pd.DataFrame:
     """Compare the perplexity of texts under some conditions with that of the model as it is, on the same tokens.
 
@@ -213,13 +233,14 @@ def perplexity_ratios(
         additions = [addition for how in conditions.values() if not isinstance(how, str) and not callable(how) for addition in how or ()]
         mask_len = max((len(addition.token_ids(tokenizer)) for addition in additions), default=0)
     settings = {"split_method": split_method, "mask_len": mask_len, "window": window, "stride": stride, "batch_size": batch_size}
+    settings |= {"show_progress": show_progress, "prepend_bos": prepend_bos}
     rng, rows = np.random.default_rng(seed), []
     for label, corpus in texts.items():
-        plain = get_stats_over_corpus(model, tokenizer, corpus, None, **settings, show_progress=show_progress)
+        plain = get_stats_over_corpus(model, tokenizer, corpus, None, **settings)
         lengths = np.array([len(piece) for piece in plain.logprobs])
         draws = rng.integers(len(lengths), size=(bootstrap, len(lengths)))
         for name, condition in conditions.items():
-            found = get_stats_over_corpus(model, tokenizer, corpus, condition, **settings, show_progress=show_progress)
+            found = get_stats_over_corpus(model, tokenizer, corpus, condition, **settings)
             gains = np.array([(one - other).sum() for one, other in zip(plain.logprobs, found.logprobs)])
             again = np.exp(gains[draws].sum(axis=1) / lengths[draws].sum(axis=1))
             low, high = np.quantile(again, [0.025, 0.975]) if bootstrap else (math.nan, math.nan)

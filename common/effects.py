@@ -19,8 +19,9 @@ from matplotlib.patches import Rectangle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.embedded import grammar
-from common.generation import completions, generate
+from common.generation import completions, encode, generate
 from common.metrics import tone_shares
+from common.prompts import Prompt, prompt_text
 
 CELL = ["steering", "kind", "layer", "coeff"]
 
@@ -294,26 +295,28 @@ def tone_by_prompt(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     conditions: Mapping[str, AbstractContextManager],
-    prompts: Sequence[str] = tuple(grammar.TABLE_PROMPTS),
+    prompts: Sequence[Prompt] = tuple(grammar.TABLE_PROMPTS),
     per_prompt: int = 20,
     max_new_tokens: int = 24,
     seed: int = 0,
+    prepend_bos: bool | None = None,
 ) -> pd.DataFrame:
     """Sample completions (top_p 0.9) of each prompt under each condition, and take their mean tone.
 
     Args:
         model: a causal language model.
-        tokenizer: its tokenizer, padding on the left.
+        tokenizer: its tokenizer.
         conditions: what is open while it generates, by name, for example `vector.apply(model)`; unsteered is added.
         prompts: each is completed `per_prompt` times, all in one batch.
         per_prompt: completions of each prompt.
         max_new_tokens: length of a completion.
         seed: set again for each condition, so that they differ by the steering only.
+        prepend_bos: what stands in front of a text: by default what the tokenizer puts there; see `prompts.prompt_ids`.
 
     Returns:
         [condition, prompt]: the share of positive minus that of negative completions, from -1 to 1.
     """
-    inputs = tokenizer(list(prompts) * per_prompt, return_tensors="pt", padding=True).to(model.device)
+    inputs = encode(tokenizer, list(prompts) * per_prompt, prepend_bos).to(model.device)
     rows = {}
     for name, condition in {"unsteered": nullcontext(), **conditions}.items():
         torch.manual_seed(seed)
@@ -322,7 +325,7 @@ def tone_by_prompt(
         texts = completions(tokenizer, inputs, ids)
         shares = [tone_shares(texts[number :: len(prompts)]) for number in range(len(prompts))]
         rows[name] = [share["positive"] - share["negative"] for share in shares]
-    return pd.DataFrame(rows, index=list(prompts)).T.rename_axis(index="condition", columns="prompt")
+    return pd.DataFrame(rows, index=[prompt_text(tokenizer, prompt) for prompt in prompts]).T.rename_axis(index="condition", columns="prompt")
 
 
 def moves(tones: pd.DataFrame) -> pd.DataFrame:

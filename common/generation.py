@@ -24,24 +24,32 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from common.positions import with_position_ids
+from common.prompts import Prompt, prompt_ids
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], prepend_bos: bool = True) -> BatchEncoding:
-    """Tokenize prompts into one batch, padded on the left, with BOS in front.
+def encode(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], prepend_bos: bool | None = True
+) -> BatchEncoding:
+    """Tokenize prompts, texts or messages, into one batch, padded on the left; the tokenizer needs no pad token.
+
+    What stands in front is decided by the rule of `prompts.prompt_ids`: by default one BOS where the tokenizer has one.
 
     Raises:
-        ValueError: no prompts, something else than texts, a prompt without tokens, or no BOS.
+        ValueError: a prompt without tokens, or what `prompt_ids` raises.
     """
-    if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-        raise ValueError(f"expected a list of texts as prompts, got {prompts!r}")
-    if prepend_bos and tokenizer.bos_token is None:
-        raise ValueError(f"{type(tokenizer).__name__} has no BOS token: give prepend_bos=False")
-    bos = tokenizer.bos_token if prepend_bos else ""
-    # Texts of their own BOS: tokenizers that put one in front must not put a second.
-    inputs = tokenizer([bos + prompt for prompt in prompts], return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
-    if not inputs["attention_mask"].sum(-1).all():
+    rows = prompt_ids(tokenizer, prompts, prepend_bos)
+    if not all(rows):
         raise ValueError("expected prompts of one token or more, got an empty one")
-    return inputs
+    return left_padded(tokenizer, rows)
+
+
+def left_padded(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]]) -> BatchEncoding:
+    """Put rows of token ids, each of one or more, into one batch."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    length = max(map(len, rows))
+    ids = torch.tensor([[*[pad] * (length - len(row)), *row] for row in rows])
+    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+    return BatchEncoding({"input_ids": ids, "attention_mask": mask})
 
 
 @torch.no_grad()

@@ -21,7 +21,8 @@ from torch import Tensor
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from common.embedded import grammar
-from common.generation import encode, logits
+from common.generation import left_padded, logits
+from common.prompts import prompt_ids
 
 NEGATIONS = {"not", "never", "hardly", "no"}
 Metric = Callable[[list[str]], Any]
@@ -172,26 +173,31 @@ def get_loss_metric(
     agg_mode: Literal["mean", "sum", "max", "full"] = "mean",
     steering: Steering | None = None,
     batch_size: int = 32,
+    prepend_bos: bool | None = True,
 ) -> Metric:
     """Return a metric of how unlikely a model finds a text: the loss of each token but BOS, in nats, aggregated.
+
+    Without BOS nothing predicts the first token of a text, and it does not count.
 
     Args:
         model: a causal language model.
         tokenizer: its tokenizer.
-        agg_mode: "mean", "sum" or "max" over the tokens, or "full": an array with all of them. Of an empty text the sum is 0,
-            mean and max are NaN.
+        agg_mode: "mean", "sum" or "max" over the tokens, or "full": an array with all of them. Of a text of which no token
+            counts the sum is 0, mean and max are NaN.
         steering: makes what is open meanwhile, for example `lambda: vector.apply(model)`.
         batch_size: texts in one pass.
+        prepend_bos: see `prompts.prompt_ids`; by default one BOS where the tokenizer has one.
 
     Raises:
-        ValueError: another mode; when it measures, a text that the model has no positions for.
+        ValueError: another mode; when it measures, a text that the model has no positions for, or that `prompt_ids`
+            refuses.
     """
     modes = {"mean": Tensor.mean, "sum": Tensor.sum, "max": lambda row: row.max() if len(row) else row.mean()}
     if agg_mode != "full" and agg_mode not in modes:
         raise ValueError(f"expected 'mean', 'sum', 'max' or 'full' as agg_mode, got {agg_mode!r}")
 
     def losses(texts: list[str]) -> list:
-        found = [-row for row in token_logprobs(model, tokenizer, texts, steering, batch_size)]
+        found = [-row for row in token_logprobs(model, tokenizer, texts, steering, batch_size, prepend_bos)]
         return [row.numpy() if agg_mode == "full" else modes[agg_mode](row).item() for row in found]
 
     return losses
@@ -202,25 +208,28 @@ def get_logprob_metric(
     tokenizer: PreTrainedTokenizerBase,
     steering: Steering,
     batch_size: int = 32,
+    prepend_bos: bool | None = True,
 ) -> Metric:
     """Return a metric of what steering does to the predictions along a text.
 
-    It gives three columns, means over the tokens: `logprob` (of the actual next token, steered), `logprob_change` (against
-    unsteered) and `kl` (Kullback-Leibler divergence of the steered next-token distribution from the unsteered one, in nats).
+    It gives three columns, means over the tokens that count, as in `get_loss_metric`: `logprob` (of the actual next token,
+    steered), `logprob_change` (against unsteered) and `kl` (Kullback-Leibler divergence of the steered next-token
+    distribution from the unsteered one, in nats).
 
     Args:
         model: a causal language model.
         tokenizer: its tokenizer.
         steering: makes what is open meanwhile, for example `lambda: vector.apply(model)`.
         batch_size: texts in one pass.
+        prepend_bos: see `prompts.prompt_ids`; by default one BOS where the tokenizer has one.
 
     Raises:
-        ValueError: when it measures, a text that the model has no positions for.
+        ValueError: when it measures, a text that the model has no positions for, or that `prompt_ids` refuses.
     """
 
     def measured(texts: list[str]) -> pd.DataFrame:
         rows = []
-        for inputs in _batches(model, tokenizer, texts, batch_size):
+        for inputs in _batches(model, tokenizer, texts, batch_size, prepend_bos):
             with steering():
                 steered = logits(model, inputs).float().log_softmax(-1)
             plain = logits(model, inputs).float().log_softmax(-1)
@@ -246,14 +255,18 @@ def token_logprobs(
     texts: Sequence[str],
     steering: Steering | None = None,
     batch_size: int = 32,
+    prepend_bos: bool | None = True,
 ) -> list[Tensor]:
-    """Return the log-probability of every token of each text behind BOS, one tensor [pos] a text, in fp32 on the CPU.
+    """Return the log-probability of every token of each text that has a token before it, BOS included.
+
+    Returns:
+        One tensor [pos] a text, in fp32 on the CPU; empty where a text has but one token or none.
 
     Raises:
-        ValueError: a text that the model has no positions for.
+        ValueError: a text that the model has no positions for, or that `prompt_ids` refuses.
     """
     found: list[Tensor] = []
-    for inputs in _batches(model, tokenizer, texts, batch_size):
+    for inputs in _batches(model, tokenizer, texts, batch_size, prepend_bos):
         with steering() if steering else nullcontext():
             logprobs = logits(model, inputs).float().log_softmax(-1)  # in bf16 a log-probability has three digits
         found += _actual(logprobs, inputs)
@@ -261,12 +274,14 @@ def token_logprobs(
 
 
 def _batches(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], batch_size: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], batch_size: int, prepend_bos: bool | None
 ) -> Iterator[BatchEncoding]:
     """The texts as inputs of the model, some at a time."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for start in range(0, len(texts), batch_size):
-        inputs = encode(tokenizer, texts[start : start + batch_size]).to(model.device)
+        rows = prompt_ids(tokenizer, texts[start : start + batch_size], prepend_bos)
+        # An empty text without BOS: one token stands for it, which nothing predicts and which predicts nothing.
+        inputs = left_padded(tokenizer, [row or [0] for row in rows]).to(model.device)
         if limit and inputs["input_ids"].shape[1] > limit:
             raise ValueError(f"a text of {inputs['input_ids'].shape[1]} tokens is longer than the {limit} positions of the model")
         yield inputs

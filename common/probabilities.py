@@ -18,24 +18,29 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.generation import encode, logits
 from common.metrics import Steering
+from common.prompts import Prompt
 
 TINY = 1e-12  # in place of a probability of 0 where a logarithm is taken
 
 
 def next_token_probs(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, steering: Steering | None = None, prepend_bos: bool = True
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    steering: Steering | None = None,
+    prepend_bos: bool | None = True,
 ) -> Tensor:
     """Return the probabilities of the next token behind every token of a prompt, [pos, vocab], in fp32 on the CPU.
 
     Args:
         model: a causal language model.
         tokenizer: its tokenizer.
-        prompt: the prompt.
+        prompt: the prompt, a text or messages.
         steering: makes what is open meanwhile, for example `lambda: vector.apply(model)`.
-        prepend_bos: put BOS in front of the prompt; it is position 0 then.
+        prepend_bos: see `prompts.prompt_ids`; by default one BOS where the tokenizer has one. It is position 0 then.
 
     Raises:
-        ValueError: a prompt without tokens.
+        ValueError: a prompt without tokens, or one that `prompt_ids` refuses.
     """
     inputs = encode(tokenizer, [prompt], prepend_bos).to(model.device)
     with steering() if steering else nullcontext():
@@ -63,23 +68,25 @@ def token_set(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> list[
 def top_changed_tokens(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
+    prompt: Prompt,
     steering: Steering,
     count: int = 10,
     by: Literal["kl", "probability", "logprob"] = "kl",
     min_probability: float = 1e-4,
+    prepend_bos: bool | None = True,
 ) -> pd.DataFrame:
     """Show which next tokens behind a prompt steering changed most.
 
     Args:
         model: a causal language model.
         tokenizer: its tokenizer.
-        prompt: BOS is put in front of it.
+        prompt: a text or messages.
         steering: makes what is open meanwhile.
         count: how many tokens.
         by: the share of the Kullback-Leibler divergence (the largest first), the difference of the probability, or of its
             logarithm (the largest absolute values first).
         min_probability: with `by="logprob"`, leave out tokens that are less likely than this in both.
+        prepend_bos: see `prompts.prompt_ids`; by default one BOS where the tokenizer has one.
 
     Returns:
         `token`, `unsteered`, `steered` (probabilities), `logprob_change` and `kl` (both in nats).
@@ -90,7 +97,7 @@ def top_changed_tokens(
     orders = {"kl": "kl", "probability": "difference", "logprob": "logprob_change"}
     if by not in orders or isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise ValueError(f"expected by as one of {', '.join(orders)} and a count of 1 or more, got {by!r} and {count!r}")
-    before, after = (next_token_probs(model, tokenizer, prompt, how)[-1] for how in (None, steering))
+    before, after = (next_token_probs(model, tokenizer, prompt, how, prepend_bos)[-1] for how in (None, steering))
     change = after.clamp(min=TINY).log() - before.clamp(min=TINY).log()
     frame = pd.DataFrame({"unsteered": before, "steered": after, "logprob_change": change, "kl": after * change, "difference": after - before})
     if by == "logprob":
@@ -104,10 +111,11 @@ def top_changed_tokens(
 def effectiveness_and_disruption(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
+    prompt: Prompt,
     steering: Steering,
     aligned: Sequence[str] | Mapping[int, Sequence[str]],
     mask_len: int = 0,
+    prepend_bos: bool | None = True,
 ) -> pd.DataFrame:
     """Measure, behind every token of a prompt, what steering does to the next token.
 
@@ -118,10 +126,11 @@ def effectiveness_and_disruption(
     Args:
         model: a causal language model.
         tokenizer: its tokenizer.
-        prompt: BOS is put in front of it; it is position 0.
+        prompt: a text or messages.
         steering: makes what is open meanwhile.
         aligned: the words that steering should make likelier, for all positions or by position; see `token_set`.
         mask_len: positions in front that are left out, since vectors were added right there: the length of an addition.
+        prepend_bos: see `prompts.prompt_ids`; by default one BOS where the tokenizer has one. It is position 0 then.
 
     Returns:
         By position: `token` (the last that is read), `effectiveness`, `disruption` and `kl`, in nats. Where no words are
@@ -130,13 +139,13 @@ def effectiveness_and_disruption(
     Raises:
         ValueError: words that are no single token, a position outside the prompt, or a mask_len that leaves no position.
     """
-    before, after = (next_token_probs(model, tokenizer, prompt, how) for how in (None, steering))
+    before, after = (next_token_probs(model, tokenizer, prompt, how, prepend_bos) for how in (None, steering))
     by_position = dict(aligned) if isinstance(aligned, Mapping) else dict.fromkeys(range(len(before)), aligned)
     if outside := [position for position in by_position if not 0 <= position < len(before)]:
         raise ValueError(f"position {outside[0]} lies outside the prompt, which has positions 0 to {len(before) - 1}")
     if not 0 <= mask_len < len(before):
         raise ValueError(f"expected a mask_len from 0 to {len(before) - 1} for a prompt of {len(before)} tokens, got {mask_len!r}")
-    ids = encode(tokenizer, [prompt])["input_ids"][0].tolist()
+    ids = encode(tokenizer, [prompt], prepend_bos)["input_ids"][0].tolist()
     rows = []
     for position in range(mask_len, len(before)):
         members = torch.zeros(before.shape[1], dtype=torch.bool)

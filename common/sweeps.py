@@ -33,6 +33,7 @@ from common.metrics import Metric, kl_divergence, measure, tone_sign
 from common.models import LoadError, load_model
 from common.positions import TokenSpan
 from common.pristine import LIBRARY_HOOKS
+from common.prompts import Prompt, prompt_ids, prompt_text
 from common.row_steering import RowSteering, logits_from, prefilled_cache, record_blocks, row_deltas, steered_behind, steering_rows
 from common.sites import Site, get_layers
 from common.steering_vector import SteeringVector, model_name
@@ -102,7 +103,7 @@ def sweep(
     steering: Mapping[str, Swept],
     layers: Sequence[int] | None,
     coeffs: Sequence[float],
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     metrics: Mapping[str, Metric] | None = None,
     *,
     controls: Mapping[str, Swept] | None = None,
@@ -130,7 +131,7 @@ def sweep(
             resid_post if their names say so, at the tokens of the prompt; the layer in their names does not matter).
         layers: which layers; None takes those of the vectors, or all for additions.
         coeffs: what the vectors are multiplied by.
-        prompts: texts.
+        prompts: texts, or messages for a chat model.
         metrics: by name, of the completions; see `metrics`.
         controls: more steering, of kind "control" in the result: unrelated pairs, say.
         random_controls: so many random directions for each steering, with the same norm at each layer and token.
@@ -139,7 +140,8 @@ def sweep(
         temperature: 0 is greedy; see `generation.sample` for this and the other settings of sampling.
         seed: completion n of a prompt gets the same random numbers at every layer and coefficient.
         addition_location: see `apply_activation_additions`.
-        prepend_bos: put BOS in front of the prompts; by default where there are activation additions.
+        prepend_bos: see `prompts.prompt_ids`. By default what the tokenizer does by itself, as in training; where there are
+            activation additions, which begin with BOS, one BOS if the tokenizer has one.
         path: a file (SQLite) to write to as it goes. A sweep that was stopped goes on where it was, and one that is
             finished is read from it; nothing is computed twice.
         max_memory: how many bytes a batch may take, about.
@@ -147,7 +149,7 @@ def sweep(
 
     Returns:
         One row for each completion: `steering`, `kind` ("steering", "control", "random" or "unsteered"), `layer`, `coeff`,
-        `prompt`, `sample`, `completion`, and the metrics.
+        `prompt` (of messages the text that the chat template makes), `sample`, `completion`, and the metrics.
 
     Raises:
         ValueError: before work starts: nothing to sweep over, a layer that the model or a vector does not have, a prompt
@@ -163,9 +165,10 @@ def sweep(
     cells = _grid(model, tokenizer, steering, layers, coeffs, controls, random_controls, addition_location)
     bos = _bos(cells, prepend_bos)
     lengths = _lengths(model, tokenizer, prompts, bos, cells, max_new_tokens)
-    titles = [column for name, metric in metrics.items() for column in _titles(name, metric, prompts)]
+    texts_of = [prompt_text(tokenizer, prompt) for prompt in prompts]
+    titles = [column for name, metric in metrics.items() for column in _titles(name, metric, texts_of)]
     settings = {
-        "what": "completions", **_identity(model, cells, prompts, bos), "max_new_tokens": max_new_tokens, "per_prompt": per_prompt,
+        "what": "completions", **_identity(model, tokenizer, cells, prompts, bos), "max_new_tokens": max_new_tokens, "per_prompt": per_prompt,
         "temperature": temperature, "top_p": top_p, "freq_penalty": freq_penalty, "repetition_penalty": repetition_penalty, "seed": seed,
     }
     plan = [(cell, prompt, number) for cell in cells for prompt in range(len(prompts)) for number in range(per_prompt)]
@@ -191,7 +194,7 @@ def sweep(
                 measured = pd.concat([_named(measure(metric, texts, name), name) for name, metric in metrics.items()] or [pd.DataFrame()], axis=1)
                 measured = measured.to_dict("records") or [{}] * len(rows)
                 store.add(
-                    (number, {**cell.keys(), "prompt": prompts[prompt], "sample": index, "completion": text, **values})
+                    (number, {**cell.keys(), "prompt": texts_of[prompt], "sample": index, "completion": text, **values})
                     for number, (cell, prompt, index), text, values in zip(batch, rows, texts, measured, strict=True)
                 )
                 bar.update(len(batch))
@@ -206,7 +209,7 @@ def sweep_logits(
     steering: Mapping[str, Swept],
     layers: Sequence[int] | None,
     coeffs: Sequence[float],
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     metrics: Mapping[str, LogitMetric] | None = None,
     *,
     controls: Mapping[str, Swept] | None = None,
@@ -236,7 +239,7 @@ def sweep_logits(
     trial = torch.zeros(2, model.get_output_embeddings().weight.shape[0], device=model.device)
     for name, metric in metrics.items():
         _numbers(metric(trial, trial), 2, name)
-    settings = {"what": "logits", **_identity(model, cells, prompts, bos)}
+    settings = {"what": "logits", **_identity(model, tokenizer, cells, prompts, bos)}
 
     def measured(steered: Tensor, plain: Tensor, inputs: Mapping[str, Tensor]) -> list[dict[str, Any]]:
         last = steered[:, -1].float(), plain[:, -1].float()  # in bf16 a log-probability has three digits
@@ -253,21 +256,26 @@ def sweep_perplexity(
     steering: Mapping[str, Swept],
     layers: Sequence[int] | None,
     coeffs: Sequence[float],
-    texts: Sequence[str],
+    texts: Sequence[Prompt],
     *,
     controls: Mapping[str, Swept] | None = None,
     random_controls: int = 0,
     mask_len: int = 0,
     addition_location: AdditionLocation = "front",
+    prepend_bos: bool | None = True,
     path: str | os.PathLike | None = None,
     max_memory: int = MEMORY,
     show_progress: bool = True,
 ) -> pd.DataFrame:
-    """Measure how likely the model finds texts, with BOS in front, at every layer and coefficient.
+    """Measure how likely the model finds texts at every layer and coefficient.
+
+    BOS stands in front of them where the tokenizer has one (`prepend_bos`, see `prompts.prompt_ids`). Without BOS nothing
+    predicts the first token of a text, and it does not count.
 
     Args:
         texts: sentences, say; off the topic of the steering, to see what it costs.
-        mask_len: positions in front at which no prediction counts, BOS being the first: the length of an addition.
+        mask_len: positions in front at which no prediction counts, BOS being the first if there is one: the length of an
+            addition.
 
     The other arguments and errors are those of `sweep`.
 
@@ -278,11 +286,11 @@ def sweep_perplexity(
     _at_least(1, max_memory=max_memory)
     _at_least(0, mask_len=mask_len)
     cells = _grid(model, tokenizer, steering, layers, coeffs, controls, random_controls, addition_location)
-    first, lengths = mask_len + 1, _lengths(model, tokenizer, texts, True, cells)
+    first, lengths = mask_len + 1, _lengths(model, tokenizer, texts, prepend_bos, cells)
     if min(lengths) <= first:
         short = texts[lengths.index(min(lengths))]
-        raise ValueError(f"the first {first} tokens of a text do not count, BOS included, and {short!r} has only {min(lengths)}")
-    settings = {"what": "perplexity", **_identity(model, cells, texts, True), "mask_len": mask_len}
+        raise ValueError(f"the first {first} tokens of a text do not count, a BOS included, and {short!r} has only {min(lengths)}")
+    settings = {"what": "perplexity", **_identity(model, tokenizer, cells, texts, prepend_bos), "mask_len": mask_len}
 
     def measured(steered: Tensor, plain: Tensor, inputs: Mapping[str, Tensor]) -> list[dict[str, Any]]:
         positions = inputs["attention_mask"].cumsum(-1) - 1
@@ -295,7 +303,7 @@ def sweep_perplexity(
         )
         return [dict(zip(("loss", "unsteered_loss", "tokens"), row)) for row in zip(loss.tolist(), before.tolist(), tokens.tolist())]
 
-    run = _PassSweep(model, tokenizer, cells, texts, lengths, True, False, max_memory)
+    run = _PassSweep(model, tokenizer, cells, texts, lengths, prepend_bos, False, max_memory)
     columns = [*KEYS, "text", "loss", "unsteered_loss", "tokens"]
     return run.run(SweepStore(path, settings, columns), "text", measured, "Reading", show_progress)
 
@@ -310,9 +318,11 @@ class _PassSweep:
     """Forward passes over texts at every cell, with the blocks below the steered one computed once for each text."""
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cells: list[_Cell], texts: Sequence[str], lengths: list[int], bos: bool,
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cells: list[_Cell], texts: Sequence[Prompt], lengths: list[int],
+        bos: bool | None,
         last_only: bool, max_memory: int,
     ):
+        self.shown = [prompt_text(tokenizer, text) for text in texts]
         self.model, self.tokenizer, self.cells, self.texts, self.bos, self.last_only = model, tokenizer, cells, list(texts), bos, last_only
         self.lengths, self.max_memory = lengths, max_memory
 
@@ -329,7 +339,7 @@ class _PassSweep:
                     for cell_rows, steered, plain, inputs in self._passes(texts, {cell: rows for cell, rows in missing.items() if rows}):
                         values = measured(steered, plain, inputs)
                         store.add(
-                            (self._number(cell, text), {**self.cells[cell].keys(), column: self.texts[text], **row})
+                            (self._number(cell, text), {**self.cells[cell].keys(), column: self.shown[text], **row})
                             for (cell, text), row in zip(cell_rows, values, strict=True)
                         )
                         bar.update(len(cell_rows))
@@ -463,15 +473,17 @@ def _resolve(
     return _Steering(name, kind, part, vectors, location, [[addition.coeff, row] for addition, row in zip(additions, rows)])
 
 
-def _identity(model: PreTrainedModel, cells: list[_Cell], prompts: Sequence[str], bos: bool) -> dict[str, Any]:
+def _identity(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cells: list[_Cell], prompts: Sequence[Prompt], bos: bool | None
+) -> dict[str, Any]:
     """What decides the rows, beside the settings of each sweep."""
     weights = _hash(parameter.detach().flatten()[:256] for parameter in model.parameters())
     steered = [(cell.steering, cell.layer, cell.coeff) for cell in cells if cell.steering]
     found = {one.name: [one.kind, one.part, one.location, one.content] for one, _, _ in steered}
     grid = [[one.name, layer, coeff] for one, layer, coeff in steered]
     return {
-        "model": [model_name(model), str(model.dtype), weights], "steering": found, "layers and coeffs": grid, "prompts": list(prompts),
-        "prepend_bos": bos,
+        "model": [model_name(model), str(model.dtype), weights], "steering": found, "layers and coeffs": grid,
+        "prompts": [prompt_text(tokenizer, prompt) for prompt in prompts], "tokens": prompt_ids(tokenizer, prompts, bos),
     }
 
 
@@ -482,13 +494,13 @@ def _hash(tensors: Iterable[Tensor]) -> str:
     return found.hexdigest()
 
 
-def _bos(cells: list[_Cell], prepend_bos: bool | None) -> bool:
-    """Whether prompts get BOS."""
-    return any(cell.steering and cell.steering.location for cell in cells) if prepend_bos is None else bool(prepend_bos)
+def _bos(cells: list[_Cell], prepend_bos: bool | None) -> bool | None:
+    """What stands in front of the prompts: one BOS where additions have one, else the tokenizer's own way."""
+    return True if prepend_bos is None and any(cell.steering and cell.steering.location for cell in cells) else prepend_bos
 
 
 def _lengths(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], bos: bool, cells: Sequence[_Cell] = (), new_tokens: int = 1
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], bos: bool | None, cells: Sequence[_Cell] = (), new_tokens: int = 1
 ) -> list[int]:
     """How many tokens each prompt has; refuses prompts that are too short for an addition, or too long for the model."""
     lengths = encode(tokenizer, prompts, bos)["attention_mask"].sum(-1).tolist()

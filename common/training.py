@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from common.activations import ReadTokenIndex, read_activations
 from common.aggregators import Aggregator, mean_aggregator
+from common.prompts import Prompt, is_prompt
 from common.sites import LayerType, ModelLayerConfig
 from common.steering_vector import SteeringVector, model_name
 
@@ -24,19 +25,19 @@ class SteeringVectorTrainingSample:
     """A contrast pair: two prompts that differ in what the vector is to mean.
 
     Attributes:
-        positive_str: the positive prompt.
+        positive_str: the positive prompt: a text, or messages (`[{"role": "user", "content": "Hi"}]`) for a chat model.
         negative_str: the negative prompt.
         read_positive_token_index: which token of the positive prompt is read; `read_token_index` where it is None.
         read_negative_token_index: the same for the negative prompt.
     """
 
-    positive_str: str
-    negative_str: str
+    positive_str: Prompt
+    negative_str: Prompt
     read_positive_token_index: int | None = None
     read_negative_token_index: int | None = None
 
 
-Sample = SteeringVectorTrainingSample | tuple[str, str]
+Sample = SteeringVectorTrainingSample | tuple[Prompt, Prompt]
 
 
 def extract_activations(
@@ -51,6 +52,7 @@ def extract_activations(
     show_progress: bool = False,
     batch_size: int = 1,
     tqdm_desc: str = "Extracting activations",
+    prepend_bos: bool | None = None,
 ) -> tuple[dict[int, list[Tensor]], dict[int, list[Tensor]]]:
     """Read the activations of both prompts of every pair.
 
@@ -68,13 +70,14 @@ def extract_activations(
         show_progress: show a bar.
         batch_size: pairs in one pass, and so twice as many prompts.
         tqdm_desc: what stands in front of the bar.
+        prepend_bos: what stands in front of a text: by default what the tokenizer puts there; see `prompts.prompt_ids`.
 
     Returns:
         The positive and the negative activations: by layer number, a list of tensors [pair, d_model] with `batch_size`
         pairs each, in the order of the samples.
 
     Raises:
-        ValueError: no samples, a sample that is no pair of strings, and all errors of `read_activations`.
+        ValueError: no samples, a sample that is no pair of prompts, and all errors of `read_activations`.
     """
     samples = _samples(training_samples)
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
@@ -96,6 +99,7 @@ def extract_activations(
         move_to_cpu,
         show_progress,
         tqdm_desc,
+        prepend_bos,
     )
     halves = [
         {layer: list(part.split(batch_size)) for layer, acts in found.items() for part in [acts.chunk(2)[half]]}
@@ -158,12 +162,13 @@ def train_steering_vector(
     aggregator: Aggregator = mean_aggregator(),
     batch_size: int = 1,
     tqdm_desc: str = "Training steering vector",
+    prepend_bos: bool | None = None,
 ) -> SteeringVector:
     """Train a steering vector from contrast pairs.
 
     Args:
         model, tokenizer, training_samples, layers, layer_type, layer_config, move_to_cpu, read_token_index, show_progress,
-            batch_size, tqdm_desc: as for `extract_activations`.
+            batch_size, tqdm_desc, prepend_bos: as for `extract_activations`.
         aggregator: how many differences become one vector; see `aggregators`.
 
     Returns:
@@ -185,6 +190,7 @@ def train_steering_vector(
         show_progress=show_progress,
         batch_size=batch_size,
         tqdm_desc=tqdm_desc,
+        prepend_bos=prepend_bos,
     )
     metadata = {
         "model": model_name(model),
@@ -206,7 +212,7 @@ def _samples(given: Sequence[Sample]) -> list[SteeringVectorTrainingSample]:
             if not isinstance(sample, tuple | list) or len(sample) != 2:
                 raise ValueError(f"pair {number}: expected (positive_str, negative_str), got {sample!r}")
             sample = SteeringVectorTrainingSample(*sample)
-        if not isinstance(sample.positive_str, str) or not isinstance(sample.negative_str, str):
-            raise ValueError(f"pair {number}: expected two strings, got {sample!r}")
+        if not is_prompt(sample.positive_str) or not is_prompt(sample.negative_str):
+            raise ValueError(f"pair {number}: expected two texts or lists of messages, got {sample!r}")
         samples.append(sample)
     return samples

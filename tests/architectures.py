@@ -1,4 +1,4 @@
-"""Tiny models with random weights of ten architectures, for what must work on all of them."""
+"""Tiny models with random weights of eleven architectures, for what must work on all of them."""
 
 import torch
 from transformers import (
@@ -14,6 +14,7 @@ from transformers import (
     PhiConfig,
     PretrainedConfig,
     PreTrainedModel,
+    Qwen2Config,
     Qwen3Config,
 )
 
@@ -26,6 +27,7 @@ ARCHITECTURES = {
     "Llama": (LlamaConfig, WIDE),
     "Mistral": (MistralConfig, WIDE),
     "Gemma": (GemmaConfig, {**WIDE, "head_dim": 8}),
+    "Qwen2": (Qwen2Config, WIDE),
     "Qwen3": (Qwen3Config, {**WIDE, "head_dim": 8}),
     "Phi": (PhiConfig, WIDE),
     "OPT": (OPTConfig, {**SIZES, "ffn_dim": 48, "word_embed_proj_dim": D_MODEL, "max_position_embeddings": 64}),

@@ -437,15 +437,6 @@ def test_mistakes_are_named_before_anything_is_changed(model, tokenizer, additio
     assert_pristine(model, before)
 
 
-def test_no_bos_is_named(tokenizer):
-    class WithoutBos:
-        bos_token_id = None
-
-    with pytest.raises(ValueError, match="no BOS"):
-        ActivationAddition(1, 3, "Love").token_ids(WithoutBos())
-    assert ActivationAddition(1, 3, tokens=[4]).token_ids(WithoutBos()) == [4]
-
-
 def test_restored_after_an_exception_inside(model, tokenizer, x_vector):
     before = snapshot(model)
     with pytest.raises(KeyError):

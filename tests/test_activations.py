@@ -137,7 +137,7 @@ def test_bfloat16_and_move_to_cpu(tokenizer):
     [
         ({"prompts": []}, "list of prompts"),
         ({"prompts": "You"}, "list of prompts"),
-        ({"prompts": ["You", 3]}, "expected strings as prompts, got 3"),
+        ({"prompts": ["You", 3]}, "expected texts, or lists of messages .* as prompts, got 3"),
         ({"prompts": [""]}, "the prompt '' has 0 tokens"),
         ({"prompts": ["You " * 300]}, "has [3-6][0-9][0-9] tokens; expected 1 to 256"),
         ({"read_token_index": 1}, r"cannot read token 1 of 'You': it has 1 tokens, so expected -1 to 0"),

@@ -1,4 +1,4 @@
-"""Reading, steering, generating and training on tiny models of ten architectures, at all five layer types."""
+"""Reading, steering, generating and training on tiny models of eleven architectures, at all five layer types."""
 
 import pytest
 import torch

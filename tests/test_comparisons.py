@@ -124,7 +124,7 @@ def test_another_number_of_seeds_is_refused(model, tokenizer):
         sample(model, encode(tokenizer, [PROMPT]), [1, 2])
 
 
-@pytest.mark.parametrize("prompts, given, says", [([], {}, "list of texts"), ("I think", {}, "list of texts"), ([3], {}, "list of texts"),
+@pytest.mark.parametrize("prompts, given, says", [([], {}, "list of prompts"), ("I think", {}, "list of prompts"), ([3], {}, "expected texts"),
                                                   (["I", ""], {"prepend_bos": False}, "empty")])
 def test_wrong_prompts_are_refused(model, tokenizer, prompts, given, says):
     with pytest.raises(ValueError, match=says):

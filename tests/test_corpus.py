@@ -398,11 +398,14 @@ def test_ratios_need_names(model, tokenizer, texts, conditions):
 
 
 @pytest.mark.parametrize("split_method", ["sentence", "token"])
-def test_no_bos_is_named(tokenizer, split_method):
+@pytest.mark.parametrize("stride", [32, 8])
+def test_without_bos_the_pieces_are_the_same(tokenizer, split_method, stride):
+    """A tokenizer without BOS, and one that is told to leave it out: the pieces and what counts of them, one place earlier."""
     other = copy.deepcopy(tokenizer)
     other.bos_token = None
-    with pytest.raises(ValueError, match="no BOS"):
-        split_corpus(other, OFF, split_method)
+    pieces, known = split_corpus(tokenizer, OFF, split_method, stride=stride)
+    for found in (split_corpus(other, OFF, split_method, stride=stride), split_corpus(tokenizer, OFF, split_method, 32, stride, False)):
+        assert found == ([piece[1:] for piece in pieces], [max(0, seen - 1) for seen in known])
 
 
 def test_a_piece_as_long_as_the_model_is_read(model, tokenizer):

@@ -566,9 +566,9 @@ def changed(model):
 @pytest.mark.parametrize(
     "what, says",
     [
-        ("coeffs", "layers and coeffs"), ("layers", "layers and coeffs, steering"), ("prompts", "prompts"), ("seed", "seed"), ("weights", "model"), ("dtype", "model"),
+        ("coeffs", "layers and coeffs"), ("layers", "layers and coeffs, steering"), ("prompts", "prompts, tokens"), ("seed", "seed"), ("weights", "model"), ("dtype", "model"),
         ("vector", "steering"), ("name", "layers and coeffs, steering"), ("controls", "layers and coeffs, steering"), ("kind", "steering"),
-        ("metric", "columns"), ("per_prompt", "per_prompt"), ("temperature", "temperature"), ("prepend_bos", "prepend_bos"), ("max_new_tokens", "max_new_tokens"),
+        ("metric", "columns"), ("per_prompt", "per_prompt"), ("temperature", "temperature"), ("prepend_bos", "tokens"), ("max_new_tokens", "max_new_tokens"),
     ],
 )  # fmt: skip
 def test_a_file_of_other_settings_is_left_alone(model, tokenizer, vector, tmp_path, what, says):
@@ -689,8 +689,8 @@ WRONG = {
     "addition of an unknown token": ({"steering": {"v": [ActivationAddition(1, 3, tokens=[10**6])]}}, "token 1000000 does not exist"),
     "prompt shorter than the addition": ({"steering": {"v": [ActivationAddition(1, 3, "I love the old garden behind the mill")]}}, "only 3"),
     "prompt shorter than a control": ({"controls": {"c": [ActivationAddition(1, 3, "I love the old garden behind the mill")]}}, "only 3"),
-    "no prompts": ({"prompts": []}, "list of texts"),
-    "one text as prompts": ({"prompts": "I think"}, "list of texts"),
+    "no prompts": ({"prompts": []}, "list of prompts"),
+    "one text as prompts": ({"prompts": "I think"}, "list of prompts"),
     "empty prompt": ({"prompts": ["I", ""]}, "empty"),
     "prompt longer than the model": ({"prompts": ["I think " * 200]}, "256 positions"),
     "no coefficient": ({"coeffs": []}, "different finite coefficients"),

@@ -124,7 +124,7 @@ def test_layer_config_as_template_and_callable(model, tokenizer):
         ([], {}, "list of contrast pairs"),
         ("ab", {}, "list of contrast pairs"),
         ([("a", "b", "c")], {}, "pair 0: expected"),
-        ([("You", "Love"), ("You", 3)], {}, "pair 1: expected two strings"),
+        ([("You", "Love"), ("You", 3)], {}, "pair 1: expected two texts or lists of messages"),
         ([("You", "")], {}, "the prompt '' has 0 tokens"),
         ([SteeringVectorTrainingSample("You", "Love", 4)], {}, "cannot read token 4 of 'You': it has 1 tokens"),
         ([("You", "Love")], {"layers": [17]}, "layer 17 does not exist"),
