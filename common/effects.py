@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from common.embedded import grammar
 from common.generation import completions, generate
 from common.metrics import tone_shares
+from common.passes import input_device
 
 CELL = ["steering", "kind", "layer", "coeff"]
 
@@ -313,7 +314,7 @@ def tone_by_prompt(
     Returns:
         [condition, prompt]: the share of positive minus that of negative completions, from -1 to 1.
     """
-    inputs = tokenizer(list(prompts) * per_prompt, return_tensors="pt", padding=True).to(model.device)
+    inputs = tokenizer(list(prompts) * per_prompt, return_tensors="pt", padding=True).to(input_device(model))
     rows = {}
     for name, condition in {"unsteered": nullcontext(), **conditions}.items():
         torch.manual_seed(seed)

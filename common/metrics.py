@@ -22,6 +22,7 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from common.embedded import grammar
 from common.generation import encode, logits
+from common.passes import input_device
 
 NEGATIONS = {"not", "never", "hardly", "no"}
 Metric = Callable[[list[str]], Any]
@@ -266,7 +267,7 @@ def _batches(
     """The texts as inputs of the model, some at a time."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for start in range(0, len(texts), batch_size):
-        inputs = encode(tokenizer, texts[start : start + batch_size]).to(model.device)
+        inputs = encode(tokenizer, texts[start : start + batch_size]).to(input_device(model))
         if limit and inputs["input_ids"].shape[1] > limit:
             raise ValueError(f"a text of {inputs['input_ids'].shape[1]} tokens is longer than the {limit} positions of the model")
         yield inputs
