@@ -178,7 +178,7 @@ def sweep(
     lengths = _lengths(model, tokenizer, prompts, bos, cells, max_new_tokens)
     titles = [column for name, metric in metrics.items() for column in _titles(name, metric, prompts)]
     settings = {
-        "what": "completions", **(_identity(model, cells, prompts, bos) if path else {}), "max_new_tokens": max_new_tokens, "per_prompt": per_prompt,
+        "what": "completions", **({} if path is None else _identity(model, cells, prompts, bos)), "max_new_tokens": max_new_tokens, "per_prompt": per_prompt,
         "temperature": temperature, "top_p": top_p, "freq_penalty": freq_penalty, "repetition_penalty": repetition_penalty, "seed": seed,
     }
     plan = [(cell, prompt, number) for cell in cells for prompt in range(len(prompts)) for number in range(per_prompt)]
@@ -255,7 +255,7 @@ def sweep_logits(
     trial = torch.zeros(2, model.get_output_embeddings().weight.shape[0], device=input_device(model))
     for name, metric in metrics.items():
         _numbers(metric(trial, trial), 2, name)
-    settings = {"what": "logits", **(_identity(model, cells, prompts, bos) if path else {})}
+    settings = {"what": "logits", **({} if path is None else _identity(model, cells, prompts, bos))}
 
     def measured(steered: Tensor, plain: Tensor, inputs: Mapping[str, Tensor]) -> list[dict[str, Any]]:
         last = steered[:, -1].float(), plain[:, -1].float()  # in bf16 a log-probability has three digits
@@ -302,7 +302,7 @@ def sweep_perplexity(
     if min(lengths) <= first:
         short = texts[lengths.index(min(lengths))]
         raise ValueError(f"the first {first} tokens of a text do not count, BOS included, and {short!r} has only {min(lengths)}")
-    settings = {"what": "perplexity", **(_identity(model, cells, texts, True) if path else {}), "mask_len": mask_len}
+    settings = {"what": "perplexity", **({} if path is None else _identity(model, cells, texts, True)), "mask_len": mask_len}
 
     def measured(steered: Tensor, plain: Tensor, inputs: Mapping[str, Tensor]) -> list[dict[str, Any]]:
         positions = inputs["attention_mask"].cumsum(-1) - 1
