@@ -46,7 +46,7 @@ def complete(
     unsteered completions differ by the steering only. The global random state is not touched.
 
     Args:
-        model: a causal language model; it is as it was afterwards.
+        model: a causal language model; it is as it was afterwards. Dropout is off meanwhile, whatever its mode.
         tokenizer: its tokenizer.
         prompts: texts; repeat one for several completions of it.
         steering: what is open meanwhile, for example `vector.apply(model)`; nothing by default.

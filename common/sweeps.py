@@ -135,8 +135,12 @@ def sweep(
 ) -> pd.DataFrame:
     """Complete prompts at every layer and coefficient, unsteered beside them, and measure the completions.
 
+    Each row is what a run of its prompt alone would give, on any architecture: which rows may share a batch, and whether a
+    cache may be filled for all of them at once, is measured on the model first (`passes`, `row_steering`).
+
     Args:
-        model: a causal language model; as it was afterwards and after any exception.
+        model: a causal language model, offloaded ones included; as it was afterwards and after any exception. Dropout is off
+            meanwhile, whatever its mode.
         tokenizer: its tokenizer.
         steering: by name, steering vectors (added to resid_post of `layer` at all tokens; they need all `layers`), or
             activation additions, for example of `get_x_vector` with coefficient 1 (added to resid_pre of `layer`, or
