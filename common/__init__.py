@@ -10,6 +10,7 @@
 4  demonstrations                      the four famous ones: prompts, places, coefficients
 3  activation_additions                the activations of one prompt at the front of another
 2  activations pristine hooking        read and record; is this model as it was? hooks and their order
+2  passes                              the device of the inputs, evaluation mode, which rows may share a batch
 1  models embedded baukit_standin      load; the model that comes with the project; a Trace where baukit is missing
 1  blocks sites positions              find a block, and a part of it, in any model; which tokens of a text
 1  operators aggregators               what is done at a position; how many differences become one vector

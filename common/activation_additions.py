@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from common.blocks import get_hidden
 from common.hooking import EndOfPass, SteeringHook, holder_of_blocks, hook_input, hook_output, hook_passes, unsteered
+from common.passes import in_evaluation_mode, input_device
 from common.positions import PositionTracker, TokenSpan
 from common.prompts import Prompt, is_prompt, prompt_ids
 from common.sites import Site, find_site, parse_site
@@ -194,11 +195,11 @@ def read_sites(model: nn.Module, rows: Sequence[Sequence[int]], sites: Sequence[
             raise EndOfPass
 
     # Padding on the right: what stands in front of it does not see it.
-    ids = pad_sequence([torch.tensor(row) for row in distinct], batch_first=True).to(model.device)
-    mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in distinct], batch_first=True).to(model.device)
-    modes = [module for module in model.modules() if module.training]
+    ids = pad_sequence([torch.tensor(row) for row in distinct], batch_first=True).to(input_device(model))
+    mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in distinct], batch_first=True).to(ids.device)
     with ExitStack() as stack:
         stack.enter_context(unsteered())
+        stack.enter_context(in_evaluation_mode(model))
         for site, (module, side) in places.items():
             if side == "input":
                 handle = module.register_forward_pre_hook(
@@ -207,9 +208,6 @@ def read_sites(model: nn.Module, rows: Sequence[Sequence[int]], sites: Sequence[
             else:
                 handle = module.register_forward_hook(lambda _, args, output, site=site: keep(site, get_hidden(output)))
             stack.callback(handle.remove)
-        for module in modes:
-            module.training = False
-            stack.callback(setattr, module, "training", True)
         try:
             model(input_ids=ids, attention_mask=mask)
         except EndOfPass:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from common.blocks import get_hidden
 from common.hooking import EndOfPass
+from common.passes import in_evaluation_mode, input_device
 from common.prompts import Prompt, check_prompts, prompt_ids
 from common.sites import LayerType, ModelLayerConfig, get_layers
 
@@ -109,6 +110,7 @@ def read_activations(
     kept = {layer: _Kept(len(reads.slots), move_to_cpu) for layer in modules}
     last = max(modules)
     batch: dict[str, Any] = {}
+    device = input_device(model)
 
     def reader(layer: int) -> Callable:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -126,7 +128,7 @@ def read_activations(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     options = {"use_cache": False} if _accepts(model, "use_cache") else {}
     bar = tqdm(total=len(rows), desc=tqdm_desc, unit="prompt", disable=not show_progress)
-    with _in_evaluation_mode(model), _hooks({module: reader(layer) for layer, module in modules.items()}), bar:
+    with in_evaluation_mode(model), _hooks({module: reader(layer) for layer, module in modules.items()}), bar:
         for start in range(0, len(rows), batch_size):
             chunk = rows[start : start + batch_size]
             # Padding on the right changes no position: what stands in front of it does not see it.
@@ -137,7 +139,7 @@ def read_activations(
             batch["rows"], batch["positions"], batch["slots"] = torch.tensor(wanted).T
             batch["shape"] = ids.shape
             try:
-                model(input_ids=ids.to(model.device), attention_mask=attention_mask.to(model.device), **options)
+                model(input_ids=ids.to(device), attention_mask=attention_mask.to(device), **options)
             except EndOfPass:
                 pass
             bar.update(len(chunk))
@@ -224,19 +226,6 @@ def _hooks(by_module: dict[nn.Module, Callable]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _in_evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and each module's own mode again afterwards."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _accepts(model: nn.Module, name: str) -> bool:

@@ -6,6 +6,7 @@ shape [batch, pos, d_model]. Layers count from 0.
 
 import torch
 from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
 def get_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -18,8 +19,10 @@ def get_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         The path of the list, for example `"transformer.h"`, and the list itself.
 
     Raises:
-        ValueError: the model has no list of modules that is as long as its config says, or more than one.
+        ValueError: the model has no list of modules that is as long as its config says, or more than one; it is no causal
+            language model, or its blocks give something else than one residual stream [batch, pos, d_model].
     """
+    _refuse_other_models(model)
     count = model.config.get_text_config().num_hidden_layers
     found = {
         name: module
@@ -33,6 +36,28 @@ def get_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
             f"expected one list of {count} blocks in {type(model).__name__}, found {sorted(found) or 'none'}"
         )
     return next(iter(found.items()))
+
+
+# What blocks give where it is not [batch, pos, d_model], by the entry of the config that says so.
+OTHER_STREAMS = {
+    "altup_num_inputs": "several copies of the residual stream (AltUp)",
+    "hc_mult": "several copies of the residual stream (hyper-connections)",
+    "ngram": "one stream for each token of an n-gram",
+    "mem_len": "positions in front of the batch",
+    "prompt_types": "a prompt of their own in front of the tokens",
+}
+
+
+def _refuse_other_models(model: nn.Module) -> None:
+    """Refuse by name what is no causal language model, and blocks whose output is not [batch, pos, d_model]."""
+    config, name = model.config.get_text_config(), type(model).__name__
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{name} has an encoder and a decoder: expected a causal language model, the decoder alone")
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and getattr(config, "is_decoder", None) is False:
+        raise ValueError(f"{name} reads in both directions (is_decoder=False): expected a causal language model")
+    for entry, what in OTHER_STREAMS.items():
+        if getattr(config, entry, None) is not None:
+            raise ValueError(f"blocks of {name} give {what} ({entry} in its config): expected hidden states [batch, pos, d_model]")
 
 
 def get_block(model: nn.Module, layer: int) -> nn.Module:
@@ -54,24 +79,26 @@ def block_path(model: nn.Module, layer: int) -> str:
     return f"{get_blocks(model)[0]}.{layer}"
 
 
-def get_hidden(output: Tensor | tuple) -> Tensor:
+def get_hidden(output: Tensor | tuple | list) -> Tensor:
     """Return the hidden states [batch, pos, d_model] in a block's output.
 
-    Blocks return a tuple in transformers 4 and the bare tensor in transformers 5. Indexing the tensor with `[0]` would
+    Blocks return a tuple in transformers 4 and the bare tensor in transformers 5 (GPT-1 a list). Indexing the tensor with `[0]` would
     silently pick the first row of the batch.
 
     Raises:
         ValueError: the output is no tensor, and no tuple that begins with one.
     """
-    hidden = output[0] if isinstance(output, tuple) and output else output
+    hidden = output[0] if isinstance(output, tuple | list) and output else output
     if not isinstance(hidden, Tensor):
         raise ValueError(f"expected a tensor, or a tuple that begins with one, got {type(hidden).__name__}")
     return hidden
 
 
-def with_hidden(output: Tensor | tuple, hidden: Tensor) -> Tensor | tuple:
+def with_hidden(output: Tensor | tuple | list, hidden: Tensor) -> Tensor | tuple | list:
     """Return a block's output with its hidden states [batch, pos, d_model] replaced, in the form it came in."""
-    return (hidden,) + output[1:] if isinstance(output, tuple) else hidden
+    if not isinstance(output, tuple | list):
+        return hidden
+    return type(output)([hidden, *output[1:]])
 
 
 def check_vector(model: nn.Module, layer: int, vector: Tensor) -> Tensor:

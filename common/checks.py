@@ -24,6 +24,7 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 from common import generation
 from common.blocks import check_vector, get_block, get_blocks, get_hidden, with_hidden
 from common.metrics import Steering, kl_divergence
+from common.passes import input_device
 from common.positions import TokenSelection, position_ids
 from common.prompts import Prompt, is_prompt, prompt_ids
 from common.sites import Site, parse_site
@@ -423,7 +424,7 @@ def _batch(model: Any, tokenizer: PreTrainedTokenizerBase, steering: Steering | 
         raise ValueError("the model is in training mode, where dropout moves everything: call model.eval()")
     if tokenizer.pad_token is None:
         raise ValueError("the tokenizer has no padding token: set tokenizer.pad_token = tokenizer.eos_token")
-    return generation.encode(tokenizer, prompts).to(_module(model).device)
+    return generation.encode(tokenizer, prompts).to(input_device(_module(model)))
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.activation_additions import ActivationAddition, AdditionLocation, apply_activation_additions
 from common.generation import completions, encode, real_tokens, sample, text_logits
+from common.passes import input_device
 from common.prompts import Prompt, prompt_text
 
 UNSTEERED, STEERED = "Unsteered completions", "Steered completions"
@@ -46,7 +47,7 @@ def complete(
     unsteered completions differ by the steering only. The global random state is not touched.
 
     Args:
-        model: a causal language model; it is as it was afterwards.
+        model: a causal language model; it is as it was afterwards. Dropout is off meanwhile, whatever its mode.
         tokenizer: its tokenizer.
         prompts: texts, or messages for a chat model; repeat one for several completions of it.
         steering: what is open meanwhile, for example `vector.apply(model)`; nothing by default.
@@ -71,7 +72,7 @@ def complete(
     """
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
         raise ValueError(f"expected an integer from 0 on as seed, got {seed!r}")
-    inputs = encode(tokenizer, prompts, prepend_bos).to(model.device)
+    inputs = encode(tokenizer, prompts, prepend_bos).to(input_device(model))
     seed = np.random.SeedSequence().entropy if seed is None else seed
     with steering or nullcontext():
         ids = sample(

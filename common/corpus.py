@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from common.activation_additions import ActivationAddition, apply_activation_additions
 from common.generation import logits, progress_bar
 from common.metrics import Steering
+from common.passes import input_device
 from common.prompts import prompt_ids
 
 Condition = str | Sequence[ActivationAddition] | Steering
@@ -164,8 +165,8 @@ def get_stats_over_corpus(
             rows = [_put_in(prefix, pieces[index], tokenizer.bos_token_id) for index in batch]
             length = max(map(len, rows))
             # Padding on the right: it disturbs nothing in front of it, and needs no positions of its own.
-            ids = torch.tensor([row + [row[0]] * (length - len(row)) for row in rows], device=model.device)
-            mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=model.device)
+            ids = torch.tensor([row + [row[0]] * (length - len(row)) for row in rows], device=input_device(model))
+            mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=input_device(model))
             with _steering(model, tokenizer, condition)():
                 logprobs = logits(model, {"input_ids": ids, "attention_mask": mask}).float().log_softmax(-1)
             chosen = logprobs[:, :-1].gather(-1, ids[:, 1:, None])[..., 0].cpu().numpy()

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from common.embedded import grammar
 from common.generation import completions, encode, generate
 from common.metrics import tone_shares
+from common.passes import input_device
 from common.prompts import Prompt, prompt_text
 
 CELL = ["steering", "kind", "layer", "coeff"]
@@ -316,7 +317,7 @@ def tone_by_prompt(
     Returns:
         [condition, prompt]: the share of positive minus that of negative completions, from -1 to 1.
     """
-    inputs = encode(tokenizer, list(prompts) * per_prompt, prepend_bos).to(model.device)
+    inputs = encode(tokenizer, list(prompts) * per_prompt, prepend_bos).to(input_device(model))
     rows = {}
     for name, condition in {"unsteered": nullcontext(), **conditions}.items():
         torch.manual_seed(seed)

@@ -5,6 +5,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
+from common.passes import evaluating, part_of, pass_inputs, separate_parts
 from common.positions import with_position_ids
 from common.prompts import Prompt, prompt_ids
 
@@ -53,9 +55,26 @@ def left_padded(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]
 
 
 @torch.no_grad()
+@evaluating
 def logits(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Run one forward pass and return the logits [batch, pos, vocab]; those of padding mean nothing."""
-    return model(**with_position_ids(inputs)).logits
+    """Run one forward pass and return the logits [batch, pos, vocab]; those of padding mean nothing.
+
+    Each row gets what it gets alone: models that padding disturbs (Bart, RecurrentGemma) run each length by itself, RWKV each row.
+    Dropout is off, whatever the mode of the model.
+    """
+    found = [
+        (rows, columns, model(**part_of(inputs, rows, columns)).logits) for rows, columns in separate_parts(model, inputs)
+    ]
+    return _in_place(inputs, found) if found else model(**pass_inputs(inputs)).logits
+
+
+def _in_place(inputs: Mapping[str, Tensor], found: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """Put the logits of parts, (rows, columns, [n, pos, vocab]), where they belong in the batch; 0 at padding."""
+    first = found[0][2]
+    whole = first.new_zeros(*inputs["input_ids"].shape, first.shape[-1])
+    for rows, columns, values in found:
+        whole[rows[:, None], columns.nonzero()[:, 0]] = values
+    return whole
 
 
 def generation_options(**options: Any) -> dict[str, Any]:
@@ -70,6 +89,7 @@ def generation_options(**options: Any) -> dict[str, Any]:
     return options
 
 
+@evaluating
 def generate(model: PreTrainedModel, inputs: Mapping[str, Tensor], **options: Any) -> Tensor:
     """Continue the prompts and return the token ids [batch, pos + new], prompt included.
 
@@ -77,8 +97,31 @@ def generate(model: PreTrainedModel, inputs: Mapping[str, Tensor], **options: An
         model: a causal language model, as `load_model` returns it.
         inputs: what the tokenizer returned.
         options: for `model.generate`, on top of `generation_options`. To sample, call `torch.manual_seed` first.
+
+    Each row gets what it gets alone, and dropout is off; see `logits`.
+
+    Raises:
+        ValueError: the model cannot run these rows as one batch, and there are options that belong to the whole batch.
     """
-    return model.generate(**inputs, **generation_options(**options))
+    if not (parts := separate_parts(model, inputs)):
+        return model.generate(**inputs, **generation_options(**options))
+    if whole := [name for name in WHOLE_BATCH if options.get(name)]:
+        raise ValueError(f"in a batch, rows of {type(model).__name__} disturb each other: with {whole[0]} give one prompt at a time")
+    return _joined(model, inputs, [(rows, columns, generate(model, part_of(inputs, rows, columns), **options)) for rows, columns in parts])
+
+
+WHOLE_BATCH = ("logits_processor", "past_key_values", "return_dict_in_generate", "num_return_sequences")
+
+
+def _joined(model: PreTrainedModel, inputs: Mapping[str, Tensor], found: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """Put texts of parts, (rows, columns, ids [n, pos + new]), behind their padded prompts; those that ended early are padded."""
+    prompts, new = inputs["input_ids"], [ids[:, int(columns.sum()) :] for _, columns, ids in found]
+    end = model.generation_config.eos_token_id
+    fill = 0 if end is None else end if isinstance(end, int) else end[0]
+    whole = prompts.new_full((len(prompts), max(ids.shape[1] for ids in new)), fill)
+    for (rows, _, _), ids in zip(found, new):
+        whole[rows, : ids.shape[1]] = ids
+    return torch.cat([prompts, whole], dim=1)
 
 
 def completions(tokenizer: PreTrainedTokenizerBase, inputs: Mapping[str, Tensor], ids: Tensor) -> list[str]:
@@ -94,6 +137,7 @@ def completions(tokenizer: PreTrainedTokenizerBase, inputs: Mapping[str, Tensor]
 
 
 @torch.no_grad()
+@evaluating
 def text_logits(model: PreTrainedModel, inputs: Mapping[str, Tensor], ids: Tensor) -> Tensor:
     """Run over prompts and what follows them, and return the logits [batch, pos + new, vocab].
 
@@ -106,7 +150,12 @@ def text_logits(model: PreTrainedModel, inputs: Mapping[str, Tensor], ids: Tenso
         ids: prompts and what follows, [batch, pos + new].
     """
     rest = ids[:, inputs["input_ids"].shape[1] :]
-    first = model(**with_position_ids(inputs), use_cache=True)
+    if parts := separate_parts(model, inputs):
+        mask = torch.cat([inputs["attention_mask"], torch.ones_like(rest)], dim=1)
+        columns = [torch.cat([kept, torch.ones_like(rest[0], dtype=torch.bool)]) for _, kept in parts]
+        found = [text_logits(model, part_of(inputs, *part), ids[part[0]][:, every]) for part, every in zip(parts, columns)]
+        return _in_place({"input_ids": ids}, [(part[0], every, values) for part, every, values in zip(parts, columns, found)])
+    first = model(**pass_inputs(inputs), use_cache=True)
     if not rest.shape[1]:
         return first.logits
     mask = torch.cat([inputs["attention_mask"], torch.ones_like(rest)], dim=1)
@@ -314,6 +363,13 @@ def sample(
     check_sampling(temperature, top_p, freq_penalty, repetition_penalty, max_new_tokens)
     if len(seeds) != len(inputs["input_ids"]):
         raise ValueError(f"expected one seed for each of {len(inputs['input_ids'])} rows, got {len(seeds)}")
+    if parts := separate_parts(model, inputs):
+        alone = partial(
+            sample, model, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, freq_penalty=freq_penalty,
+            repetition_penalty=repetition_penalty, show_progress=show_progress, **options,
+        )
+        found = [alone(part_of(inputs, *part), [seeds[row] for row in part[0].tolist()]) for part in parts]
+        return _joined(model, inputs, [(*part, ids) for part, ids in zip(parts, found)])
     mask = inputs["attention_mask"]
 
     def counting(processor: LogitsProcessor) -> LogitsProcessor:

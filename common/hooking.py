@@ -1,5 +1,6 @@
 """Hooks of this library: where they stand among others, what they see of a pass, and how they are switched off for a while."""
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -86,9 +87,15 @@ def hook_passes(model: nn.Module, tracker: Callable) -> RemovableHandle:
 
 
 def holder_of_blocks(model: nn.Module) -> nn.Module:
-    """The module that gets the attention mask and hands it to the blocks; the model itself where there is no other."""
+    """The module that gets the token ids and the attention mask and hands them to the blocks; else the model itself.
+
+    Above the blocks of BERT stands an encoder that gets neither, but hidden states and a mask that is made for the attention.
+    """
     try:
         path, _ = get_blocks(model)
     except ValueError:
         return model
-    return model.get_submodule(path.rpartition(".")[0])
+    above = path.rpartition(".")[0]
+    while above and not {"input_ids", "inputs_embeds"} & set(inspect.signature(type(model.get_submodule(above)).forward).parameters):
+        above = above.rpartition(".")[0]
+    return model.get_submodule(above)

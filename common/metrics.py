@@ -22,6 +22,7 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from common.embedded import grammar
 from common.generation import left_padded, logits
+from common.passes import input_device
 from common.prompts import prompt_ids
 
 NEGATIONS = {"not", "never", "hardly", "no"}
@@ -281,7 +282,7 @@ def _batches(
     for start in range(0, len(texts), batch_size):
         rows = prompt_ids(tokenizer, texts[start : start + batch_size], prepend_bos)
         # An empty text without BOS: one token stands for it, which nothing predicts and which predicts nothing.
-        inputs = left_padded(tokenizer, [row or [0] for row in rows]).to(model.device)
+        inputs = left_padded(tokenizer, [row or [0] for row in rows]).to(input_device(model))
         if limit and inputs["input_ids"].shape[1] > limit:
             raise ValueError(f"a text of {inputs['input_ids'].shape[1]} tokens is longer than the {limit} positions of the model")
         yield inputs

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.generation import encode, logits
 from common.metrics import Steering
+from common.passes import input_device
 from common.prompts import Prompt
 
 TINY = 1e-12  # in place of a probability of 0 where a logarithm is taken
@@ -42,7 +43,7 @@ def next_token_probs(
     Raises:
         ValueError: a prompt without tokens, or one that `prompt_ids` refuses.
     """
-    inputs = encode(tokenizer, [prompt], prepend_bos).to(model.device)
+    inputs = encode(tokenizer, [prompt], prepend_bos).to(input_device(model))
     with steering() if steering else nullcontext():
         return logits(model, inputs)[0].float().softmax(-1).cpu()
 

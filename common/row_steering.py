@@ -17,7 +17,8 @@ from common.activation_additions import SpanHook
 from common.blocks import get_blocks, get_hidden, with_hidden
 from common.generation import ReservedLayer, reserved_cache
 from common.hooking import SteeringHook, holder_of_blocks, hook_input, hook_output, hook_passes
-from common.positions import PositionTracker, TokenSpan, with_position_ids
+from common.passes import first_logits, input_device, pass_inputs, same_logits, unhooked
+from common.positions import PositionTracker, TokenSpan
 from common.sites import Site, find_site
 
 
@@ -40,7 +41,7 @@ class _EverywhereHook(SteeringHook):
         self.vectors = vectors
 
     def steer(self, hidden: Tensor) -> Tensor:
-        return hidden + self.vectors
+        return hidden + self.vectors.to(hidden)
 
 
 class _PromptHook(SteeringHook):
@@ -64,14 +65,14 @@ def steering_rows(model: PreTrainedModel, rows: Sequence[RowSteering | None]) ->
     Raises:
         ValueError: the model has no such place; in a pass, a prompt shorter than the vectors that are added to it.
     """
-    weight = next(model.parameters())
+    weight, device = next(model.parameters()), input_device(model)
     groups: dict[tuple, list[int]] = defaultdict(list)
     for number, row in enumerate(rows):
         if row is not None:
             groups[row.site, len(row.vectors), row.location].append(number)
     with ExitStack() as stack:
         for (site, count, location), members in groups.items():
-            vectors = torch.zeros(len(rows), count, rows[members[0]].vectors.shape[1], dtype=weight.dtype, device=model.device)
+            vectors = torch.zeros(len(rows), count, rows[members[0]].vectors.shape[1], dtype=weight.dtype, device=device)
             vectors[members] = torch.stack([rows[number].vectors for number in members]).to(vectors)
             module, side = find_site(model, site)
             if location is None:
@@ -232,7 +233,54 @@ def prefilled_cache(model: PreTrainedModel, inputs: Mapping[str, Tensor], rows: 
     return cache
 
 
+def can_skip_blocks(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> bool:
+    """Return whether passes may start behind a block (`logits_from`): whether that gives what a whole pass gives.
+
+    It does not where blocks hand on more than the residual stream, such as the keys that later blocks of Gemma 4 share. It
+    is measured, at the tokens of these prompts.
+
+    Args:
+        model: a causal language model; unchanged.
+        inputs: some prompts.
+    """
+    model = unhooked(model)
+    count, real = len(get_blocks(model)[1]), inputs["attention_mask"].bool()
+    layers = sorted({0, count // 2, max(0, count - 2)})
+    outputs, plain = record_blocks(model, inputs, layers)
+    for layer in layers:
+        try:
+            found = logits_from(model, inputs, layer, outputs[layer], get_hidden(outputs[layer]))
+        except Exception:  # whatever a block says that misses what the skipped ones leave
+            return False
+        if not same_logits(found[real], plain[real]):
+            return False
+    return True
+
+
+def can_prefill(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> bool:
+    """Return whether generation may begin with a `prefilled_cache`: whether that gives what plain generation gives.
+
+    It does not where there is more to a cache than keys and values, or where its length counts, as in MPT. It is measured on
+    rows "steered" by 0 at several layers.
+
+    Args:
+        model: a causal language model; unchanged.
+        inputs: some prompts, padded on the left.
+    """
+    model = unhooked(model)
+    count, prompts = len(get_blocks(model)[1]), len(inputs["input_ids"])
+    zero = torch.zeros(1, model.config.get_text_config().hidden_size)
+    rows = [None, *(RowSteering(Site(layer, "resid_post"), zero) for layer in sorted({0, max(0, count - 2)}))]
+    repeated = {name: values.repeat(len(rows), 1) for name, values in inputs.items()}
+    steering = [row for row in rows for _ in range(prompts)]
+    try:
+        cache = prefilled_cache(model, repeated, steering, inputs["input_ids"].shape[1] + 2)
+    except Exception:  # see `can_skip_blocks`
+        return False
+    return cache is not None and same_logits(first_logits(model, repeated, past_key_values=cache), first_logits(model, repeated))
+
+
 def _logits(model: PreTrainedModel, inputs: Mapping[str, Tensor], last_only: bool, cache: Cache | None = None) -> Tensor:
     """The logits of a pass; the head is run on what is asked for."""
     more = {"use_cache": False} if cache is None else {"use_cache": True, "past_key_values": cache}
-    return model(**with_position_ids(inputs), **more, logits_to_keep=1 if last_only else 0).logits
+    return model(**pass_inputs(inputs), **more, logits_to_keep=1 if last_only else 0).logits

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +23,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from common.activation_additions import ActivationAddition, AdditionLocation, read_sites
 from common.blocks import get_blocks, get_hidden
@@ -31,10 +32,21 @@ from common.embedded import grammar
 from common.generation import check_sampling, completions, encode, progress_bar, sample
 from common.metrics import Metric, kl_divergence, measure, tone_sign
 from common.models import LoadError, load_model
+from common.passes import Batching, batching, evaluating, input_device
 from common.positions import TokenSpan
 from common.pristine import LIBRARY_HOOKS
 from common.prompts import Prompt, prompt_ids, prompt_text
-from common.row_steering import RowSteering, logits_from, prefilled_cache, record_blocks, row_deltas, steered_behind, steering_rows
+from common.row_steering import (
+    RowSteering,
+    can_prefill,
+    can_skip_blocks,
+    logits_from,
+    prefilled_cache,
+    record_blocks,
+    row_deltas,
+    steered_behind,
+    steering_rows,
+)
 from common.sites import Site, get_layers
 from common.steering_vector import SteeringVector, model_name
 from common.sweep_store import SweepStore, typed
@@ -97,6 +109,7 @@ class _Cell:
         return None if self.steering is None else self.steering.row(self.layer, self.coeff)
 
 
+@evaluating
 def sweep(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -123,8 +136,12 @@ def sweep(
 ) -> pd.DataFrame:
     """Complete prompts at every layer and coefficient, unsteered beside them, and measure the completions.
 
+    Each row is what a run of its prompt alone would give, on any architecture: which rows may share a batch, and whether a
+    cache may be filled for all of them at once, is measured on the model first (`passes`, `row_steering`).
+
     Args:
-        model: a causal language model; as it was afterwards and after any exception.
+        model: a causal language model, offloaded ones included; as it was afterwards and after any exception. Dropout is off
+            meanwhile, whatever its mode.
         tokenizer: its tokenizer.
         steering: by name, steering vectors (added to resid_post of `layer` at all tokens; they need all `layers`), or
             activation additions, for example of `get_x_vector` with coefficient 1 (added to resid_pre of `layer`, or
@@ -168,7 +185,7 @@ def sweep(
     texts_of = [prompt_text(tokenizer, prompt) for prompt in prompts]
     titles = [column for name, metric in metrics.items() for column in _titles(name, metric, texts_of)]
     settings = {
-        "what": "completions", **_identity(model, tokenizer, cells, prompts, bos), "max_new_tokens": max_new_tokens, "per_prompt": per_prompt,
+        "what": "completions", **({} if path is None else _identity(model, tokenizer, cells, prompts, bos)), "max_new_tokens": max_new_tokens, "per_prompt": per_prompt,
         "temperature": temperature, "top_p": top_p, "freq_penalty": freq_penalty, "repetition_penalty": repetition_penalty, "seed": seed,
     }
     plan = [(cell, prompt, number) for cell in cells for prompt in range(len(prompts)) for number in range(per_prompt)]
@@ -176,14 +193,19 @@ def sweep(
     store = SweepStore(path, settings, [*KEYS, "prompt", "sample", "completion", *titles])
     try:
         pending = sorted(set(range(len(plan))) - store.done())
+        together, shared = "any", False
+        if pending:
+            together, samples = _samples(model, tokenizer, prompts, lengths, bos)
+            shared = can_prefill(model, samples)
         with progress_bar(len(plan), "Completing", "row", show_progress, len(plan) - len(pending)) as bar:
             # Prompts of like length together, so that little is padded.
             pending.sort(key=lambda number: lengths[plan[number][1]])
-            for batch in _chunks(pending, max(1, max_memory // cost)):
+            for batch in _chunks(pending, max(1, max_memory // cost), together, lambda number: lengths[plan[number][1]]):
                 rows = [plan[number] for number in batch]
-                inputs = encode(tokenizer, [prompts[prompt] for _, prompt, _ in rows], bos).to(model.device)
+                inputs = encode(tokenizer, [prompts[prompt] for _, prompt, _ in rows], bos).to(input_device(model))
                 steering_of = [cell.row for cell, _, _ in rows]
-                cache = prefilled_cache(model, inputs, steering_of, inputs["input_ids"].shape[1] + max_new_tokens)
+                length = inputs["input_ids"].shape[1] + max_new_tokens
+                cache = prefilled_cache(model, inputs, steering_of, length) if shared else None
                 with steering_rows(model, steering_of):
                     ids = sample(
                         model, inputs, [(seed, prompt, number) for _, prompt, number in rows], max_new_tokens=max_new_tokens,
@@ -203,6 +225,7 @@ def sweep(
         store.close()
 
 
+@evaluating
 def sweep_logits(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -236,10 +259,10 @@ def sweep_logits(
     cells = _grid(model, tokenizer, steering, layers, coeffs, controls, random_controls, addition_location)
     bos = _bos(cells, prepend_bos)
     lengths = _lengths(model, tokenizer, prompts, bos, cells)
-    trial = torch.zeros(2, model.get_output_embeddings().weight.shape[0], device=model.device)
+    trial = torch.zeros(2, model.get_output_embeddings().weight.shape[0], device=input_device(model))
     for name, metric in metrics.items():
         _numbers(metric(trial, trial), 2, name)
-    settings = {"what": "logits", **_identity(model, tokenizer, cells, prompts, bos)}
+    settings = {"what": "logits", **({} if path is None else _identity(model, tokenizer, cells, prompts, bos))}
 
     def measured(steered: Tensor, plain: Tensor, inputs: Mapping[str, Tensor]) -> list[dict[str, Any]]:
         last = steered[:, -1].float(), plain[:, -1].float()  # in bf16 a log-probability has three digits
@@ -250,6 +273,7 @@ def sweep_logits(
     return run.run(SweepStore(path, settings, [*KEYS, "prompt", *metrics]), "prompt", measured, "Predicting", show_progress)
 
 
+@evaluating
 def sweep_perplexity(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -290,7 +314,7 @@ def sweep_perplexity(
     if min(lengths) <= first:
         short = texts[lengths.index(min(lengths))]
         raise ValueError(f"the first {first} tokens of a text do not count, a BOS included, and {short!r} has only {min(lengths)}")
-    settings = {"what": "perplexity", **_identity(model, tokenizer, cells, texts, prepend_bos), "mask_len": mask_len}
+    settings = {"what": "perplexity", **({} if path is None else _identity(model, tokenizer, cells, texts, prepend_bos)), "mask_len": mask_len}
 
     def measured(steered: Tensor, plain: Tensor, inputs: Mapping[str, Tensor]) -> list[dict[str, Any]]:
         positions = inputs["attention_mask"].cumsum(-1) - 1
@@ -334,7 +358,10 @@ class _PassSweep:
         try:
             done, total = store.done(), len(self.cells) * len(self.texts)
             with progress_bar(total, title, "row", show_progress, len(done)) as bar:
-                for texts in self._parts():
+                if len(done) < total:
+                    self.together, samples = _samples(self.model, self.tokenizer, self.texts, self.lengths, self.bos)
+                    self.skips = can_skip_blocks(self.model, samples)
+                for texts in self._parts() if len(done) < total else ():
                     missing = {cell: [text for text in texts if self._number(cell, text) not in done] for cell in range(len(self.cells))}
                     for cell_rows, steered, plain, inputs in self._passes(texts, {cell: rows for cell, rows in missing.items() if rows}):
                         values = measured(steered, plain, inputs)
@@ -360,24 +387,24 @@ class _PassSweep:
         config = self.model.config.get_text_config()
         kept = 4 * config.hidden_size * config.num_hidden_layers * max(lengths) + self._bytes(max(lengths))
         order = sorted(range(len(lengths)), key=lambda text: lengths[text])
-        yield from _chunks(order, max(1, self.max_memory // kept))
+        yield from _chunks(order, max(1, self.max_memory // kept), self.together, lambda text: lengths[text])
 
     def _passes(self, texts: list[int], missing: dict[int, list[int]]) -> Iterator[tuple]:
         """For these texts, the missing rows in batches: (cell, text) of each, steered and plain logits, and the inputs."""
         if not missing:
             return
-        inputs = encode(self.tokenizer, [self.texts[text] for text in texts], self.bos).to(self.model.device)
+        inputs = encode(self.tokenizer, [self.texts[text] for text in texts], self.bos).to(input_device(self.model))
         place = {text: index for index, text in enumerate(texts)}
         groups: dict[int | None, list[tuple[int, int]]] = {}
         for cell, rows in missing.items():
             groups.setdefault(steered_behind(self.cells[cell].row), []).extend((cell, text) for text in rows)
-        layers = sorted(layer for layer in groups if layer is not None and layer >= 0)
+        layers = sorted(layer for layer in groups if layer is not None and layer >= 0 and self.skips)
         plain = record_blocks(self.model, inputs, layers, self.last_only)
         size = max(1, self.max_memory // self._bytes(inputs["input_ids"].shape[1]))
         for layer, group in groups.items():
-            for rows in _chunks(group, size):
-                index = torch.tensor([place[text] for _, text in rows], device=self.model.device)
-                part = {name: values[index] for name, values in inputs.items()}
+            for rows in _chunks(group, size, self.together, lambda row: self.lengths[row[1]]):
+                index = torch.tensor([place[text] for _, text in rows], device=plain.logits.device)
+                part = {name: values[index.to(values.device)] for name, values in inputs.items()}
                 before = plain.logits[index]
                 yield rows, before if layer is None else self._steered(rows, layer, index, part, plain.outputs), before, part
 
@@ -385,10 +412,11 @@ class _PassSweep:
     def _steered(self, rows: list[tuple[int, int]], layer: int, index: Tensor, inputs: dict[str, Tensor], outputs: Mapping[int, Any]) -> Tensor:
         """The logits of rows that are steered behind one block."""
         steering = [self.cells[cell].row for cell, _ in rows]
-        if layer < 0:
+        if layer < 0 or not self.skips:
             with steering_rows(self.model, steering):
                 return record_blocks(self.model, inputs, [], self.last_only).logits
-        hidden = get_hidden(outputs[layer])[index]
+        hidden = get_hidden(outputs[layer])
+        hidden = hidden[index.to(hidden.device)]
         return logits_from(self.model, inputs, layer, outputs[layer], hidden + row_deltas(steering, hidden, inputs), self.last_only)
 
 
@@ -453,7 +481,7 @@ def _resolve(
                 raise ValueError(f"{name!r} has {len(own[layer])} numbers at layer {layer}, and d_model is {d_model}")
             if not torch.isfinite(own[layer]).all():
                 raise ValueError(f"expected finite numbers, got nan or inf in {name!r} at layer {layer}")
-        vectors = {layer: own[layer].detach()[None].to(model.device) for layer in wanted}
+        vectors = {layer: own[layer].detach()[None].to(input_device(model)) for layer in wanted}
         return _Steering(name, kind, "resid_post", vectors, None, _hash(vectors.values()))
     additions = list(what) if isinstance(what, Sequence) and not isinstance(what, str) else []
     if not additions or not all(isinstance(addition, ActivationAddition) for addition in additions):
@@ -465,7 +493,7 @@ def _resolve(
     rows = [addition.token_ids(tokenizer) for addition in additions]
     read, vectors = read_sites(model, rows, [Site(layer, part) for layer in wanted]), {}
     for layer in wanted:
-        total = torch.zeros(max(map(len, rows)), d_model, dtype=next(model.parameters()).dtype, device=model.device)
+        total = torch.zeros(max(map(len, rows)), d_model, dtype=next(model.parameters()).dtype, device=input_device(model))
         for addition, row in zip(additions, rows):
             start = TokenSpan(len(row), location).offsets(torch.zeros(1, 1, dtype=torch.long), torch.tensor([len(total)]))
             total[-int(start) : len(row) - int(start)] += addition.coeff * read[tuple(row), Site(layer, part)]
@@ -547,9 +575,23 @@ def _bytes_of_a_text(model: PreTrainedModel, length: int) -> int:
     return size * length * config.hidden_size * (2 * config.num_hidden_layers + 12)
 
 
-def _chunks(items: list, size: int) -> Iterator[list]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+def _samples(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], lengths: list[int], bos: bool
+) -> tuple[Batching, BatchEncoding]:
+    """Which prompts may share a batch, and the longest and the shortest one to try the model on; the longest alone if these may not."""
+    both = [prompts[lengths.index(wanted(lengths))] for wanted in (max, min)]
+    inputs = encode(tokenizer, both, bos).to(input_device(model))
+    together = batching(model, inputs)
+    return together, inputs if together == "any" else encode(tokenizer, both[:1], bos).to(input_device(model))
+
+
+def _chunks(items: list, size: int, together: Batching, length_of: Callable[[Any], int]) -> Iterator[list]:
+    """Items in chunks of up to `size`, in their order, of those that may share a batch."""
+    size = 1 if together == "alone" else size
+    for _, group in groupby(items, length_of if together == "equal" else lambda item: None):
+        found = list(group)
+        for start in range(0, len(found), size):
+            yield found[start : start + size]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,21 +1,32 @@
-"""Tiny models with random weights of eleven architectures, for what must work on all of them."""
+"""Tiny models with random weights: eleven architectures, for what must work on all of them, and some with ways of their own."""
 
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BartConfig,
+    BertConfig,
     BloomConfig,
     FalconConfig,
+    Gemma4TextConfig,
     GemmaConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
+    MambaConfig,
+    MiniMaxConfig,
     MistralConfig,
+    MptConfig,
+    OpenAIGPTConfig,
     OPTConfig,
     PhiConfig,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    RecurrentGemmaConfig,
+    RobertaConfig,
+    RwkvConfig,
+    WhisperConfig,
 )
 
 LAYERS, D_MODEL = 4, 32
@@ -34,6 +45,30 @@ ARCHITECTURES = {
     "BLOOM": (BloomConfig, {"hidden_size": D_MODEL, "n_layer": LAYERS, "n_head": 4}),
     "Falcon": (FalconConfig, {**SIZES, "new_decoder_architecture": False, "alibi": False}),
 }
+GPT = {"n_embd": D_MODEL, "n_layer": LAYERS, "n_head": 4, "n_positions": 64}
+SMALL = {**SIZES, "intermediate_size": 48, "max_position_embeddings": 64}
+DECODER = {
+    "d_model": D_MODEL, "encoder_layers": LAYERS, "decoder_layers": LAYERS, "decoder_attention_heads": 4, "encoder_attention_heads": 4,
+    "decoder_ffn_dim": 48, "encoder_ffn_dim": 48, "max_position_embeddings": 64,
+}
+KINDS = ["sliding_attention", "full_attention"] * 2
+# Positions that are not counted from the mask, a state in which padding shows, rows that mix, more than a stream between
+# blocks, a cache that is not like others, no cache at all.
+ODD = {
+    "BART decoder": (BartConfig, DECODER),
+    "Whisper decoder": (WhisperConfig, {**DECODER, "max_target_positions": 64}),
+    "BERT decoder": (BertConfig, {**SMALL, "is_decoder": True}),
+    "RoBERTa decoder": (RobertaConfig, {**SMALL, "is_decoder": True, "pad_token_id": 1}),
+    "RecurrentGemma": (RecurrentGemmaConfig, {**WIDE, "head_dim": 8, "lru_width": D_MODEL, "attention_window_size": 64}),
+    "RWKV": (RwkvConfig, {"hidden_size": D_MODEL, "num_hidden_layers": LAYERS, "intermediate_size": 48}),
+    "Mamba": (MambaConfig, {"hidden_size": D_MODEL, "num_hidden_layers": LAYERS, "state_size": 8}),
+    "MiniMax": (MiniMaxConfig, {**WIDE, "head_dim": 8, "num_local_experts": 2, "block_size": 4}),
+    "MPT": (MptConfig, {"d_model": D_MODEL, "n_layers": LAYERS, "n_heads": 4, "max_seq_len": 64}),
+    "GPT-1": (OpenAIGPTConfig, GPT),
+    "Gemma 4, shared keys": (
+        Gemma4TextConfig, {**WIDE, "num_kv_shared_layers": 2, "layer_types": KINDS, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 99},
+    ),
+}
 # The parts that a block of these architectures lacks: Phi and Falcon run attention and MLP side by side behind one norm; OPT
 # has no module around its MLP, and flattens batch and position in front of its second norm.
 MISSING = {
@@ -43,8 +78,10 @@ MISSING = {
 
 def tiny_config(name: str, vocab_size: int) -> PretrainedConfig:
     """The config of a tiny model; token 0 ends a text."""
-    config_class, sizes = ARCHITECTURES[name]
-    return config_class(**sizes, vocab_size=vocab_size, bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    config_class, sizes = (ARCHITECTURES | ODD)[name]
+    if "vocab_size_per_layer_input" in sizes:
+        sizes = {**sizes, "vocab_size_per_layer_input": vocab_size}
+    return config_class(**{"vocab_size": vocab_size, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, **sizes})
 
 
 def tiny_model(name: str, vocab_size: int, seed: int = 0) -> PreTrainedModel:

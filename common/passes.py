@@ -1,0 +1,168 @@
+"""What a pass over a batch needs, whatever the architecture: the device of its inputs, evaluation mode, and padding that
+disturbs nobody.
+
+Most models take padding on the left well, once positions are counted from the attention mask. Some do not: the decoders of
+Bart and its kin number the columns, and in RWKV and RecurrentGemma the padding enters the recurrent state. Which rows may
+share a batch is not looked up in a list of names but measured on the model, once.
+"""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from common.hooking import unsteered
+from common.positions import with_position_ids
+
+Batching = Literal["any", "equal", "alone"]
+PROBE, PADDING = 8, 3  # tokens of the row on which batches are tried, and padding in front of it
+_batching: WeakKeyDictionary[nn.Module, Batching] = WeakKeyDictionary()
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Return the device that token ids go to.
+
+    Where accelerate offloads the embeddings their weight lies on "meta", and so does `model.device`; accelerate knows the
+    device that they are computed on.
+    """
+    for module in (model.get_input_embeddings(), model):
+        hook = getattr(module, "_hf_hook", None)
+        for part in getattr(hook, "hooks", (hook,)):  # several hooks in one
+            if (device := getattr(part, "execution_device", None)) is not None:
+                return torch.device(device)
+    devices = (weight.device for weight in model.get_input_embeddings().parameters())
+    return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
+
+
+@contextmanager
+def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and each module's own mode again afterwards."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def evaluating(function: Callable) -> Callable:
+    """Let a function of a model run in evaluation mode: no dropout; each module's own mode comes back afterwards."""
+
+    @wraps(function)
+    def run(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with in_evaluation_mode(model):
+            return function(model, *args, **kwargs)
+
+    return run
+
+
+def pass_inputs(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what the tokenizer gave, with positions counted from the mask where there is padding.
+
+    Without padding the model's own numbering holds: RoBERTa begins at 2.
+    """
+    return dict(inputs) if bool(inputs["attention_mask"].all()) else with_position_ids(inputs)
+
+
+def unhooked(model: nn.Module) -> nn.Module:
+    """Return a copy of a model that shares everything but hooks and modes: whoever watches or steers the model sees nothing.
+
+    An offloaded model is returned as it is: accelerate ties the modules together by itself.
+    """
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        return model
+    clones: dict[nn.Module, nn.Module] = {}
+
+    def clone(module: nn.Module) -> nn.Module:
+        if module not in clones:
+            twin = clones[module] = copy.copy(module)
+            twin._modules = {name: child and clone(child) for name, child in module._modules.items()}
+            twin._forward_hooks, twin._forward_pre_hooks = OrderedDict(), OrderedDict()
+        return clones[module]
+
+    return clone(getattr(model, "_orig_mod", model))  # not the compiled one: it would be compiled for these shapes
+
+
+@torch.no_grad()
+def same_logits(found: Tensor, expected: Tensor) -> bool:
+    """Return whether logits [..., vocab] of two passes differ by rounding only.
+
+    Rounding is about 1e-6 of them in fp32, and up to 2e-2 in bf16.
+    """
+    precise = expected.dtype in (torch.float32, torch.float64)
+    found, expected = (part - part.mean(-1, keepdim=True) for part in (found.float(), expected.to(found.device).float()))
+    return bool((found - expected).norm() <= (1e-4 if precise else 3e-2) * expected.norm())
+
+
+def first_logits(model: nn.Module, inputs: Mapping[str, Tensor], **options: Any) -> Tensor:
+    """Return the logits of the first two tokens that a model generates, [batch, 2, vocab], before anything is made of them."""
+    options |= {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False, "num_beams": 1}
+    found = model.generate(**inputs, **options, output_logits=True, return_dict_in_generate=True)
+    return torch.stack(found.logits, dim=1)
+
+
+@torch.no_grad()
+def batching(model: nn.Module, inputs: Mapping[str, Tensor]) -> Batching:
+    """Return which rows may share a batch, so that each gets what it gets alone, in a pass and in generation.
+
+    It is measured once for each model, on the beginning of the longest row. Hooks on the model do not notice, unless it is
+    offloaded.
+
+    Args:
+        model: a causal language model; unchanged.
+        inputs: a batch, [batch, pos].
+
+    Returns:
+        "any" rows, padded on the left; those of "equal" length; or every row by itself, "alone".
+    """
+    if model not in _batching:
+        _batching[model] = _measured_batching(unhooked(model), inputs)
+    return _batching[model]
+
+
+def _measured_batching(model: nn.Module, inputs: Mapping[str, Tensor]) -> Batching:
+    mask = inputs["attention_mask"].bool()
+    longest = mask.sum(-1).argmax()
+    row = inputs["input_ids"][longest, mask[longest]][:PROBE]
+    count, other = len(row), row.flip(0).repeat(1 + PADDING)
+    pad = row[:1] if bool(mask.all()) else inputs["input_ids"][~mask][:1]
+    ids = torch.stack([torch.cat([pad.expand(PADDING), row]), other[: count + PADDING]])
+    padded = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    padded["attention_mask"][0, :PADDING] = 0
+    equal = {"input_ids": torch.stack([row, other[:count]]), "attention_mask": torch.ones_like(ids)[:, :count]}
+    alone = {name: values[:1] for name, values in equal.items()}
+    with unsteered(), in_evaluation_mode(model):
+        expected, text = model(**alone).logits[0], first_logits(model, alone)[0]
+        if same_logits(model(**pass_inputs(padded)).logits[0, PADDING:], expected) and same_logits(first_logits(model, padded)[0], text):
+            return "any"
+        # transformers 5.23 generates with RWKV as if all rows of a batch had the state of one.
+        return "equal" if same_logits(first_logits(model, equal)[0], text) else "alone"
+
+
+def separate_parts(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Return the parts that a batch has to be run in; nothing where it can be run whole.
+
+    Returns:
+        For each part its rows [n], and which columns hold their tokens, [pos], bool.
+    """
+    mask = inputs["attention_mask"].bool()
+    if len(mask) == 1 and bool(mask.all()) or (how := batching(model, inputs)) == "any":
+        return []
+    if how == "alone":
+        return [(torch.tensor([number], device=mask.device), columns) for number, columns in enumerate(mask)]
+    kept, part = mask.unique(dim=0, return_inverse=True)
+    parts = [((part == number).nonzero()[:, 0], columns) for number, columns in enumerate(kept)]
+    return [] if bool(mask.all()) else parts
+
+
+def part_of(inputs: Mapping[str, Tensor], rows: Tensor, columns: Tensor) -> dict[str, Tensor]:
+    """Return some rows of a batch without their padding, as `separate_parts` names them."""
+    return {name: values[rows][:, columns] for name, values in inputs.items()}
