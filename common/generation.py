@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
     BatchEncoding,
@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
+from common.hooking import prompts_of
 from common.positions import with_position_ids
 
 
@@ -89,22 +90,17 @@ def completions(tokenizer: PreTrainedTokenizerBase, inputs: Mapping[str, Tensor]
 def text_logits(model: PreTrainedModel, inputs: Mapping[str, Tensor], ids: Tensor) -> Tensor:
     """Run over prompts and what follows them, and return the logits [batch, pos + new, vocab].
 
-    The prompt goes first and the rest with its cache, so that steering which counts from the end of the prompt falls where
-    it fell when the text was generated.
+    Steering that counts from the end of the prompt falls where it fell when the text was generated.
 
     Args:
         model: a causal language model.
         inputs: the prompts, as given to `generate`, [batch, pos].
         ids: prompts and what follows, [batch, pos + new].
     """
-    rest = ids[:, inputs["input_ids"].shape[1] :]
-    first = model(**with_position_ids(inputs), use_cache=True)
-    if not rest.shape[1]:
-        return first.logits
-    mask = torch.cat([inputs["attention_mask"], torch.ones_like(rest)], dim=1)
-    places = with_position_ids({"attention_mask": mask})["position_ids"][:, -rest.shape[1] :]
-    second = model(rest, attention_mask=mask, position_ids=places, past_key_values=first.past_key_values, use_cache=True)
-    return torch.cat([first.logits, second.logits], dim=1)
+    given = inputs["attention_mask"]
+    mask = nn.functional.pad(given, (0, ids.shape[1] - given.shape[1]), value=1)
+    with prompts_of(model, given):
+        return model(**with_position_ids({"input_ids": ids, "attention_mask": mask}), use_cache=False).logits
 
 
 def real_tokens(model: PreTrainedModel, inputs: Mapping[str, Tensor], ids: Tensor) -> Tensor:

@@ -9,12 +9,16 @@ from transformers import (
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
+    Mamba2Config,
+    MambaConfig,
     MistralConfig,
     OPTConfig,
     PhiConfig,
     PretrainedConfig,
     PreTrainedModel,
     Qwen3Config,
+    RecurrentGemmaConfig,
+    RwkvConfig,
 )
 
 LAYERS, D_MODEL = 4, 32
@@ -32,6 +36,13 @@ ARCHITECTURES = {
     "BLOOM": (BloomConfig, {"hidden_size": D_MODEL, "n_layer": LAYERS, "n_head": 4}),
     "Falcon": (FalconConfig, {**SIZES, "new_decoder_architecture": False, "alibi": False}),
 }
+# Models that remember by a state: they hand over no keys and values, or (RecurrentGemma) some, and do not return them.
+RECURRENT = {
+    "Mamba": (MambaConfig, {"hidden_size": D_MODEL, "num_hidden_layers": LAYERS, "state_size": 4}),
+    "Mamba-2": (Mamba2Config, {**SIZES, "state_size": 4, "num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 8}),
+    "RWKV": (RwkvConfig, {**SIZES, "attention_hidden_size": D_MODEL, "context_length": 64, "rescale_every": 0}),
+    "RecurrentGemma": (RecurrentGemmaConfig, {**SIZES, "intermediate_size": 48, "num_key_value_heads": 1, "lru_width": D_MODEL}),
+}
 # The parts that a block of these architectures lacks: Phi and Falcon run attention and MLP side by side behind one norm; OPT
 # has no module around its MLP, and flattens batch and position in front of its second norm.
 MISSING = {
@@ -41,7 +52,7 @@ MISSING = {
 
 def tiny_config(name: str, vocab_size: int) -> PretrainedConfig:
     """The config of a tiny model; token 0 ends a text."""
-    config_class, sizes = ARCHITECTURES[name]
+    config_class, sizes = (ARCHITECTURES | RECURRENT)[name]
     return config_class(**sizes, vocab_size=vocab_size, bos_token_id=0, eos_token_id=0, pad_token_id=0)
 
 
