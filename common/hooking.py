@@ -117,7 +117,7 @@ def hook_passes(model: nn.Module, tracker: PositionTracker) -> PassHandle:
 
 @contextmanager
 def prompts_of(model: nn.Module, mask: Tensor) -> Iterator[None]:
-    """Say, around a pass over prompts and what follows them, which tokens are the prompts: their attention mask [batch, pos]."""
+    """Say, around a pass over prompts and what follows them, what the prompts are: their attention mask [batch, pos]."""
     with generating(holder_of_blocks(model), Text.of(mask)):
         yield
 
@@ -175,15 +175,20 @@ def _watching(model: nn.Module, name: str, instead: Callable, holder: nn.Module)
 
 
 def _generate(watched: _Watched, *args: Any, **kwargs: Any) -> Any:
-    """Generate with the prompts known. Drafts that a model writes for itself (`assistant_early_exit`) have those of its text."""
+    """Generate with the prompts known.
+
+    Drafts that a model writes for itself (`assistant_early_exit`) have the prompts of the text they are for.
+    """
     mask, outer = kwargs.get("attention_mask"), being_generated(watched.holder)
     settings = kwargs.get("generation_config") or watched.model.generation_config
     text = Text.of(mask) if isinstance(mask, Tensor) and mask.dim() == 2 else Text()
     if outer is not None and getattr(settings, "is_assistant", False):
         text = Text(outer.lengths, outer.mask)
-    scale, use_cache = (kwargs.get(name, getattr(settings, name, None)) for name in ("guidance_scale", "use_cache"))
-    if scale not in (None, 1) and use_cache is False:
-        raise ValueError(f"guidance_scale={scale} reads two texts in turn, told apart by their caches: generate with use_cache=True")
+    scale = kwargs.get("guidance_scale", getattr(settings, "guidance_scale", None))
+    if scale not in (None, 1) and kwargs.get("use_cache", getattr(settings, "use_cache", None)) is False:
+        raise ValueError(
+            f"guidance_scale={scale} reads two texts in turn, told apart by their caches: generate with use_cache=True"
+        )
     with generating(watched.holder, text):
         return watched.__wrapped__(*args, **kwargs)
 
@@ -204,7 +209,9 @@ def _refuse_to_pack(watched: _Watched, *args: Any, **kwargs: Any) -> Any:
 
 
 WATCHED: dict[str, Callable] = {
-    "generate": _generate, "_expand_inputs_for_generation": _expand, "init_continuous_batching": _refuse_to_pack,
+    "generate": _generate,
+    "_expand_inputs_for_generation": _expand,
+    "init_continuous_batching": _refuse_to_pack,
 }
 
 

@@ -218,6 +218,20 @@ class Text:
         """A text whose prompts have this attention mask, [prompt, pos]."""
         return cls(mask.long().sum(-1), mask)
 
+    @property
+    def columns(self) -> int:
+        """How many columns the prompts take, 1 if nobody knows."""
+        if self.mask is not None:
+            return self.mask.shape[1]
+        return 1 if self.lengths is None else int(self.lengths.max())
+
+    def mask_up_to(self, total: int, entries: Tensor) -> Tensor | None:
+        """The attention mask of the first columns, [batch, total], for the rows of a pass; None where nobody knows."""
+        if self.mask is None or len(entries) % len(self.mask):
+            return None
+        mask = _for_rows(self.mask, len(entries))[:, :total].to(entries.device)
+        return nn.functional.pad(mask, (0, total - mask.shape[1]), value=1)
+
 
 _generating: ContextVar[tuple[tuple[nn.Module, Text], ...]] = ContextVar("texts_being_generated", default=())
 
@@ -307,7 +321,9 @@ class PositionTracker:
             ValueError: it has none, and two others had one.
         """
         if self._own.now is None and self._several:
-            raise ValueError("blocks run in a thread that began no pass, and two threads did: steer in each by a block of its own")
+            raise ValueError(
+                "blocks run in a thread that began no pass, and two threads did: steer a copy of the model in each"
+            )
         return self._own.now or self._latest
 
     def __call__(self, args: tuple, kwargs: dict) -> None:
@@ -334,40 +350,49 @@ class PositionTracker:
     def _begin(self, given: dict[str, Any]) -> Pass:
         ids = given.get("input_ids")
         entries = ids if ids is not None else given["inputs_embeds"]
-        batch, count = entries.shape[:2]
+        count = entries.shape[1]
         attention = given.get("attention_mask")
         if not isinstance(attention, Tensor) or attention.dim() != 2:
             attention = None  # or one that was made for the attention already
         if self.selection.everything:
-            # A single token behind others is real; the question is not asked there, since a GPU has to wait for the answer.
-            if attention is None or attention.shape[1] > count == 1 or bool(attention[:, -count:].all()):
+            # A token behind others is real. There nothing is asked: a GPU would wait for the answer.
+            generated = attention is not None and attention.shape[1] > count == 1
+            if attention is None or generated or bool(attention[:, -count:].all()):
                 return Pass()
             return Pass(attention[:, -count:, None].bool())
-        name, cache = next(((name, given[name]) for name in CACHES if given.get(name) is not None), ("", None))
-        self._own.cache = cache
+        names = (name for name in CACHES if given.get(name) is not None)
+        name = next(names, CACHES[0])
+        self._own.cache = cache = given.get(name)
         text = self._text_with(cache)
-        past = self._columns_before(name, cache, text)
-        text = text if past or text is being_generated(self.module) else Text()
-        if attention is None and text.mask is not None and batch % len(text.mask) == 0:
-            attention = _for_rows(text.mask, batch)[:, : past + count]
-            attention = nn.functional.pad(attention, (0, past + count - attention.shape[1]), value=1).to(entries.device)
-        if attention is not None:
-            real = attention[:, -count:].bool()
-            positions = (attention.long().cumsum(-1) - 1).clamp(min=0)[:, -count:]
-        else:
-            own = given.get("position_ids")  # the model's own numbering
-            positions = own if own is not None else torch.arange(past, past + count, device=entries.device)[None]
-            positions = positions.expand(batch, count)
-            real = torch.ones_like(positions, dtype=torch.bool)
-        if self.selection.needs_rows and ("cu_seq_lens_q" in given or (attention is None and bool((positions.diff() != 1).any()))):
+        past = self._columns_before(name, text)
+        if past < text.columns and text is not being_generated(self.module):
+            text = Text()  # a cache that was emptied or cut begins anew
+        if attention is None:
+            attention = text.mask_up_to(past + count, entries)
+        numbers = given.get("position_ids")
+        positions, real = _positions(entries, past, attention, numbers)
+        packed = "cu_seq_lens_q" in given or attention is None and bool((positions.diff() != 1).any())
+        if packed and self.selection.needs_rows:
             raise ValueError(PACKED)
         if text.lengths is None:
-            if text is being_generated(self.module):
-                raise ValueError("`generate` has not said how long the prompts are: this version of transformers begins otherwise")
-            text = Text(positions[:, -1] + 1) if attention is None else Text.of(attention)
-        lengths = self._lengths(text, batch).to(entries.device)
+            text = self._new_text(positions, attention)
+        lengths = self._lengths(text, len(entries)).to(entries.device)
         mask = self.selection.select(positions, lengths) & real
-        return Pass(None if bool(mask.all()) else mask[..., None], positions, lengths, text, past + count)
+        mask = None if bool(mask.all()) else mask[..., None]
+        return Pass(mask, positions, lengths, text, past + count)
+
+    def _new_text(self, positions: Tensor, attention: Tensor | None) -> Text:
+        """All that a pass by hand has read is its prompt.
+
+        Raises:
+            ValueError: the pass is one of `generate`, where it need not be.
+        """
+        text = being_generated(self.module)
+        if text is not None and text.lengths is None:
+            raise ValueError(
+                "`generate` has not said how long the prompts are: this version of transformers begins otherwise"
+            )
+        return Text(positions[:, -1] + 1) if attention is None else Text.of(attention)
 
     def _text_with(self, cache: Any) -> Text:
         """The text that a pass with this cache goes on with; a new one where there is none."""
@@ -376,12 +401,13 @@ class PositionTracker:
             return text
         return getattr(cache, _TAG, None) or Text()
 
-    def _columns_before(self, name: str, cache: Any, text: Text) -> int:
-        """How many columns a cache holds.
+    def _columns_before(self, name: str, text: Text) -> int:
+        """How many columns the cache of a pass holds; `name` is what the model calls it.
 
         Raises:
             ValueError: it holds some, and nobody counted them.
         """
+        cache = self._own.cache
         if cache is None:
             return 0
         try:
@@ -392,8 +418,9 @@ class PositionTracker:
         if text.seen and CACHES.index(name) < 3:
             return text.seen
         raise ValueError(
-            f"{type(self.module).__name__} was given a cache that does not say how many tokens it holds, so positions are not "
-            "known: steer all positions, let `generate` run, or read the whole text in one pass without a cache"
+            f"{type(self.module).__name__} was given a cache that does not say how many tokens it holds, so "
+            "positions are not known: steer all positions, let `generate` run, or read the whole text in one pass "
+            "without a cache"
         )
 
     def _lengths(self, text: Text, batch: int) -> Tensor:
@@ -403,17 +430,33 @@ class PositionTracker:
             ValueError: they matter, and it is not known which row belongs to which prompt.
         """
         lengths = text.lengths
-        if len(lengths) == batch or not self.selection.counts_from_the_end:
-            return _for_rows(lengths, batch)
-        if batch % len(lengths) or (text is not being_generated(self.module) and bool((lengths != lengths[0]).any())):
-            raise ValueError(f"the cache was filled with {len(lengths)} prompts of different lengths, and the pass has {batch} rows")
+        if len(lengths) != batch and self.selection.counts_from_the_end:
+            sure = text is being_generated(self.module) or bool((lengths == lengths[0]).all())
+            if not sure or batch % len(lengths):
+                raise ValueError(
+                    f"the cache was filled with {len(lengths)} prompts of different lengths, and the pass has {batch} rows"
+                )
         return _for_rows(lengths, batch)
 
 
 PACKED = (
-    "several texts share one row (continuous batching or packed sequences), so where a prompt ends is not known there, nor whose "
-    "row it is: count positions from the front, or generate in padded batches"
+    "several texts share one row (continuous batching or packed sequences), so where a prompt ends is not known "
+    "there, nor whose row it is: count positions from the front, or generate in padded batches"
 )
+
+
+def _positions(
+    entries: Tensor, past: int, attention: Tensor | None, numbers: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Absolute positions and which entries are real, both [batch, pos], by the mask or else the model's numbers."""
+    batch, count = entries.shape[:2]
+    if attention is not None:
+        real = attention[:, -count:].bool()
+        return (attention.long().cumsum(-1) - 1).clamp(min=0)[:, -count:], real
+    if numbers is None:
+        numbers = torch.arange(past, past + count, device=entries.device)[None]
+    numbers = numbers.expand(batch, count)
+    return numbers, torch.ones_like(numbers, dtype=torch.bool)
 
 
 def _for_rows(values: Tensor, batch: int) -> Tensor:

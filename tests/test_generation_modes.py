@@ -9,7 +9,7 @@ import pytest
 import torch
 from architectures import RECURRENT, tiny_model
 from torch import Tensor
-from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, LogitsProcessor, TextIteratorStreamer, pipeline
+from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessor, TextIteratorStreamer, pipeline
 
 from common.activation_additions import adding_spans
 from common.activations import record_activations
@@ -166,11 +166,13 @@ def test_streams_and_pipelines(model, tokenizer):
         assert written["generated_text"] == wanted
 
 
+SMALL = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64, use_cuda_graph=False)
+
+
 def continuously(model, prompts: list[list[int]]) -> list[list[int]]:
     """Generate by continuous batching, with as little memory as it takes."""
     settings = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    small = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64, use_cuda_graph=False)
-    found = model.generate_batch(prompts, settings, continuous_batching_config=small, warmup=False)
+    found = model.generate_batch(prompts, settings, continuous_batching_config=SMALL, warmup=False)
     return [request.generated_tokens for request in found.values()]
 
 
@@ -182,6 +184,10 @@ def test_continuous_batching(tokenizer):
         wanted = [model.generate(torch.tensor([ids]), **OPTIONS)[0, len(ids) : len(ids) + 4].tolist() for ids in prompts]
         assert continuously(model, prompts) == wanted
     before = snapshot(model)
+    with model.continuous_batching_context_manager(warmup=False, continuous_batching_config=SMALL) as running:
+        with steering(model, "the last"):
+            running.add_request(prompts[0], max_new_tokens=2)
+            assert "several texts share one row" in running.get_result(timeout=60).error
     rows = SteeringVector({1: direction(32)[0]}).apply(model, token_indices=torch.tensor([[1, 0], [0, 1], [1, 1]]))
     for refused in (*(steering(model, place) for place in ("the last", "front", "back")), rows):
         with refused, record_activations(model) as passes, pytest.raises(ValueError, match="several texts share one row"):
@@ -301,6 +307,23 @@ def test_rows_of_a_cache_that_was_repeated(model, tokenizer):
         cache.batch_repeat_interleave(2)
         with pytest.raises(ValueError, match="filled with 3 prompts of different lengths, and the pass has 6 rows"):
             model(new.expand(6, -1), past_key_values=cache)
+
+
+@torch.no_grad()
+def test_a_cache_that_was_cut_begins_anew(model, tokenizer):
+    """Cut within its prompt, a cache holds the beginning of another one; cut behind it, the prompt is the same."""
+    ids = encode(tokenizer, TEXTS[:1])["input_ids"]
+    with steering(model, "the last"):
+        cache = model(ids[:, :6], use_cache=True).past_key_values
+        model(ids[:, 6:9], past_key_values=cache)
+        cache.crop(-1)
+        behind = model(ids[:, 8:9], past_key_values=cache).logits
+        cache.crop(-6)
+        anew = model(ids[:, 3:6], past_key_values=cache).logits
+    vector = SteeringVector({1: direction(128)[0]})
+    with vector.apply(model, token_indices=[5]):
+        torch.testing.assert_close(behind, model(ids[:, :9]).logits[:, 8:], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(anew, model(ids[:, :6]).logits[:, 3:], atol=1e-4, rtol=1e-4)
 
 
 # --- threads ---
