@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PreTrainedModel, pipeline
+from transformers import AutoModelForCausalLM, BatchEncoding, GPTNeoXConfig, LlamaConfig, PreTrainedModel, pipeline
 
 from benchmarks.ability_subject import NEW, PROMPTS, Elsewhere, Silently, Subject, embedded_model, embedded_subject, expect, expect_steered
 from common import embedded
@@ -36,6 +36,7 @@ from common.sites import Site
 from common.steering_vector import SteeringVector
 
 FIRST = 2  # the first token that is steered where only later ones are
+LAST = -2  # likewise, counted from the end of the prompt
 
 
 # --- where and how ---
@@ -61,15 +62,23 @@ def following(subject: Subject, selection: TokenSelection | TokenSpan) -> Iterat
         handle.remove()
 
 
-def later_positions(subject: Subject) -> None:
-    """Token 2 and all later ones, with a KV cache and padding."""
+@contextmanager
+def steered_from(subject: Subject, first: int, waits: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """Steer one token of the prompt and all later ones; `waits` is called where a pass has reached the layer."""
 
     def change(hidden: Tensor) -> Tensor:
+        waits()
         moved = hidden + subject.vector
         return moved if tracker.mask is None else torch.where(tracker.mask, moved, hidden)
 
+    with following(subject, TokenSelection(first)) as tracker, subject.intervene(change, positions=slice(first, None)):
+        yield
+
+
+def later_positions(subject: Subject) -> None:
+    """Token 2 and all later ones, with a KV cache and padding."""
     vector = SteeringVector({subject.layer: subject.vector})
-    with following(subject, TokenSelection(FIRST)) as tracker, subject.intervene(change, positions=slice(FIRST, None)):
+    with steered_from(subject, FIRST):
         scores, ids = subject.logits(), subject.generate()
     with vector.apply(subject.plain, min_token_index=FIRST):
         expect(scores, logits(subject.plain, subject.inputs)[subject.real], "other positions are steered")
@@ -145,6 +154,37 @@ def assisted_decoding(subject: Subject) -> None:
     steered, unsteered = subject.steered(lambda model: generate(model, one, max_new_tokens=NEW)), generate(subject.plain, one, max_new_tokens=NEW)
     assert steered.tolist() != unsteered.tolist(), "this prompt does not tell steered from unsteered"
     expect(ids, steered, "other tokens than the steered model's own")
+
+
+def expect_from_the_end(subject: Subject, inputs: BatchEncoding, passes: Callable[[list[int]], bool], **options) -> None:
+    """The last two tokens of the prompt and all later ones: in the given way as in passes over a prompt and single tokens.
+
+    `passes` says whether the passes, by their numbers of tokens, are those that were asked for.
+    """
+    widths: list[int] = []
+    counting = get_block(subject.module, subject.layer).register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
+    try:
+        with steered_from(subject, LAST):
+            ids = subject.mechanism.generate(subject.wrapped, inputs, max_new_tokens=2 * NEW, **options)
+    finally:
+        counting.remove()
+    if not passes(widths):
+        raise Silently("the option is ignored, and no error")
+    with SteeringVector({subject.layer: subject.vector}).apply(subject.plain, min_token_index=LAST):
+        expected = generate(subject.plain, inputs, max_new_tokens=2 * NEW)
+    assert expected.tolist() != generate(subject.plain, inputs, max_new_tokens=2 * NEW).tolist(), "nothing of it is felt"
+    expect(ids, expected, "other tokens than with the prompt in one pass")
+
+
+def chunked_prefill(subject: Subject) -> None:
+    """The last two tokens of the prompt and all later ones, `prefill_chunk_size=1`."""
+    expect_from_the_end(subject, subject.inputs, lambda widths: set(widths) == {1}, prefill_chunk_size=1)
+
+
+def prompt_lookup(subject: Subject) -> None:
+    """The last two tokens of the prompt and all later ones, `prompt_lookup_num_tokens=4`: guesses go with the prompt."""
+    one = subject.tokenizer(f"{PROMPTS[2]} hill. {PROMPTS[2]}", return_tensors="pt")
+    expect_from_the_end(subject, one, lambda widths: widths[0] > one["input_ids"].shape[1], prompt_lookup_num_tokens=4)
 
 
 def text_generation_pipeline(subject: Subject) -> None:
@@ -438,6 +478,33 @@ def a_copy_for_each_thread(subject: Subject) -> None:
         expect(unsteered, subject.unsteered_logits(), "the other thread is steered too")
 
 
+def two_threads(subject: Subject) -> None:
+    """Two threads read prompts of different lengths under one steering of some positions, and meet at the layer."""
+    inputs = [subject.tokenizer(prompt, return_tensors="pt") for prompt in PROMPTS[:2]]
+    together, found = threading.Barrier(2, timeout=20), {}
+
+    def run(number: int) -> None:
+        try:
+            found[number] = subject.mechanism.logits(subject.wrapped, inputs[number])
+        except threading.BrokenBarrierError:
+            pass  # the other one has failed
+        except Exception as error:
+            found[number] = error
+            together.abort()
+
+    with steered_from(subject, LAST, together.wait):
+        threads = [threading.Thread(target=run, args=(number,)) for number in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for number, scores in found.items():
+        if isinstance(scores, Exception):
+            raise scores
+        with SteeringVector({subject.layer: subject.vector}).apply(subject.plain, min_token_index=LAST):
+            expect(scores, logits(subject.plain, inputs[number]), "steered at the positions of the other thread")
+
+
 class Trial(NamedTuple):
     """A trial, and for some mechanisms the one with the lines that help."""
 
@@ -455,6 +522,8 @@ TRIALS: dict[str, Trial] = {
     "two vectors at once": Trial(two_vectors),
     "beam search": Trial(beam_search),
     "assisted decoding": Trial(assisted_decoding),
+    "chunked prefill": Trial(chunked_prefill),
+    "prompt lookup": Trial(prompt_lookup),
     "transformers.pipeline": Trial(text_generation_pipeline),
     "gradient through the vector": Trial(gradient, {"bias_editing": gradient_of_the_bias}),
     "torch.compile while steered": Trial(compile_while_steered, {BRIDGE: compile_in_parts}),
@@ -465,6 +534,7 @@ TRIALS: dict[str, Trial] = {
     "blocks offloaded to disk": Trial(offloaded_to_disk),
     "two processes (tensor parallel)": Trial(tensor_parallel),
     "threads: the other unsteered": Trial(one_thread_steers, dict.fromkeys(MECHANISMS, a_copy_for_each_thread)),
+    "two threads": Trial(two_threads),
     "a Llama": Trial(other_architecture(tiny_llama)),
     "a GPT-NeoX": Trial(other_architecture(tiny_neox)),
     "deep copy stays steered": Trial(deep_copy),

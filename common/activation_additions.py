@@ -249,11 +249,11 @@ class SpanHook(SteeringHook):
         self.vectors, self.tracker = vectors, tracker
 
     def steer(self, hidden: Tensor) -> Tensor:
-        mask = self.tracker.mask
+        now, span = self.tracker.current, self.tracker.selection
+        mask = now.mask
         if mask is not None and not mask.any():  # a decoding step: the prompt is in the cache
             return hidden
-        span = self.tracker.selection
-        offsets = span.offsets(self.tracker.positions, self.tracker.lengths).clamp(0, span.count - 1).to(hidden.device)
+        offsets = span.offsets(now.positions, now.lengths).clamp(0, span.count - 1).to(hidden.device)
         vectors = self.vectors.to(hidden)
         delta = vectors[offsets] if vectors.dim() == 2 else vectors[torch.arange(len(offsets), device=offsets.device)[:, None], offsets]
         return hidden + delta if mask is None else torch.where(mask.to(hidden.device), hidden + delta, hidden)
@@ -285,7 +285,8 @@ def apply_activation_additions(
 
     Raises:
         ValueError: before anything is changed: an unknown location or place, a slice that leaves nothing, tokens that the
-            model does not have. In a forward pass: a prompt shorter than an addition.
+            model does not have. In a forward pass: a prompt shorter than an addition, or one whose end is not known (see
+            `SteeringVector.patch_activations`; in packed rows, as of `generate_batch`, no prompt's is).
     """
     TokenSpan(0, addition_location)
     if not isinstance(res_stream_slice, slice):

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
     BatchEncoding,
@@ -24,6 +24,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
+from common.hooking import prompts_of
 from common.passes import evaluating, part_of, pass_inputs, separate_parts
 from common.positions import with_position_ids
 from common.prompts import Prompt, prompt_ids
@@ -141,27 +142,22 @@ def completions(tokenizer: PreTrainedTokenizerBase, inputs: Mapping[str, Tensor]
 def text_logits(model: PreTrainedModel, inputs: Mapping[str, Tensor], ids: Tensor) -> Tensor:
     """Run over prompts and what follows them, and return the logits [batch, pos + new, vocab].
 
-    The prompt goes first and the rest with its cache, so that steering which counts from the end of the prompt falls where
-    it fell when the text was generated.
+    Steering that counts from the end of the prompt falls where it fell when the text was generated.
 
     Args:
         model: a causal language model.
         inputs: the prompts, as given to `generate`, [batch, pos].
         ids: prompts and what follows, [batch, pos + new].
     """
-    rest = ids[:, inputs["input_ids"].shape[1] :]
+    given = inputs["attention_mask"]
     if parts := separate_parts(model, inputs):
-        mask = torch.cat([inputs["attention_mask"], torch.ones_like(rest)], dim=1)
-        columns = [torch.cat([kept, torch.ones_like(rest[0], dtype=torch.bool)]) for _, kept in parts]
+        new = torch.ones_like(ids[0, given.shape[1] :], dtype=torch.bool)
+        columns = [torch.cat([kept, new]) for _, kept in parts]
         found = [text_logits(model, part_of(inputs, *part), ids[part[0]][:, every]) for part, every in zip(parts, columns)]
         return _in_place({"input_ids": ids}, [(part[0], every, values) for part, every, values in zip(parts, columns, found)])
-    first = model(**pass_inputs(inputs), use_cache=True)
-    if not rest.shape[1]:
-        return first.logits
-    mask = torch.cat([inputs["attention_mask"], torch.ones_like(rest)], dim=1)
-    places = with_position_ids({"attention_mask": mask})["position_ids"][:, -rest.shape[1] :]
-    second = model(rest, attention_mask=mask, position_ids=places, past_key_values=first.past_key_values, use_cache=True)
-    return torch.cat([first.logits, second.logits], dim=1)
+    mask = nn.functional.pad(given, (0, ids.shape[1] - given.shape[1]), value=1)
+    with prompts_of(model, given):
+        return model(**pass_inputs({"input_ids": ids, "attention_mask": mask}), use_cache=False).logits
 
 
 def real_tokens(model: PreTrainedModel, inputs: Mapping[str, Tensor], ids: Tensor) -> Tensor:

@@ -1,16 +1,21 @@
 """Hooks of this library: where they stand among others, what they see of a pass, and how they are switched off for a while."""
 
+import functools
 import inspect
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers import GenerationMixin
 
 from common.blocks import get_blocks, get_hidden, with_hidden
+from common.positions import PACKED, PositionTracker, Text, being_generated, generating
 
 _suspended: ContextVar[bool] = ContextVar("steering_is_suspended", default=False)
 
@@ -76,14 +81,139 @@ def hook_input(module: nn.Module, hook: SteeringHook) -> RemovableHandle:
     return module.register_forward_pre_hook(hook.on_input, with_kwargs=True)
 
 
-def hook_passes(model: nn.Module, tracker: Callable) -> RemovableHandle:
-    """Let a tracker see every pass of a model before its blocks run, unless steering is suspended."""
+class PassHandle:
+    """What `hook_passes` returns: `remove()` takes everything off the model again."""
 
-    def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def __init__(self) -> None:
+        self.stack = ExitStack()
+
+    def remove(self) -> None:
+        """Take it off; a second call does nothing."""
+        self.stack.close()
+
+
+def hook_passes(model: nn.Module, tracker: PositionTracker) -> PassHandle:
+    """Let a tracker see every pass of a model before its blocks run, unless steering is suspended.
+
+    Where positions matter, `generate` is watched as well, since only there it is known what the prompt is: until the handle
+    is removed, the methods of `WATCHED` are set on the model itself.
+    """
+    holder, handle = holder_of_blocks(model), PassHandle()
+    hook = _PassHook(tracker)
+    try:
+        handle.stack.callback(holder.register_forward_pre_hook(hook.begin, with_kwargs=True).remove)
+        if tracker.selection.everything:
+            return handle
+        handle.stack.callback(holder.register_forward_hook(hook.finish).remove)
+        for owner in model.modules():
+            if isinstance(owner, GenerationMixin) and any(part is holder for part in owner.modules()):
+                for name, instead in WATCHED.items():
+                    if instead is not _refuse_to_pack or tracker.selection.needs_rows:
+                        handle.stack.enter_context(_watching(owner, name, instead, holder))
+    except BaseException:
+        handle.remove()
+        raise
+    return handle
+
+
+@contextmanager
+def prompts_of(model: nn.Module, mask: Tensor) -> Iterator[None]:
+    """Say, around a pass over prompts and what follows them, what the prompts are: their attention mask [batch, pos]."""
+    with generating(holder_of_blocks(model), Text.of(mask)):
+        yield
+
+
+class _PassHook:
+    """Hands passes on to a tracker. A deep copy of the model gets a tracker of its own."""
+
+    def __init__(self, tracker: PositionTracker):
+        self.tracker = tracker
+
+    def begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Before a pass."""
         if not is_suspended():
-            tracker(args, kwargs)
+            self.tracker(args, kwargs)
 
-    return holder_of_blocks(model).register_forward_pre_hook(note, with_kwargs=True)
+    def finish(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """After it."""
+        if not is_suspended():
+            self.tracker.finish(output)
+
+
+class _Watched:
+    """Stands on a model in the place of one of its methods, and calls `instead` with it."""
+
+    def __init__(self, model: nn.Module, name: str, instead: Callable, holder: nn.Module):
+        self.model, self.instead, self.holder, self.users = model, instead, holder, 0
+        self.before = vars(model).get(name)
+        method = getattr(model, name) if self.before is None else self.before
+        functools.update_wrapper(self, method)  # for who looks at the signature
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.instead(self, *args, **kwargs)
+
+
+_changing = threading.Lock()
+
+
+@contextmanager
+def _watching(model: nn.Module, name: str, instead: Callable, holder: nn.Module) -> Iterator[None]:
+    """Watch a method of one model. Whoever closes last puts back what was there, in whatever order they close."""
+    with _changing:
+        watched = vars(model).get(name)
+        if not isinstance(watched, _Watched):
+            watched = vars(model)[name] = _Watched(model, name, instead, holder)
+        watched.users += 1
+    try:
+        yield
+    finally:
+        with _changing:
+            watched.users -= 1
+            if not watched.users and vars(model).get(name) is watched:
+                del vars(model)[name]
+                if watched.before is not None:
+                    vars(model)[name] = watched.before
+
+
+def _generate(watched: _Watched, *args: Any, **kwargs: Any) -> Any:
+    """Generate with the prompts known.
+
+    Drafts that a model writes for itself (`assistant_early_exit`) have the prompts of the text they are for.
+    """
+    mask, outer = kwargs.get("attention_mask"), being_generated(watched.holder)
+    settings = kwargs.get("generation_config") or watched.model.generation_config
+    text = Text.of(mask) if isinstance(mask, Tensor) and mask.dim() == 2 else Text()
+    if outer is not None and getattr(settings, "is_assistant", False):
+        text = Text(outer.lengths, outer.mask)
+    scale = kwargs.get("guidance_scale", getattr(settings, "guidance_scale", None))
+    if scale not in (None, 1) and kwargs.get("use_cache", getattr(settings, "use_cache", None)) is False:
+        raise ValueError(
+            f"guidance_scale={scale} reads two texts in turn, told apart by their caches: generate with use_cache=True"
+        )
+    with generating(watched.holder, text):
+        return watched.__wrapped__(*args, **kwargs)
+
+
+def _expand(watched: _Watched, *args: Any, **kwargs: Any) -> Any:
+    """Look at the prompts of a `generate` without an attention mask as transformers has prepared them: it finds padding."""
+    text = being_generated(watched.holder)
+    if text is not None and text.lengths is None:
+        mask, entries = (kwargs.get(name) for name in ("attention_mask", "inputs_embeds"))
+        entries = kwargs["input_ids"] if entries is None else entries
+        text.mask = torch.ones(entries.shape[:2], dtype=torch.long) if mask is None else mask
+        text.lengths = text.mask.long().sum(-1)
+    return watched.__wrapped__(*args, **kwargs)
+
+
+def _refuse_to_pack(watched: _Watched, *args: Any, **kwargs: Any) -> Any:
+    raise ValueError(PACKED)
+
+
+WATCHED: dict[str, Callable] = {
+    "generate": _generate,
+    "_expand_inputs_for_generation": _expand,
+    "init_continuous_batching": _refuse_to_pack,
+}
 
 
 def holder_of_blocks(model: nn.Module) -> nn.Module:

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from common.hooking import unsteered
+from common.hooking import WATCHED, unsteered
 from common.positions import with_position_ids
 
 Batching = Literal["any", "equal", "alone"]
@@ -86,6 +86,8 @@ def unhooked(model: nn.Module) -> nn.Module:
             twin = clones[module] = copy.copy(module)
             twin._modules = {name: child and clone(child) for name, child in module._modules.items()}
             twin._forward_hooks, twin._forward_pre_hooks = OrderedDict(), OrderedDict()
+            for name in WATCHED:  # they belong to the original
+                vars(twin).pop(name, None)
         return clones[module]
 
     return clone(getattr(model, "_orig_mod", model))  # not the compiled one: it would be compiled for these shapes

@@ -4,9 +4,13 @@ Notation: `attention_mask` is 1 at real tokens and 0 at padding, shape [batch, p
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from numbers import Integral
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +72,11 @@ class TokenSelection:
             return any(end is not None and end < 0 for end in (self.spec.start, self.spec.stop))
         return isinstance(self.spec, list) and any(index < 0 for index in self.spec)
 
+    @property
+    def needs_rows(self) -> bool:
+        """Whether a row of the batch has to be one text: not where several are packed into one."""
+        return self.counts_from_the_end or (isinstance(self.spec, Tensor) and self.spec.dim() == 2)
+
     def select(self, positions: Tensor, lengths: Tensor) -> Tensor:
         """Return which entries are selected.
 
@@ -127,16 +136,12 @@ class TokenSpan:
     """
 
     everything = False
+    counts_from_the_end = needs_rows = True  # also at the front, where a prompt that is too short is refused
 
     def __init__(self, count: int, location: Literal["front", "mid", "back"] = "front", rows: Tensor | None = None):
         if location not in LOCATIONS:
             raise ValueError(f"expected one of {', '.join(LOCATIONS)} as addition_location, got {location!r}")
         self.count, self.location, self.rows = count, location, rows
-
-    @property
-    def counts_from_the_end(self) -> bool:
-        """Whether the length of the prompt matters."""
-        return self.location != "front"
 
     def offsets(self, positions: Tensor, lengths: Tensor) -> Tensor:
         """Return which of the vectors is meant for each entry, [batch, pos]; outside 0 to count - 1 it is none of them.
@@ -186,12 +191,99 @@ def _checked(token_indices: list[int] | slice | Tensor | None) -> list[int] | sl
     raise ValueError(f"expected a list of positions, a slice or a mask as token_indices, got {token_indices!r}")
 
 
+# What models call the memory of the tokens that they have read; transformers has no common name. Those of XLNet and
+# Reformer come last: with them a pass reads tokens again.
+CACHES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
+_TAG = "_text_of_this_cache"
+
+
+@dataclass
+class Text:
+    """What is known of the rows that several passes read one after the other.
+
+    Attributes:
+        lengths: how many real tokens the prompts have, [prompt], int64; None where nobody knows.
+        mask: 1 at their real tokens and 0 at padding, [prompt, pos]; what follows is real.
+        seen: how many columns have been read.
+        cache: what remembers them; only while `generate` runs, where a pass with another one reads another text.
+    """
+
+    lengths: Tensor | None = None
+    mask: Tensor | None = None
+    seen: int = 0
+    cache: Any = None
+
+    @classmethod
+    def of(cls, mask: Tensor) -> "Text":
+        """A text whose prompts have this attention mask, [prompt, pos]."""
+        return cls(mask.long().sum(-1), mask)
+
+    @property
+    def columns(self) -> int:
+        """How many columns the prompts take, 1 if nobody knows."""
+        if self.mask is not None:
+            return self.mask.shape[1]
+        return 1 if self.lengths is None else int(self.lengths.max())
+
+    def mask_up_to(self, total: int, entries: Tensor) -> Tensor | None:
+        """The attention mask of the first columns, [batch, total], for the rows of a pass; None where nobody knows."""
+        if self.mask is None or len(entries) % len(self.mask):
+            return None
+        mask = _for_rows(self.mask, len(entries))[:, :total].to(entries.device)
+        return nn.functional.pad(mask, (0, total - mask.shape[1]), value=1)
+
+
+_generating: ContextVar[tuple[tuple[nn.Module, Text], ...]] = ContextVar("texts_being_generated", default=())
+
+
+@contextmanager
+def generating(module: nn.Module, text: Text) -> Iterator[None]:
+    """Say which text the passes of a module read while the block is open, in this thread; inside it another may be open."""
+    token = _generating.set((*_generating.get(), (module, text)))
+    try:
+        yield
+    finally:
+        _generating.reset(token)
+        text.cache = None  # it is large, and trackers remember the text
+
+
+def being_generated(module: nn.Module) -> Text | None:
+    """The text that the passes of a module read, if `generating` is open for it."""
+    return next((text for other, text in reversed(_generating.get()) if other is module), None)
+
+
+class Pass(NamedTuple):
+    """One pass of a model, see `PositionTracker`; `text` is what it reads, up to column `total`."""
+
+    mask: Tensor | None = None
+    positions: Tensor | None = None
+    lengths: Tensor | None = None
+    text: Text = Text()
+    total: int = 0
+
+
+class _OfThisThread(threading.local):
+    """The pass that this thread is in or was in last, and the cache it was given. A copy knows none."""
+
+    now: Pass | None = None
+    cache: Any = None
+
+    def __reduce__(self) -> tuple:
+        return _OfThisThread, ()
+
+
 class PositionTracker:
     """Follows the passes of a model and says which of their entries are selected.
 
-    With a KV cache a pass sees only the new tokens, without one it sees all again, and padding shifts both: the absolute
-    positions come from the attention mask and the length of the cache. It is to be called with the arguments of every pass
-    of the module that holds the blocks (`hooking.hook_passes`).
+    A pass need not be a text: with a cache it sees only new tokens, without one all of them again, generation may cut the
+    prompt into chunks or put guesses behind it, and padding shifts everything. The absolute positions come from the
+    attention mask and the length of the cache. Where the prompt ends is known while `generating` is open; in a pass by
+    hand, all that it reads is the prompt, and passes with the cache that it leaves continue it. Caches of state-space
+    models do not count their tokens, so the tracker does, for those that it saw filled.
+
+    It is to be called with the arguments of every pass of the module that holds the blocks, and `finish` with what the
+    pass gives (`hooking.hook_passes`). Each thread has a pass of its own. Another one that runs blocks without a pass (as
+    autograd's does under gradient checkpointing) gets the latest.
 
     Attributes:
         mask: what the current pass selects, [batch, pos, 1], bool, or None where every entry is selected.
@@ -200,65 +292,186 @@ class PositionTracker:
     """
 
     def __init__(self, module: nn.Module, selection: "TokenSelection | TokenSpan"):
-        self.selection = selection
-        self.mask: Tensor | None = None
-        self.positions: Tensor | None = None
-        self.lengths: Tensor | None = None
+        self.module, self.selection = module, selection
         # nnsight puts a `forward(*args, **kwargs)` on the module; the class still knows the names.
         self._names = list(inspect.signature(type(module).forward).parameters)[1:]
-        self._lengths: Tensor | None = None
-        self._prompt: Tensor | None = None
-        self._total = 0
+        self._own = _OfThisThread()
+        self._latest, self._thread, self._several = Pass(), 0, False
+
+    @property
+    def mask(self) -> Tensor | None:
+        """What the current pass selects."""
+        return self.current.mask
+
+    @property
+    def positions(self) -> Tensor | None:
+        """Where its entries stand."""
+        return self.current.positions
+
+    @property
+    def lengths(self) -> Tensor | None:
+        """How long the prompts are."""
+        return self.current.lengths
+
+    @property
+    def current(self) -> Pass:
+        """The pass of this thread, or the latest one where it has none.
+
+        Raises:
+            ValueError: it has none, and two others had one.
+        """
+        if self._own.now is None and self._several:
+            raise ValueError(
+                "blocks run in a thread that began no pass, and two threads did: steer a copy of the model in each"
+            )
+        return self._own.now or self._latest
 
     def __call__(self, args: tuple, kwargs: dict) -> None:
-        """Note the positions of a pass that begins, from its arguments."""
-        given = {**dict(zip(self._names, args)), **kwargs}
-        cache = given.get("past_key_values")
-        past = int(cache.get_seq_length()) if cache is not None else 0
-        if past and self.selection.everything:
-            # What comes behind a prompt is real; only the prompt itself can be padded.
-            self.mask = None
-            return
+        """Note the positions of a pass that begins, from its arguments.
+
+        Raises:
+            ValueError: the positions cannot be known, see `_columns_before` and `_lengths`; or what `select` raises.
+        """
+        thread = threading.get_ident()
+        self._several |= thread != self._thread != 0
+        self._latest = self._own.now = self._begin({**dict(zip(self._names, args)), **kwargs})
+        self._thread = thread
+
+    def finish(self, output: Any) -> None:
+        """Note the cache that a pass leaves, so that the next one with it goes on there."""
+        now, cache = self.current, _cache_in(output)
+        cache = self._own.cache if cache is None else cache  # RecurrentGemma does not return it
+        self._own.cache = None
+        if being_generated(self.module) is now.text:
+            now.text.cache, now.text.seen = cache, now.total
+        if hasattr(cache, "__dict__"):  # RWKV's is a list
+            setattr(cache, _TAG, Text(now.text.lengths, now.text.mask, now.total))
+
+    def _begin(self, given: dict[str, Any]) -> Pass:
         ids = given.get("input_ids")
         entries = ids if ids is not None else given["inputs_embeds"]
-        batch, count = entries.shape[:2]
+        count = entries.shape[1]
         attention = given.get("attention_mask")
-        if isinstance(attention, Tensor) and attention.dim() == 2:
-            if self.selection.everything and bool(attention.all()):
-                self.mask = None
-                return
-            real = attention[:, -count:].bool()
-            positions = (attention.long().cumsum(-1) - 1).clamp(min=0)[:, -count:]
-            lengths = attention.long().sum(-1)
-        else:
-            # No mask, or one that was made for the attention already: then the model's own numbering holds.
-            own = given.get("position_ids")
-            positions = own if own is not None else torch.arange(past, past + count, device=entries.device)[None]
-            positions = positions.expand(batch, count)
-            real = torch.ones_like(positions, dtype=torch.bool)
-            lengths = positions[:, -1] + 1
-        if self.selection.counts_from_the_end:
-            # A pass of the model by hand leaves `use_cache` open; generation without a cache says False, each time.
-            repeats = given.get("use_cache", False) is False
-            lengths = self._prompt_lengths(ids, lengths, past, count, repeats)
-        self.positions, self.lengths = positions, lengths
+        if not isinstance(attention, Tensor) or attention.dim() != 2:
+            attention = None  # or one that was made for the attention already
+        if self.selection.everything:
+            # A token behind others is real. There nothing is asked: a GPU would wait for the answer.
+            generated = attention is not None and attention.shape[1] > count == 1
+            if attention is None or generated or bool(attention[:, -count:].all()):
+                return Pass()
+            return Pass(attention[:, -count:, None].bool())
+        names = (name for name in CACHES if given.get(name) is not None)
+        name = next(names, CACHES[0])
+        self._own.cache = cache = given.get(name)
+        text = self._text_with(cache)
+        past = self._columns_before(name, text)
+        if past < text.columns and text is not being_generated(self.module):
+            text = Text()  # a cache that was emptied or cut begins anew
+        if attention is None:
+            attention = text.mask_up_to(past + count, entries)
+        numbers = given.get("position_ids")
+        positions, real = _positions(entries, past, attention, numbers)
+        packed = "cu_seq_lens_q" in given or attention is None and bool((positions.diff() != 1).any())
+        if packed and self.selection.needs_rows:
+            raise ValueError(PACKED)
+        if text.lengths is None:
+            text = self._new_text(positions, attention)
+        lengths = self._lengths(text, len(entries)).to(entries.device)
         mask = self.selection.select(positions, lengths) & real
-        self.mask = None if bool(mask.all()) else mask[..., None]
+        mask = None if bool(mask.all()) else mask[..., None]
+        return Pass(mask, positions, lengths, text, past + count)
 
-    def _prompt_lengths(self, ids: Tensor | None, lengths: Tensor, past: int, count: int, repeats: bool) -> Tensor:
-        """The lengths of the prompts, also when the pass continues them, with a cache or (where it `repeats`) without one."""
-        total = past + count
-        continues = self._lengths is not None and len(self._lengths) == len(lengths) and total > self._total
-        if continues and not past:
-            # Generation without a cache: the same prompt again, and one token more than in the pass before.
-            continues = (
-                repeats
-                and ids is not None
-                and self._prompt is not None
-                and total == self._total + 1
-                and torch.equal(ids[:, : self._prompt.shape[1]], self._prompt)
+    def _new_text(self, positions: Tensor, attention: Tensor | None) -> Text:
+        """All that a pass by hand has read is its prompt.
+
+        Raises:
+            ValueError: the pass is one of `generate`, where it need not be.
+        """
+        text = being_generated(self.module)
+        if text is not None and text.lengths is None:
+            raise ValueError(
+                "`generate` has not said how long the prompts are: this version of transformers begins otherwise"
             )
-        if not continues:
-            self._lengths, self._prompt = lengths, ids
-        self._total = total
-        return self._lengths
+        return Text(positions[:, -1] + 1) if attention is None else Text.of(attention)
+
+    def _text_with(self, cache: Any) -> Text:
+        """The text that a pass with this cache goes on with; a new one where there is none."""
+        text = being_generated(self.module)
+        if text is not None and (not text.seen or cache is text.cache):
+            return text
+        return getattr(cache, _TAG, None) or Text()
+
+    def _columns_before(self, name: str, text: Text) -> int:
+        """How many columns the cache of a pass holds; `name` is what the model calls it.
+
+        Raises:
+            ValueError: it holds some, and nobody counted them.
+        """
+        cache = self._own.cache
+        if cache is None:
+            return 0
+        try:
+            return int(cache.get_seq_length())
+        except (AttributeError, ValueError):  # a list, or a cache without attention
+            if _is_empty(cache):
+                return 0
+        if text.seen and CACHES.index(name) < 3:
+            return text.seen
+        raise ValueError(
+            f"{type(self.module).__name__} was given a cache that does not say how many tokens it holds, so "
+            "positions are not known: steer all positions, let `generate` run, or read the whole text in one pass "
+            "without a cache"
+        )
+
+    def _lengths(self, text: Text, batch: int) -> Tensor:
+        """The lengths of the prompts for the rows of a pass, [batch].
+
+        Raises:
+            ValueError: they matter, and it is not known which row belongs to which prompt.
+        """
+        lengths = text.lengths
+        if len(lengths) != batch and self.selection.counts_from_the_end:
+            sure = text is being_generated(self.module) or bool((lengths == lengths[0]).all())
+            if not sure or batch % len(lengths):
+                raise ValueError(
+                    f"the cache was filled with {len(lengths)} prompts of different lengths, and the pass has {batch} rows"
+                )
+        return _for_rows(lengths, batch)
+
+
+PACKED = (
+    "several texts share one row (continuous batching or packed sequences), so where a prompt ends is not known "
+    "there, nor whose row it is: count positions from the front, or generate in padded batches"
+)
+
+
+def _positions(
+    entries: Tensor, past: int, attention: Tensor | None, numbers: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Absolute positions and which entries are real, both [batch, pos], by the mask or else the model's numbers."""
+    batch, count = entries.shape[:2]
+    if attention is not None:
+        real = attention[:, -count:].bool()
+        return (attention.long().cumsum(-1) - 1).clamp(min=0)[:, -count:], real
+    if numbers is None:
+        numbers = torch.arange(past, past + count, device=entries.device)[None]
+    numbers = numbers.expand(batch, count)
+    return numbers, torch.ones_like(numbers, dtype=torch.bool)
+
+
+def _for_rows(values: Tensor, batch: int) -> Tensor:
+    """Values of each prompt [prompt, ...] for the rows of a batch, [batch, ...]: beams of a prompt stand side by side."""
+    return values if len(values) == batch else values.repeat_interleave(-(-batch // len(values)), dim=0)[:batch]
+
+
+def _cache_in(output: Any) -> Any:
+    """The cache in what a model gives, or None."""
+    if isinstance(output, tuple):
+        return next((part for part in output if hasattr(part, "get_seq_length")), None)
+    return next((cache for name in CACHES if (cache := getattr(output, name, None)) is not None), None)
+
+
+def _is_empty(cache: Any) -> bool:
+    """Whether nothing has been written to a cache of layers without attention."""
+    layers = getattr(cache, "layers", None)
+    return layers is not None and not any(any(layer.has_previous_state.values()) for layer in layers)

@@ -52,7 +52,7 @@ def differences(model: Any, before: Snapshot) -> list[str]:
     """Say in plain words how a model differs from a snapshot of it; an empty list means it does not."""
     now = snapshot(model)
     sayings = {
-        "modules": "module {path} was added, removed, replaced or given another forward or mode",
+        "modules": "module {path} was added, removed, replaced or given another method or mode",
         "hooks": "hooks on {path} changed",
         "parameters": "parameter {path} changed",
         "edits": "nnsight edits on {path} changed",
@@ -77,8 +77,9 @@ def assert_pristine(model: Any, before: Snapshot) -> None:
 
 
 def _describe(part: nn.Module) -> tuple:
-    """Identity, class, mode, and a `forward` that was set on the instance."""
-    return id(part), type(part), part.training, id(part.__dict__.get("forward"))
+    """Identity, class, mode, and the methods (`forward`, `generate`) that were set on the instance."""
+    own = (name for name, value in vars(part).items() if callable(value) and callable(getattr(type(part), name, None)))
+    return id(part), type(part), part.training, *((name, id(vars(part)[name])) for name in sorted(own))
 
 
 def _hooks(part: nn.Module) -> Iterator[tuple]:

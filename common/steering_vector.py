@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
-from common.hooking import SteeringHook, holder_of_blocks, hook_output, hook_passes
+from common.hooking import PassHandle, SteeringHook, holder_of_blocks, hook_output, hook_passes
 from common.operators import PatchDeltaOperator
 from common.positions import PositionTracker, TokenSelection
 from common.sites import LAYER_TYPES, LayerType, ModelLayerConfig, get_layers
@@ -33,7 +33,7 @@ _GGUF_ARCHITECTURE = "controlvector"
 class SteeringPatchHandle:
     """What `patch_activations` returns: `remove()` takes the steering off the model again."""
 
-    model_hooks: list[RemovableHandle]
+    model_hooks: list[RemovableHandle | PassHandle]
 
     def remove(self) -> None:
         """Take the steering off; a second call does nothing."""
@@ -96,11 +96,15 @@ class SteeringVector:
             multiplier: the vector is multiplied by it first.
             min_token_index: steer this token and all later ones.
             token_indices: steer only these; see `positions.TokenSelection`. Positions are absolute, in the text as it
-                grows, and padding does not count.
+                grows, and padding does not count. In `generate` the prompt is what it is given, whatever the passes (a
+                prompt in chunks, guesses of prompt lookup or an assistant, no cache); in passes by hand, all that a pass
+                reads without the cache of an earlier one.
 
         Raises:
             ValueError: before anything is changed: an unknown layer type or layer, a vector of the wrong width or with
-                nan or inf, both min_token_index and token_indices or something wrong in them.
+                nan or inf, both min_token_index and token_indices or something wrong in them. Later, where positions are
+                not known: of `generate_batch` and other packed rows, if they count from the end or belong to rows; of a
+                pass by hand with a state that nobody counted (RWKV); of guidance without a cache.
 
         Warns:
             UserWarning: the vector was made for a model of another name.

@@ -12,6 +12,7 @@ from transformers import (
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
+    Mamba2Config,
     MambaConfig,
     MiniMaxConfig,
     MistralConfig,
@@ -69,6 +70,11 @@ ODD = {
         Gemma4TextConfig, {**WIDE, "num_kv_shared_layers": 2, "layer_types": KINDS, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 99},
     ),
 }
+# Models that remember by a state: they hand over no keys and values, or (RecurrentGemma) some, and do not return them.
+RECURRENT = {
+    **{name: ODD[name] for name in ("Mamba", "RWKV", "RecurrentGemma")},
+    "Mamba-2": (Mamba2Config, {**SIZES, "state_size": 4, "num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 8}),
+}
 # The parts that a block of these architectures lacks: Phi and Falcon run attention and MLP side by side behind one norm; OPT
 # has no module around its MLP, and flattens batch and position in front of its second norm.
 MISSING = {
@@ -78,7 +84,7 @@ MISSING = {
 
 def tiny_config(name: str, vocab_size: int) -> PretrainedConfig:
     """The config of a tiny model; token 0 ends a text."""
-    config_class, sizes = (ARCHITECTURES | ODD)[name]
+    config_class, sizes = (ARCHITECTURES | ODD | RECURRENT)[name]
     if "vocab_size_per_layer_input" in sizes:
         sizes = {**sizes, "vocab_size_per_layer_input": vocab_size}
     return config_class(**{"vocab_size": vocab_size, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, **sizes})

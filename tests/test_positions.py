@@ -1,5 +1,8 @@
 """Which tokens are selected: absolute positions, whatever the padding, however the text is cut into passes."""
 
+import copy
+import threading
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,7 +10,7 @@ from hypothesis import strategies as st
 
 from torch import nn
 
-from common.positions import PositionTracker, TokenSelection
+from common.positions import PositionTracker, Text, TokenSelection, TokenSpan, generating
 
 ends = st.none() | st.integers(-12, 12)
 
@@ -106,3 +109,57 @@ def test_tracker_knows_the_names_of_positional_arguments_under_another_forward()
     tracker = PositionTracker(model, TokenSelection(1))
     tracker((torch.tensor([[0, 5, 6]]),), {"attention_mask": torch.tensor([[0, 1, 1]])})
     assert tracker.mask[0, :, 0].tolist() == [False, False, True]
+
+
+class Reader(nn.Module):
+    """Takes what a model takes."""
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None):
+        return input_ids
+
+
+IDS = torch.tensor([[7, 5, 6]])
+
+
+@pytest.mark.parametrize("packed", [{"position_ids": torch.tensor([[0, 1, 0]])}, {"cu_seq_lens_q": torch.tensor([0, 3])}])
+def test_texts_in_one_row(packed):
+    """Tokens from the front are found by the model's own numbers; where a prompt ends is refused, and whose row it is."""
+    places = {"position_ids": torch.tensor([[4, 0, 1]]), **packed}
+    tracker = PositionTracker(Reader(), TokenSelection(token_indices=[1]))
+    tracker((IDS,), places)
+    assert tracker.mask[0, :, 0].tolist() == (places["position_ids"][0] == 1).tolist()
+    rows = torch.tensor([[1, 0], [0, 1]])
+    for selection in (TokenSelection(-1), TokenSelection(token_indices=rows), TokenSpan(1, "front")):
+        with pytest.raises(ValueError, match="several texts share one row"):
+            PositionTracker(Reader(), selection)((IDS,), places)
+
+
+def test_a_prompt_that_generate_did_not_tell_is_refused():
+    """Rather than taken for the first pass, which may be a part of it."""
+    reader = Reader()
+    with generating(reader, Text()), pytest.raises(ValueError, match="`generate` has not said how long the prompts are"):
+        PositionTracker(reader, TokenSelection(-1))((IDS,), {})
+
+
+def test_a_thread_without_a_pass_gets_the_latest():
+    """So gradient checkpointing, which runs blocks in a thread of autograd's; not where it could be one of two."""
+    tracker, found = PositionTracker(Reader(), TokenSelection(1)), []
+
+    def look() -> None:
+        try:
+            found.append(tracker.mask[0, :, 0].tolist())
+        except ValueError as error:
+            found.append(str(error))
+
+    def in_a_thread(call, *args) -> None:
+        thread = threading.Thread(target=call, args=args)
+        thread.start()
+        thread.join()
+
+    tracker((IDS,), {})
+    in_a_thread(look)
+    in_a_thread(tracker, (IDS[:, :2],), {})
+    look()
+    in_a_thread(look)
+    assert found[:2] == [[False, True, True]] * 2 and "began no pass, and two threads did" in found[2]
+    assert copy.deepcopy(tracker).selection.spec == slice(1, None)

@@ -154,7 +154,7 @@ def _noop(*args: object) -> None:
     """A hook that changes nothing is a hook all the same."""
 
 
-PLACE = "module transformer.h.1 was added, removed, replaced or given another forward or mode"
+PLACE = "module transformer.h.1 was added, removed, replaced or given another method or mode"
 LEFT_BEHIND: dict[str, tuple[str, Callable[[nn.Module], object]]] = {
     "hook": ("hooks on transformer.h.1 changed", lambda model: get_block(model, 1).register_forward_hook(_noop)),
     "pre-hook": (
