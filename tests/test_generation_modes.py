@@ -204,8 +204,8 @@ def recurrent(request, tokenizer):
 @pytest.mark.parametrize("place", ["the last", "the first and the fifth", "from the fourth", "front", "mid"])
 def test_recurrent_models(recurrent, tokenizer, place):
     """Their hidden states with the state are those without it, while they generate and when the text is read again."""
-    # RWKV reads padding like text, so a row of its batches is not what it is alone.
-    inputs = encode(tokenizer, TEXTS[: 1 if recurrent.config.model_type == "rwkv" else 3])
+    # RWKV and RecurrentGemma read padding like text, so a row of their batches is not what it is alone.
+    inputs = encode(tokenizer, TEXTS[: 1 if recurrent.config.model_type in ("rwkv", "recurrent_gemma") else 3])
     found = []
     with steering(recurrent, place):
         for use_cache in (True, False):
