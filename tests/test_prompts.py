@@ -685,3 +685,62 @@ def test_a_conversation_is_no_pair(subjects):
         c.train_steering_vector(model, tokenizer, [BEGUN])
     with pytest.raises(ValueError, match="pair 0: expected two"):
         c.train_steering_vector(model, tokenizer, [(LOVE, 3)])
+
+
+# Everything that takes `prepend_bos`, with a choice.
+CHOICE = {
+    "read": lambda m, t, p, way: c.read_activations(m, t, [p], layers=[1], prepend_bos=way),
+    "extract": lambda m, t, p, way: c.extract_activations(m, t, [(p, p)], [1], prepend_bos=way),
+    "train": lambda m, t, p, way: c.train_steering_vector(
+        m, t, [(p, p + " old")], [1], prepend_bos=way
+    ),
+    "sweep": lambda m, t, p, way: c.sweep(
+        m, t, {"v": a_vector()}, [1], [1.0], [p], max_new_tokens=1, prepend_bos=way
+    ),
+    "logits": lambda m, t, p, way: c.sweep_logits(
+        m, t, {"v": a_vector()}, [1], [1.0], [p], prepend_bos=way
+    ),
+    "perplexity": lambda m, t, p, way: c.sweep_perplexity(
+        m, t, {"v": a_vector()}, [1], [1.0], [p], prepend_bos=way
+    ),
+    "complete": lambda m, t, p, way: c.complete(m, t, [p], tokens_to_generate=1, prepend_bos=way),
+    "print": lambda m, t, p, way: c.print_n_comparisons(
+        p, m, t, num_comparisons=1, tokens_to_generate=1, prepend_bos=way
+    ),
+    "tone": lambda m, t, p, way: tone_by_prompt(
+        m, t, {}, [p], per_prompt=1, max_new_tokens=1, prepend_bos=way
+    ),
+    "next": lambda m, t, p, way: c.next_token_probs(m, t, p, prepend_bos=way),
+    "changed": lambda m, t, p, way: c.top_changed_tokens(
+        m, t, p, lambda: a_vector().apply(m), prepend_bos=way
+    ),
+    "effectiveness": lambda m, t, p, way: c.effectiveness_and_disruption(
+        m, t, p, lambda: a_vector().apply(m), [], prepend_bos=way
+    ),
+    "loss": lambda m, t, p, way: c.get_loss_metric(m, t, prepend_bos=way)([p]),
+    "logprob": lambda m, t, p, way: c.get_logprob_metric(
+        m, t, lambda: a_vector().apply(m), prepend_bos=way
+    )([p]),
+    "corpus": lambda m, t, p, way: c.get_stats_over_corpus(m, t, p, prepend_bos=way),
+    "ratios": lambda m, t, p, way: c.perplexity_ratios(
+        m, t, {"a": p}, {"b": lambda: a_vector().apply(m)}, prepend_bos=way
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHOICE)
+def test_a_caller_can_choose(subjects, name):
+    """With a tokenizer that adds BOS and one that does not: every row begins as was asked for."""
+    text = TEXTS[1]
+    for kind in ("Gemma", "GPT-2"):
+        model, tokenizer = subjects[kind]
+        plain, bos = plain_ids(tokenizer, text), bos_of(tokenizer)
+        own = tokenizer(text)["input_ids"]
+        for way, expected in ((None, own), (True, bos + plain), (False, plain)):
+            with reading(model) as rows:
+                found = CHOICE[name](model, tokenizer, text, way)
+            assert is_read(expected, rows)
+            other = plain if expected != plain else bos + plain
+            assert not any(row[: len(other) - 1] == other[:-1] for row in rows)
+            if name == "effectiveness":
+                assert found["token"].tolist() == [tokenizer.decode([one]) for one in expected]
