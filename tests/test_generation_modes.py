@@ -77,6 +77,18 @@ def test_drafts(tokenizer, place):
     assert_same_text(llama, one, place, assistant_model=copy_sharing_weights(llama))
 
 
+def test_drafts_are_steered_like_their_text(tokenizer):
+    """Drafts of all layers are the text itself, so each is taken, and it takes as few passes as without steering."""
+    llama, one, passes = tiny_model("Llama", len(tokenizer)), encode(tokenizer, TEXTS[:1]), []
+    options = {**OPTIONS, "max_new_tokens": 12, "assistant_early_exit": 4, "assistant_confidence_threshold": 0.0}
+    for multiplier in (1.0, 0.0):
+        vector = SteeringVector({1: direction(32)[0]})
+        with vector.apply(llama, token_indices=[-1], multiplier=multiplier), record_activations(llama) as records:
+            llama.generate(**one, **options)
+        passes.append([hidden.shape[1] for hidden in records[0]])
+    assert passes[0] == passes[1]
+
+
 @pytest.mark.parametrize("place", ["the last", "mid"])
 @pytest.mark.parametrize("several", [{"num_beams": 3, "num_return_sequences": 2}, {"num_return_sequences": 3, "do_sample": True}])
 def test_several_sequences_of_each_prompt(model, tokenizer, place, several):
@@ -319,11 +331,12 @@ def test_a_cache_that_was_cut_begins_anew(model, tokenizer):
         cache.crop(-1)
         behind = model(ids[:, 8:9], past_key_values=cache).logits
         cache.crop(-6)
-        anew = model(ids[:, 3:6], past_key_values=cache).logits
+        anew = model(ids[:, 3:5], past_key_values=cache).logits
     vector = SteeringVector({1: direction(128)[0]})
     with vector.apply(model, token_indices=[5]):
         torch.testing.assert_close(behind, model(ids[:, :9]).logits[:, 8:], atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(anew, model(ids[:, :6]).logits[:, 3:], atol=1e-4, rtol=1e-4)
+    with vector.apply(model, token_indices=[4]):
+        torch.testing.assert_close(anew, model(ids[:, :5]).logits[:, 3:], atol=1e-4, rtol=1e-4)
 
 
 # --- threads ---
@@ -370,9 +383,14 @@ def test_generate_is_put_back(model, tokenizer):
     handles = [vector.patch(model, token_indices=[-index]) for index in (1, 2, 3)]
     assert "module the model itself was added, removed, replaced or given another method or mode" in differences(model, before)
     assert inspect.signature(model.generate) == inspect.signature(type(model).generate.__get__(model))
-    for handle in (handles[1], handles[0], handles[1], handles[2]):
+    for handle in (handles[1], handles[0], handles[1]):
         handle.remove()
+    inputs = encode(tokenizer, TEXTS)
+    still = model.generate(**inputs, **OPTIONS, prefill_chunk_size=1)
+    handles[2].remove()
     assert_pristine(model, before)
+    with vector.apply(model, token_indices=[-3]):
+        assert torch.equal(model.generate(**inputs, **OPTIONS), still)
     for place in ("the last", "back", "from the fourth"):
         with pytest.raises(ValueError, match="boom"), steering(model, place):
             model.generate(**encode(tokenizer, TEXTS), max_new_tokens=1)
