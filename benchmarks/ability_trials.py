@@ -287,27 +287,36 @@ def export(subject: Subject) -> None:
 
 @cache
 def _saved_and_loaded() -> dict[str, Tensor | str]:
-    """Save under each mechanism, load all in one fresh process with transformers alone; logits, or the error of saving."""
+    """Save under each mechanism, load all in one fresh process with transformers alone; logits, or the error of saving.
+
+    Under its name the embedded model, under its name and "llama" a Llama.
+    """
     found: dict[str, Tensor | str] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name in MECHANISMS:
-            subject = embedded_subject(name)
+        for saved in [name + which for name in MECHANISMS for which in ("", " llama")]:
+            subject = embedded_subject(saved.split()[0])
             try:
+                subject = _on(tiny_llama, subject) if "llama" in saved else subject
                 with subject.steer():
-                    subject.module.save_pretrained(Path(folder, name))
+                    subject.module.save_pretrained(Path(folder, saved))
             except Exception as error:
-                found[name] = f"{type(error).__name__}: {error}"
+                found[saved] = f"{type(error).__name__}: {error}"
         command = [sys.executable, "-m", "benchmarks.ability_processes", "load", folder]
         given = json.dumps({key: value.tolist() for key, value in with_position_ids(subject.inputs).items()})
         answer = subprocess.run(command, input=given, capture_output=True, text=True, cwd=ROOT, check=True)
-        for name, scores in json.loads(answer.stdout.splitlines()[-1]).items():
-            found.setdefault(name, scores if isinstance(scores, str) else torch.tensor(scores))
+        for saved, scores in json.loads(answer.stdout.splitlines()[-1]).items():
+            found.setdefault(saved, scores if isinstance(scores, str) else torch.tensor(scores))
     return found
 
 
-def saved_and_loaded(subject: Subject) -> None:
+def saved_llama(subject: Subject) -> None:
+    """The same with a Llama, whose linear layers have no bias."""
+    saved_and_loaded(_on(tiny_llama, subject), " llama")
+
+
+def saved_and_loaded(subject: Subject, which: str = "") -> None:
     """`save_pretrained` inside the block, and `from_pretrained` in a fresh process without this project."""
-    scores = _saved_and_loaded()[subject.mechanism.name]
+    scores = _saved_and_loaded()[subject.mechanism.name + which]
     if isinstance(scores, str):
         raise Elsewhere(scores)
     expect_steered(subject, scores[subject.real], "the weights of the steered block are missing and were drawn at random")
@@ -353,11 +362,16 @@ def tiny_neox() -> PreTrainedModel:
     return _tiny(GPTNeoXConfig(**SIZES, vocab_size=len(embedded_model().tokenizer)))
 
 
+def _on(model: Callable[[], PreTrainedModel], subject: Subject) -> Subject:
+    """The same mechanism on a tiny model."""
+    return Subject(subject.mechanism, model(), subject.tokenizer, 1)
+
+
 def other_architecture(model: Callable[[], PreTrainedModel]) -> Callable[[Subject], None]:
     """The trial of all positions, on another model."""
 
     def trial(subject: Subject) -> None:
-        all_positions(Subject(subject.mechanism, model(), subject.tokenizer, 1))
+        all_positions(_on(model, subject))
 
     return trial
 
@@ -530,6 +544,7 @@ TRIALS: dict[str, Trial] = {
     "steered after torch.compile": Trial(steer_what_is_compiled, dict.fromkeys(HOOKS, compile_with_guards)),
     "torch.export": Trial(export),
     "saved, run in a fresh process": Trial(saved_and_loaded),
+    "saved, a Llama": Trial(saved_llama),
     "int8 linear layers": Trial(quantized, {"bias_editing": steered_then_quantized}),
     "blocks offloaded to disk": Trial(offloaded_to_disk),
     "two processes (tensor parallel)": Trial(tensor_parallel),

@@ -11,7 +11,7 @@ from benchmarks.ability_subject import Silently, Subject, embedded_model, expect
 from benchmarks.ability_trials import TRIALS
 from common.mechanisms import MECHANISMS, load_mechanism
 
-ELSEWHERE = {"saved, run in a fresh process", "two processes (tensor parallel)"}  # a mechanism is loaded by name in another process
+ELSEWHERE = {"saved, run in a fresh process", "saved, a Llama", "two processes (tensor parallel)"}  # a mechanism is loaded by name in another process
 
 
 def test_matrix_is_complete():

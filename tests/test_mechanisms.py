@@ -1,15 +1,19 @@
 """The notebooks' cells as callables, what single mechanisms can do beyond the contract, and how modules depend."""
 
 import ast
+import copy
+import pickle
 import re
+import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import nbformat
 import pytest
 import torch
+from accelerate import cpu_offload
 from nbformat.v4 import new_code_cell, new_notebook
 from support import PROMPTS
 from torch import nn
@@ -19,8 +23,11 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
     OPTConfig,
     OPTForCausalLM,
+    Qwen2Config,
+    Qwen3Config,
 )
 
 import common
@@ -36,7 +43,7 @@ from common.mechanisms import (
     run_cells,
 )
 from common.models import copy_sharing_weights
-from common.pristine import assert_pristine, snapshot
+from common.pristine import assert_pristine, differences, snapshot
 
 FUNCTIONS = Mechanism._fields[1:6]  # those that every mechanism has
 
@@ -233,6 +240,64 @@ def test_bias_refuses_unknown_architectures(llama, bias_editing):
         raise AssertionError("steered all the same")
 
 
+def test_bias_of_a_gpt_neox(gpt_neox, tokenizer, bias_editing):
+    """The bias of `mlp.dense_4h_to_h`, and no other, is steered as the hook steers, and put back."""
+    vector, linear = torch.linspace(-1, 1, 32), get_block(gpt_neox, 1).mlp.dense_4h_to_h
+    before, bias = snapshot(gpt_neox), linear.bias
+    with bias_editing["steer"](gpt_neox, 1, vector):
+        assert torch.equal(linear.bias, bias + vector)
+        assert differences(gpt_neox, before) == ["parameter gpt_neox.layers.1.mlp.dense_4h_to_h.bias changed"]
+    assert linear.bias is bias
+    for mine, theirs in zip(
+        *(steered_by(each, gpt_neox, tokenizer, 1, vector) for each in ("bias_editing", "pytorch_hooks")), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
+
+
+def _dynamically_quantised(model: nn.Module, layer: int) -> None:
+    """Make the layer's `down_proj` an int8 one of torch, whose weight and bias are methods."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch moves this to torchao
+        mlp = get_block(model, layer).mlp
+        mlp.down_proj = torch.ao.nn.quantized.dynamic.Linear.from_float(_with_qconfig(mlp.down_proj))
+
+
+def _with_qconfig(linear: nn.Linear) -> nn.Linear:
+    linear.qconfig = torch.ao.quantization.default_dynamic_qconfig
+    return linear
+
+
+def _int8(model: nn.Module, layer: int) -> None:
+    """Make the layer's `down_proj` a Linear whose weight is int8, as bitsandbytes does."""
+    weight = get_block(model, layer).mlp.down_proj.weight.detach()
+    scaled = (weight / weight.abs().max() * 127).round().to(torch.int8)
+    get_block(model, layer).mlp.down_proj.weight = nn.Parameter(scaled, requires_grad=False)
+
+
+def _offloaded(model: nn.Module, layer: int) -> None:
+    """Let accelerate keep the block's weights elsewhere until it runs."""
+    cpu_offload(get_block(model, layer), execution_device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("elsewhere", [_dynamically_quantised, _int8, _offloaded])
+def test_bias_refuses_quantised_and_offloaded_layers(llama, bias_editing, elsewhere):
+    """A layer whose weight is not there as plain numbers keeps its bias; the layers beside it can be steered."""
+    own, vector = copy.deepcopy(llama), torch.linspace(-1, 1, 32)
+    elsewhere(own, 1)
+    before, config = snapshot_without_meta(own), own.config.to_dict()
+    with pytest.raises(ValueError, match="Linear of layer 1 is quantised or offloaded"), bias_editing["steer"](own, 1, vector):
+        raise AssertionError("steered all the same")
+    assert (snapshot_without_meta(own), own.config.to_dict()) == (before, config)
+    with bias_editing["steer"](own, 2, vector):
+        assert torch.equal(get_block(own, 2).mlp.down_proj.bias, vector)
+    assert (snapshot_without_meta(own), own.config.to_dict()) == (before, config)
+
+
+def snapshot_without_meta(model: nn.Module) -> dict:
+    """Identity and shape of every parameter: a hash needs numbers, and those of a meta tensor lie elsewhere."""
+    return {name: (id(tensor), tensor.shape, tensor.device) for name, tensor in model.named_parameters()}
+
+
 def test_edit_at_ln_1_equals_a_hook_there(model, batch, layer, vector, bias_editing):
     """The edit of `c_attn`'s bias gives the logits of a hook on the output of `ln_1`, and is undone."""
     own, logits, real = copy_sharing_weights(model), bias_editing["logits"], batch["attention_mask"].bool()
@@ -268,6 +333,57 @@ def test_saved_model_is_steered_without_code(model, tokenizer, batch, plus, bias
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     assert torch.equal(bias_editing["logits"](loaded, batch), steered)
     assert not torch.allclose(bias_editing["logits"](model, batch), steered)
+
+
+def _saved_and_loaded(model: nn.Module, inputs, folder: Path) -> torch.Tensor:
+    """Logits of the model that is loaded from where this one is saved; nothing may be left over or missing."""
+    model.save_pretrained(folder)
+    loaded, report = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    return load_mechanism("pytorch_hooks").logits(loaded.eval(), inputs)
+
+
+@pytest.mark.parametrize("layers", [[1], [0, 2], [1, 1]], ids=str)
+def test_saved_llama_is_steered_without_code(llama, batch, bias_editing, tmp_path, layers):
+    """What is saved is what is loaded, also of two vectors, although a Llama's MLP has no bias; afterwards it has none again."""
+    before = snapshot(llama)
+    unsteered, trained = bias_editing["logits"](llama, batch), [name for name, _ in _trained(llama)]
+    with ExitStack() as steering:
+        for layer in layers:
+            steering.enter_context(bias_editing["steer"](llama, layer, torch.linspace(-1, 1, 32)))
+        steered = bias_editing["logits"](llama, batch)
+        assert not torch.allclose(steered, unsteered)
+        assert torch.equal(_saved_and_loaded(llama, batch, tmp_path / "steered"), steered)
+        # the zeros that the config asks for are nothing that gradient descent could find
+        assert {name for name, _ in _trained(llama)} - {*trained} <= {f"model.layers.{layer}.mlp.down_proj.bias" for layer in layers}
+    assert_pristine(llama, before)
+    assert llama.config.mlp_bias is False
+    assert torch.equal(_saved_and_loaded(llama, batch, tmp_path / "after"), unsteered)
+
+
+def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, tensor) for name, tensor in model.named_parameters() if tensor.requires_grad]
+
+
+@pytest.mark.parametrize("config_class", [MistralConfig, Qwen2Config, Qwen3Config])
+def test_saving_is_refused_where_the_bias_would_be_lost(config_class, tokenizer, batch, bias_editing, tmp_path):
+    """Steered in memory as the hook steers; saving is refused while it lasts, for a part and a copy too, and works afterwards."""
+    torch.manual_seed(0)
+    heads = {"num_key_value_heads": 2, "head_dim": 8} if config_class is not Qwen2Config else {"num_key_value_heads": 2}
+    model = AutoModelForCausalLM.from_config(config_class(**TINY, **heads, vocab_size=len(tokenizer))).eval()
+    vector, unsteered, before = torch.linspace(-1, 1, 32), bias_editing["logits"](model, batch), snapshot(model)
+    with bias_editing["steer"](model, 1, vector), bias_editing["steer"](model, 2, vector):
+        for whole in (model, model.model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            with pytest.raises(ValueError, match=f"a saved {model.config.model_type} loses this bias"):
+                whole.save_pretrained(tmp_path / "steered")
+    assert not (tmp_path / "steered").exists()
+    assert_pristine(model, before)
+    assert not [part for part in model.modules() if "save_pretrained" in vars(part)]
+    assert torch.equal(_saved_and_loaded(model, batch, tmp_path / "after"), unsteered)
+    for mine, theirs in zip(
+        *(steered_by(each, model, tokenizer, 1, vector) for each in ("bias_editing", "pytorch_hooks")), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
 
 
 # The table of agreement.
