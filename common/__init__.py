@@ -14,7 +14,8 @@
 1  models embedded baukit_standin      load; the model that comes with the project; a Trace where baukit is missing
 1  blocks sites positions              find a block, and a part of it, in any model; which tokens of a text
 1  operators aggregators               what is done at a position; how many differences become one vector
-1  prompts pictures sweep_store        from prompts to token ids; pictures of several notebooks; the rows of a sweep in a file
+1  prompts pictures                    from prompts to token ids; pictures that several notebooks draw
+1  sweep_store identity                the rows of a sweep in a file, and what they depend on
 
 Beside the floors stand commands that nobody imports from below: `notebooks` runs the notebooks and stores their outputs,
 `colab` writes their badge and first cell, `embedded.train`, `embedded.sweep` and `embedded.evaluate` make and measure the

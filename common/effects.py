@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from numbers import Real
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -30,23 +31,26 @@ CELL = ["steering", "kind", "layer", "coeff"]
 def effect_by_cell(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
     """Say how far steering moved a metric at every cell, prompt by prompt.
 
+    A prompt whose metric has no value (NaN or None) at a cell, or unsteered, does not count there, and neither does one that
+    is infinite both times; `prompts` says how many count. At a cell where none does, the numbers are NaN.
+
     Args:
         rows: what `sweep` or `sweep_logits` returned: the cells, `prompt`, the metric, and the unsteered rows.
-        metric: the name of its column.
+        metric: the name of its column; truth values are 0 and 1.
 
     Returns:
-        By cell: `effect` (mean over the prompts of the move against unsteered), `spread` (standard deviation over the
-        prompts), `error` (standard error of the effect), `wrong way` (the share of prompts that moved against the sign of
-        the coefficient) and `prompts`.
+        By cell, over the prompts that count: `effect` (mean of the move against unsteered), `spread` (standard deviation),
+        `error` (standard error of the effect), `wrong way` (the share of prompts that moved against the sign of the
+        coefficient) and `prompts`, their number.
 
     Raises:
-        ValueError: no such column, or no unsteered rows.
+        ValueError: no such column, texts in it, or no unsteered rows.
     """
     moved = moves_by_prompt(rows, metric)
-    sign = np.sign(moved["coeff"])
-    moved["wrong"] = moved["move"] * sign < 0
+    against = moved["move"] * np.sign(moved["coeff"]) < 0
+    moved["wrong"] = against.where(moved["move"].notna(), np.nan).astype(float)
     table = moved.groupby(CELL, sort=False, dropna=False).agg(
-        effect=("move", "mean"), spread=("move", "std"), prompts=("move", "size"), wrong=("wrong", "mean")
+        effect=("move", "mean"), spread=("move", "std"), prompts=("move", "count"), wrong=("wrong", "mean")
     )
     table["error"] = table["spread"] / table["prompts"] ** 0.5
     return table.rename(columns={"wrong": "wrong way"})[["effect", "spread", "error", "wrong way", "prompts"]].reset_index()
@@ -55,11 +59,12 @@ def effect_by_cell(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
 def moves_by_prompt(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
     """Return the cells, `prompt`, and `move`: the metric's mean over the samples of a prompt, minus its unsteered mean.
 
+    Means are over the samples that have a value; where none has one, the move is NaN.
+
     Raises:
-        ValueError: no such column, or no unsteered rows.
+        ValueError: no such column, texts in it, or no unsteered rows.
     """
-    if metric not in rows:
-        raise ValueError(f"no column {metric!r}: the table has {', '.join(map(str, rows.columns))}")
+    rows = _with_numbers(rows, metric)
     plain = rows[rows["kind"] == "unsteered"].groupby("prompt", sort=False)[metric].mean()
     if plain.empty:
         raise ValueError("the table has no unsteered rows to compare with")
@@ -68,17 +73,34 @@ def moves_by_prompt(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
     return steered.drop(columns=metric)
 
 
+def _with_numbers(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """The rows with a metric as float: a gap is NaN, a truth value 0 or 1."""
+    if metric not in rows:
+        raise ValueError(f"no column {metric!r}: the table has {', '.join(map(str, rows.columns))}")
+    values = rows[metric].dropna()
+    if len(other := values[[not isinstance(value, Real | np.bool_) for value in values]]):
+        raise ValueError(f"expected numbers in the column {metric!r}, got {other.iloc[0]!r}")
+    return rows.assign(**{metric: rows[metric].to_numpy(dtype=float, na_value=np.nan)})
+
+
 def perplexity_ratio_by_cell(rows: pd.DataFrame) -> pd.DataFrame:
     """Return the perplexity ratio steered / unsteered at every cell, over all tokens of the texts.
+
+    Where a text has no loss (a steering so large that the model gives NaN), the ratio of the cell is NaN: a broken model is
+    not one that costs nothing.
 
     Args:
         rows: what `sweep_perplexity` returned.
     """
     steered = rows[rows["kind"] != "unsteered"]
     more = (steered["loss"] - steered["unsteered_loss"]) * steered["tokens"]
-    table = steered[CELL].assign(more=more, tokens=steered["tokens"]).groupby(CELL, sort=False).sum().reset_index()
+    table = steered[CELL].assign(more=more, tokens=steered["tokens"]).groupby(CELL, sort=False).agg(_whole_sum).reset_index()
     table["ratio"] = np.exp(table["more"] / table["tokens"])
     return table.drop(columns=["more", "tokens"])
+
+
+def _whole_sum(values: pd.Series) -> float:
+    return values.sum(skipna=False)
 
 
 @dataclass
@@ -88,7 +110,7 @@ class WorkingWindow:
     Attributes:
         cells: one row for each layer and size of the coefficient: `layer`, `coeff` (its size), `effect` (the smaller of the
             two signs, where both were swept), `ratio` (the larger perplexity ratio of the two signs), `wrong way` (likewise),
-            `control` (the largest move of a control there, NaN where none was swept), `works`, and `neighbours` (how many
+            `control` (the largest move of a control there, NaN where none was swept or one has no value), `works`, and `neighbours` (how many
             of the cells beside it work).
         layer: the recommended layer; None where no cell works.
         coeff: the recommended coefficient.
@@ -137,24 +159,28 @@ def working_window(
         raise ValueError(f"expected one of {', '.join(map(repr, names)) or 'no steering'} as steering, got {steering!r}")
     table = effect_by_cell(rows, metric)
     ratios = perplexity_ratio_by_cell(costs)
-    mine = table[(table["steering"] == steering) & (table["coeff"] != 0)].merge(ratios, on=CELL, how="left")
+    mine = table[(table["steering"] == steering) & (table["coeff"] != 0)].merge(ratios, on=CELL, how="left", indicator=True)
     if mine.empty:
         raise ValueError(f"expected a coefficient other than 0 of {steering!r}")
-    if mine["ratio"].isna().any():
-        lacking = mine[mine["ratio"].isna()].iloc[0]
+    if len(lacking := mine[mine["_merge"] == "left_only"]):
+        lacking = lacking.iloc[0]
         raise ValueError(f"the costs lack layer {lacking['layer']}, coefficient {lacking['coeff']:g} of {steering!r}")
     own_random = (table["kind"] == "random") & table["steering"].str.fullmatch(rf"{re.escape(steering)}, random \d+")
     others = table[(table["kind"] == "control") | own_random]
     mine = mine.assign(effect=mine["effect"] * np.sign(mine["coeff"]), coeff=mine["coeff"].abs())
     cells = mine.groupby(["layer", "coeff"], as_index=False).agg(
-        {"effect": lambda both: both.min(skipna=False), "ratio": "max", "wrong way": "max"}
+        {"effect": lambda both: both.min(skipna=False), "ratio": _largest, "wrong way": _largest}
     )
-    largest = others.assign(coeff=others["coeff"].abs(), control=others["effect"].abs()).groupby(["layer", "coeff"], as_index=False)["control"].max()
-    cells = cells.merge(largest, on=["layer", "coeff"], how="left")
+    largest = others.assign(coeff=others["coeff"].abs(), control=others["effect"].abs()).groupby(["layer", "coeff"], as_index=False)["control"].agg(_largest)
+    cells = cells.merge(largest, on=["layer", "coeff"], how="left", indicator=True)
+    unknown = (cells.pop("_merge") == "both") & cells["control"].isna()  # swept, and without a value: nothing is beaten
+    if cells["effect"].isna().all():
+        cells["works"], cells["neighbours"] = False, 0
+        return WorkingWindow(cells, None, None, f"no cell works: {metric!r} has no value that could be compared with unsteered")
     min_effect = cells["effect"].max() / 2 if min_effect is None else min_effect
     cells["works"] = (
         (cells["effect"] >= min_effect) & (cells["effect"] > cells["control"].fillna(0)) & (cells["ratio"] <= max_ratio)
-        & (cells["wrong way"] <= max_wrong_way)
+        & (cells["wrong way"] <= max_wrong_way) & ~unknown
     )
     layers, coeffs = sorted(cells["layer"].unique()), sorted(cells["coeff"].unique())
     place = {(row.layer, row.coeff): (layers.index(row.layer), coeffs.index(row.coeff)) for row in cells.itertuples()}
@@ -169,6 +195,11 @@ def working_window(
     best = cells[cells["works"]].sort_values(["neighbours", "effect"], ascending=False, kind="stable").iloc[0]
     reason = f"{_saying(best, min_effect, max_ratio)}; {best['neighbours']:.0f} of its neighbours work too"
     return WorkingWindow(cells, int(best["layer"]), float(best["coeff"]), reason)
+
+
+def _largest(values: pd.Series) -> float:
+    """NaN where one of them is: it could be larger than the others."""
+    return values.max(skipna=False)
 
 
 def _saying(cell: pd.Series, min_effect: float, max_ratio: float) -> str:
@@ -192,8 +223,9 @@ def plot_heat_map(window: WorkingWindow, title: str = "") -> Figure:
     figure, both = plt.subplots(1, 2, figsize=(1.2 * len(coeffs) + 3.5, 0.42 * len(layers) + 1.8), sharey=True, layout="constrained")
     for axes, (column, label, colours) in zip(both, (("effect", "effect", "RdBu_r"), ("ratio", "perplexity ratio", "Greys"))):
         grid = cells.pivot(index="layer", columns="coeff", values=column).loc[layers, coeffs].to_numpy(dtype=float)
-        limit = np.nanmax(np.abs(grid)) or 1.0
-        low, high = (-limit, limit) if column == "effect" else (1.0, max(1.3, min(2.0, np.nanmax(grid))))
+        largest = np.nan_to_num(np.abs(grid), posinf=2.0).max()  # a cell without a value stays empty
+        limit = largest or 1.0
+        low, high = (-limit, limit) if column == "effect" else (1.0, max(1.3, min(2.0, largest)))
         axes.imshow(grid, cmap=colours, vmin=low, vmax=high, aspect="auto", origin="lower")
         for (line, place), value in np.ndenumerate(grid):
             dark = abs(value) > 0.6 * limit if column == "effect" else value > (low + high) / 2
@@ -227,6 +259,7 @@ def plot_effect(rows: pd.DataFrame, metric: str, layer: int, label: str = "", ti
     Raises:
         ValueError: the layer was not swept.
     """
+    rows = _with_numbers(rows, metric)
     part = rows[(rows["layer"] == layer).fillna(False).astype(bool)]
     if part.empty:
         raise ValueError(f"layer {layer} was not swept: the table has {sorted(rows['layer'].dropna().unique().tolist())}")
@@ -236,7 +269,7 @@ def plot_effect(rows: pd.DataFrame, metric: str, layer: int, label: str = "", ti
     seen, colours = set(), itertools.cycle(colours[3:] + colours[:3])  # red first
     for (name, kind), group in part.groupby(["steering", "kind"], sort=False):
         by_prompt = group.groupby(["coeff", "prompt"])[metric].mean().groupby("coeff")
-        mean, error = by_prompt.mean(), by_prompt.std() / by_prompt.size() ** 0.5
+        mean, error = by_prompt.mean(), by_prompt.std() / by_prompt.count() ** 0.5
         mean.loc[0.0], error.loc[0.0] = plain, 0.0
         mean, error = mean.sort_index(), error.sort_index().fillna(0.0)
         if kind == "steering":
@@ -269,7 +302,7 @@ def plot_prompts(rows: pd.DataFrame, metric: str, steering: str, layer: int, coe
     Raises:
         ValueError: the cell was not swept.
     """
-    moved = moves_by_prompt(rows, metric)
+    rows, moved = _with_numbers(rows, metric), moves_by_prompt(rows, metric)
     moved = moved[(moved["steering"] == steering) & (moved["layer"] == layer) & (moved["coeff"].abs() == coeff)]
     if moved.empty:
         raise ValueError(f"layer {layer}, coefficient {coeff:g} of {steering!r} was not swept")

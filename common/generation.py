@@ -15,6 +15,7 @@ from tqdm import tqdm
 from transformers import (
     BatchEncoding,
     DynamicCache,
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
@@ -93,6 +94,9 @@ def generation_options(**options: Any) -> dict[str, Any]:
 @evaluating
 def generate(model: PreTrainedModel, inputs: Mapping[str, Tensor], **options: Any) -> Tensor:
     """Continue the prompts and return the token ids [batch, pos + new], prompt included.
+
+    This is transformers' own `generate`: what the options leave open is as `model.generation_config` says, and checkpoints
+    bring settings along (a repetition penalty, tokens that are suppressed, beams). `sample` is free of them.
 
     Args:
         model: a causal language model, as `load_model` returns it.
@@ -321,6 +325,28 @@ def check_sampling(temperature: float, top_p: float, freq_penalty: float, repeti
     FrequencyPenalty(freq_penalty)
 
 
+# What a checkpoint says about tokens, and not about sampling.
+_OF_THE_CHECKPOINT = {"pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "transformers_version"}
+# What has to have a value; for all other settings None means none.
+_NEUTRAL = {
+    "do_sample": False, "num_beams": 1, "num_return_sequences": 1, "min_length": 0, "use_cache": True, "return_dict_in_generate": False,
+    "repetition_penalty": 1.0, "length_penalty": 1.0, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0,
+}  # fmt: skip
+# They act on the drawing of transformers, which `sample` does not use; "generation_config" would bring all of them.
+_PASSED_OVER = {
+    "generation_config", "do_sample", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff",
+}  # fmt: skip
+
+
+def _neutral_options() -> dict[str, Any]:
+    """Every setting of `generate`, as if no checkpoint had said anything.
+
+    They go in as keyword arguments: whatever a `GenerationConfig` leaves open, transformers takes from the model's own.
+    """
+    names = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
+    return {name: _NEUTRAL.get(name) for name in names - _OF_THE_CHECKPOINT}
+
+
 def sample(
     model: PreTrainedModel,
     inputs: Mapping[str, Tensor],
@@ -338,6 +364,9 @@ def sample(
 
     The order is that of TransformerLens: repetition penalty, temperature, frequency penalty, top_p.
 
+    Nothing but the arguments decides: of `model.generation_config` only the ids of its special tokens are used (a text ends
+    where it says), whatever settings of sampling, beams or length the checkpoint came with.
+
     Args:
         model: a causal language model.
         inputs: what the tokenizer returned, [batch, pos], padded on the left.
@@ -348,17 +377,20 @@ def sample(
         freq_penalty: see `FrequencyPenalty`.
         repetition_penalty: the logits of tokens that occurred are divided by it (multiplied where negative); 1 is none.
         show_progress: show a bar that counts tokens, where it takes more than five seconds.
-        options: more of `model.generate`.
+        options: more of `model.generate`, one by one.
 
     Returns:
         Token ids [batch, pos + new], prompt included.
 
     Raises:
-        ValueError: see `check_sampling`; or another number of seeds than rows.
+        ValueError: see `check_sampling`; another number of seeds than rows; an option for the drawing of transformers
+            (`do_sample`, `top_k`, …) or a whole `generation_config`, which would mean nothing here.
     """
     check_sampling(temperature, top_p, freq_penalty, repetition_penalty, max_new_tokens)
     if len(seeds) != len(inputs["input_ids"]):
         raise ValueError(f"expected one seed for each of {len(inputs['input_ids'])} rows, got {len(seeds)}")
+    if ignored := sorted(_PASSED_OVER & options.keys()):
+        raise ValueError(f"`sample` draws by itself, and {', '.join(ignored)} would mean nothing: give its own arguments, or call `generate`")
     if parts := separate_parts(model, inputs):
         alone = partial(
             sample, model, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, freq_penalty=freq_penalty,
@@ -384,4 +416,5 @@ def sample(
         processors.append(SeededSampling(seeds))
     with progress_bar(max_new_tokens, "Generating", "token", show_progress) as bar:
         processors.append(_Bar(bar))
-        return generate(model, inputs, max_new_tokens=max_new_tokens, logits_processor=processors, **{"do_sample": False, **options})
+        own = {**_neutral_options(), "max_new_tokens": max_new_tokens, **options}
+        return generate(model, inputs, logits_processor=processors, **own)

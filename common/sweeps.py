@@ -7,7 +7,6 @@ judged in `effects`.
 """
 
 import argparse
-import hashlib
 import math
 import os
 import sys
@@ -30,6 +29,7 @@ from common.blocks import get_blocks, get_hidden
 from common.effects import effect_by_cell, plot_effect
 from common.embedded import grammar
 from common.generation import check_sampling, completions, encode, progress_bar, sample
+from common.identity import hash_of_tensors, identity_of_metric, identity_of_model, identity_of_tokens
 from common.metrics import Metric, kl_divergence, measure, tone_sign
 from common.models import LoadError, load_model
 from common.passes import Batching, batching, evaluating, input_device
@@ -49,7 +49,7 @@ from common.row_steering import (
 )
 from common.sites import Site, get_layers
 from common.steering_vector import SteeringVector, model_name
-from common.sweep_store import SweepStore, typed
+from common.sweep_store import SweepStore, plain, typed
 from common.training import train_steering_vector
 
 Swept = SteeringVector | Sequence[ActivationAddition]
@@ -149,7 +149,7 @@ def sweep(
         layers: which layers; None takes those of the vectors, or all for additions.
         coeffs: what the vectors are multiplied by.
         prompts: texts, or messages for a chat model.
-        metrics: by name, of the completions; see `metrics`.
+        metrics: by name, of the completions; see `metrics`. A value is a number, a truth value, a text, or None.
         controls: more steering, of kind "control" in the result: unrelated pairs, say.
         random_controls: so many random directions for each steering, with the same norm at each layer and token.
         max_new_tokens: length of the completions.
@@ -160,7 +160,9 @@ def sweep(
         prepend_bos: see `prompts.prompt_ids`. By default what the tokenizer does by itself, as in training; where there are
             activation additions, which begin with BOS, one BOS if the tokenizer has one.
         path: a file (SQLite) to write to as it goes. A sweep that was stopped goes on where it was, and one that is
-            finished is read from it; nothing is computed twice.
+            finished is read from it; no completion is written twice. Metrics are taken anew from the completions in the
+            file, at every call: they may be others than before, and one that fails costs no completion. Whether it is the
+            same sweep is told by the whole weights, which takes 4 seconds for GPT2-XL; see `identity_of_model`.
         max_memory: how many bytes a batch may take, about.
         show_progress: show a bar where it takes more than five seconds.
 
@@ -171,7 +173,9 @@ def sweep(
     Raises:
         ValueError: before work starts: nothing to sweep over, a layer that the model or a vector does not have, a prompt
             that is empty, shorter than an addition or longer than the model, a metric that does not give one value a
-            text, settings that mean nothing, a model whose blocks have hooks, or a file of other settings.
+            text, settings that mean nothing, a model whose blocks have hooks, or a file of other settings. Later: a metric
+            that gives something else than at its trial on the prompts.
+        OSError: there is no room for the file. What was written before stays readable, and the same call goes on there.
     """
     metrics = dict(metrics or {})
     check_sampling(temperature, top_p, freq_penalty, repetition_penalty, max_new_tokens)
@@ -184,14 +188,16 @@ def sweep(
     lengths = _lengths(model, tokenizer, prompts, bos, cells, max_new_tokens)
     texts_of = [prompt_text(tokenizer, prompt) for prompt in prompts]
     titles = [column for name, metric in metrics.items() for column in _titles(name, metric, texts_of)]
-    settings = {
-        "what": "completions", **({} if path is None else _identity(model, tokenizer, cells, prompts, bos)), "max_new_tokens": max_new_tokens, "per_prompt": per_prompt,
+    settings = path is not None and {
+        "what": "completions", **_identity(model, tokenizer, cells, prompts, bos), "max_new_tokens": max_new_tokens, "per_prompt": per_prompt,
         "temperature": temperature, "top_p": top_p, "freq_penalty": freq_penalty, "repetition_penalty": repetition_penalty, "seed": seed,
+        "ends": _list(model.generation_config.eos_token_id), "tokens": identity_of_tokens(tokenizer),
     }
     plan = [(cell, prompt, number) for cell in cells for prompt in range(len(prompts)) for number in range(per_prompt)]
     cost = _bytes_of_a_text(model, max(lengths) + max_new_tokens) + 16 * model.get_output_embeddings().weight.shape[0]
-    store = SweepStore(path, settings, [*KEYS, "prompt", "sample", "completion", *titles])
+    store = SweepStore(path, settings or {}, [*KEYS, "prompt", "sample", "completion"], titles)
     try:
+        store.set_metrics(_measured(metrics, titles, store.column("completion")))
         pending = sorted(set(range(len(plan))) - store.done())
         together, shared = "any", False
         if pending:
@@ -213,12 +219,11 @@ def sweep(
                         past_key_values=cache,
                     )
                 texts = completions(tokenizer, inputs, ids)
-                measured = pd.concat([_named(measure(metric, texts, name), name) for name, metric in metrics.items()] or [pd.DataFrame()], axis=1)
-                measured = measured.to_dict("records") or [{}] * len(rows)
                 store.add(
-                    (number, {**cell.keys(), "prompt": texts_of[prompt], "sample": index, "completion": text, **values})
-                    for number, (cell, prompt, index), text, values in zip(batch, rows, texts, measured, strict=True)
+                    (number, {**cell.keys(), "prompt": texts_of[prompt], "sample": index, "completion": text})
+                    for number, (cell, prompt, index), text in zip(batch, rows, texts, strict=True)
                 )
+                store.add_metrics(_measured(metrics, titles, dict(zip(batch, texts))))
                 bar.update(len(batch))
         return typed(store.frame())
     finally:
@@ -247,9 +252,13 @@ def sweep_logits(
 
     Args:
         metrics: by name; each takes steered and unsteered logits [row, vocab] in float32 and returns one number a row. By
-            default `kl`, the divergence from unsteered; see also `token_logprob`.
+            default `kl`, the divergence from unsteered; see also `token_logprob`. Its numbers are kept as float. Logits are not:
+            a file knows a metric by its code and all that it reaches, and a changed one needs another file.
 
     The other arguments and errors are those of `sweep`.
+
+    Raises:
+        ValueError: with a path, also a metric that cannot be told from another one (it reads from an open file, say).
 
     Returns:
         One row for each prompt, layer and coefficient: `steering`, `kind`, `layer`, `coeff`, `prompt`, and the metrics.
@@ -262,7 +271,10 @@ def sweep_logits(
     trial = torch.zeros(2, model.get_output_embeddings().weight.shape[0], device=input_device(model))
     for name, metric in metrics.items():
         _numbers(metric(trial, trial), 2, name)
-    settings = {"what": "logits", **({} if path is None else _identity(model, tokenizer, cells, prompts, bos))}
+    settings = path is not None and {
+        "what": "logits", **_identity(model, tokenizer, cells, prompts, bos),
+        "metrics": {name: identity_of_metric(metric, name) for name, metric in metrics.items()},
+    }
 
     def measured(steered: Tensor, plain: Tensor, inputs: Mapping[str, Tensor]) -> list[dict[str, Any]]:
         last = steered[:, -1].float(), plain[:, -1].float()  # in bf16 a log-probability has three digits
@@ -270,7 +282,7 @@ def sweep_logits(
         return [dict(zip(values, row)) for row in zip(*values.values())]
 
     run = _PassSweep(model, tokenizer, cells, prompts, lengths, bos, True, max_memory)
-    return run.run(SweepStore(path, settings, [*KEYS, "prompt", *metrics]), "prompt", measured, "Predicting", show_progress)
+    return run.run(SweepStore(path, settings or {}, [*KEYS, "prompt", *metrics]), "prompt", measured, "Predicting", show_progress)
 
 
 @evaluating
@@ -314,7 +326,7 @@ def sweep_perplexity(
     if min(lengths) <= first:
         short = texts[lengths.index(min(lengths))]
         raise ValueError(f"the first {first} tokens of a text do not count, a BOS included, and {short!r} has only {min(lengths)}")
-    settings = {"what": "perplexity", **({} if path is None else _identity(model, tokenizer, cells, texts, prepend_bos)), "mask_len": mask_len}
+    settings = path is not None and {"what": "perplexity", **_identity(model, tokenizer, cells, texts, prepend_bos), "mask_len": mask_len}
 
     def measured(steered: Tensor, plain: Tensor, inputs: Mapping[str, Tensor]) -> list[dict[str, Any]]:
         positions = inputs["attention_mask"].cumsum(-1) - 1
@@ -329,7 +341,7 @@ def sweep_perplexity(
 
     run = _PassSweep(model, tokenizer, cells, texts, lengths, prepend_bos, False, max_memory)
     columns = [*KEYS, "text", "loss", "unsteered_loss", "tokens"]
-    return run.run(SweepStore(path, settings, columns), "text", measured, "Reading", show_progress)
+    return run.run(SweepStore(path, settings or {}, columns), "text", measured, "Reading", show_progress)
 
 
 def token_logprob(token_ids: Sequence[int]) -> LogitMetric:
@@ -482,7 +494,7 @@ def _resolve(
             if not torch.isfinite(own[layer]).all():
                 raise ValueError(f"expected finite numbers, got nan or inf in {name!r} at layer {layer}")
         vectors = {layer: own[layer].detach()[None].to(input_device(model)) for layer in wanted}
-        return _Steering(name, kind, "resid_post", vectors, None, _hash(vectors.values()))
+        return _Steering(name, kind, "resid_post", vectors, None, hash_of_tensors(vectors.values()))
     additions = list(what) if isinstance(what, Sequence) and not isinstance(what, str) else []
     if not additions or not all(isinstance(addition, ActivationAddition) for addition in additions):
         raise ValueError(f"expected a SteeringVector or ActivationAdditions for {name!r}, got {what!r}")
@@ -505,21 +517,17 @@ def _identity(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cells: list[_Cell], prompts: Sequence[Prompt], bos: bool | None
 ) -> dict[str, Any]:
     """What decides the rows, beside the settings of each sweep."""
-    weights = _hash(parameter.detach().flatten()[:256] for parameter in model.parameters())
     steered = [(cell.steering, cell.layer, cell.coeff) for cell in cells if cell.steering]
     found = {one.name: [one.kind, one.part, one.location, one.content] for one, _, _ in steered}
     grid = [[one.name, layer, coeff] for one, layer, coeff in steered]
     return {
-        "model": [model_name(model), str(model.dtype), weights], "steering": found, "layers and coeffs": grid,
-        "prompts": [prompt_text(tokenizer, prompt) for prompt in prompts], "tokens": prompt_ids(tokenizer, prompts, bos),
+        **identity_of_model(model), "steering": found, "layers and coeffs": grid,
+        "prompts": [(prompt_text(tokenizer, prompt), ids) for prompt, ids in zip(prompts, prompt_ids(tokenizer, prompts, bos))],
     }
 
 
-def _hash(tensors: Iterable[Tensor]) -> str:
-    found = hashlib.sha256()
-    for tensor in tensors:
-        found.update(tensor.float().cpu().numpy().tobytes())
-    return found.hexdigest()
+def _list(ids: int | Sequence[int] | None) -> list[int]:
+    return [] if ids is None else sorted({ids} if isinstance(ids, int) else set(ids))
 
 
 def _bos(cells: list[_Cell], prepend_bos: bool | None) -> bool | None:
@@ -544,20 +552,40 @@ def _lengths(
 
 def _titles(name: str, metric: Metric, prompts: Sequence[str]) -> list[str]:
     """The columns of a metric, found by trying it on the prompts."""
-    frame = _named(measure(metric, list(prompts), name), name)
-    for value in frame.to_numpy(dtype=object).flat:
-        if not isinstance(value, int | float | str | np.generic | None):
-            raise ValueError(f"the metric {name!r} returned {value!r} for a text: expected a number or a text")
-    return list(frame.columns)
+    return [title for title, _ in _values(name, metric, list(prompts))]
 
 
-def _named(frame: pd.DataFrame, name: str) -> pd.DataFrame:
-    return frame.rename(columns={column: f"{name}_{column}" if column else name for column in frame})
+def _measured(metrics: Mapping[str, Metric], titles: list[str], texts: Mapping[int, str]) -> list[tuple[int, dict[str, Any]]]:
+    """The metrics of numbered texts, row by row."""
+    if not texts:
+        return []
+    columns = [column for name, metric in metrics.items() for column in _values(name, metric, list(texts.values()))]
+    if (found := [title for title, _ in columns]) != titles:
+        raise ValueError(f"the metrics returned the columns {found}, and {titles} when they were tried on the prompts: expected the same")
+    return [(number, {title: values[index] for title, values in columns}) for index, number in enumerate(texts)]
+
+
+def _values(name: str, metric: Metric, texts: list[str]) -> list[tuple[str, list]]:
+    """The columns of a metric with their titles."""
+    try:
+        found = measure(metric, texts, name)
+    except UnicodeEncodeError as error:  # pandas takes no half characters
+        raise ValueError(f"the metric {name!r} of a text: expected a number or a text ({error})") from error
+    columns = [(f"{name}_{column}" if column else name, list(values.to_numpy(dtype=object))) for column, values in found.items()]
+    try:
+        for _, values in columns:
+            list(map(plain, values))
+    except ValueError as error:
+        raise ValueError(f"the metric {name!r} of a text: {error}") from None
+    return columns
 
 
 def _numbers(values: Any, count: int, name: str) -> list[float]:
     """One number a row, from what a metric of logits returned."""
-    found = np.asarray(values.tolist() if isinstance(values, Tensor) else values, dtype=float)
+    try:
+        found = np.asarray(values.tolist() if isinstance(values, Tensor) else values, dtype=float)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"the metric {name!r} returned {values!r}: expected one number for each row") from None
     if found.shape != (count,):
         raise ValueError(f"the metric {name!r} returned values of shape {found.shape} for {count} rows: expected one number for each")
     return found.tolist()

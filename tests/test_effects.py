@@ -78,6 +78,87 @@ def test_an_effect_is_a_mean_of_moves(samples):
     assert "unsteered" not in set(found["kind"]) and len(found) == 8
 
 
+NAN = float("nan")
+
+
+def test_a_prompt_without_a_value_does_not_count():
+    """Mean, spread and the share that went astray are those of the other prompts alone, and their number is said."""
+    up, down, none = (("Love", "steering", 3, coeff) for coeff in (2.0, -2.0, 4.0))
+    table = effect_by_cell(rows_of({up: [1.0, NAN, -0.25, 0.5], down: [NAN, NAN, 1.0, -0.5], none: [NAN] * 4}), "tone").set_index("coeff")
+    for coeff, moved, astray in ((2.0, [1.0, -0.25, 0.5], 1 / 3), (-2.0, [1.0, -0.5], 1 / 2)):
+        row = table.loc[coeff]
+        assert row["prompts"] == len(moved) and row["wrong way"] == pytest.approx(astray)
+        assert row["effect"] == pytest.approx(np.mean(moved)) and row["spread"] == pytest.approx(np.std(moved, ddof=1))
+        assert row["error"] == pytest.approx(row["spread"] / len(moved) ** 0.5)
+    assert table.loc[4.0, ["effect", "spread", "error", "wrong way"]].isna().all() and table.loc[4.0, "prompts"] == 0
+
+
+def test_a_sample_without_a_value_does_not_count():
+    """The mean of a prompt is over the others; a prompt that has none unsteered counts nowhere."""
+    rows = rows_of({("Love", "steering", 3, 2.0): [1.0] * 4}, samples=3)
+    steered, plain = rows.index[rows["coeff"] == 2.0], rows.index[rows["coeff"] == 0]
+    rows.loc[steered[1], "tone"] = rows.loc[plain[3:6], "tone"] = NAN
+    table = effect_by_cell(rows, "tone")
+    assert table["prompts"].tolist() == [3] and table["effect"].tolist() == pytest.approx([1.0])
+
+
+@pytest.mark.parametrize("values", [[None] * 8, [NAN] * 8, [float("inf")] * 8])
+def test_a_metric_without_values(values):
+    """Rows of NaN and 0 prompts, and a sentence where a window is asked for; the pictures stay empty."""
+    rows = rows_of({("Love", "steering", 3, 2.0): [1.0] * 4}).assign(tone=pd.Series(values))
+    table = effect_by_cell(rows, "tone")
+    assert table["effect"].isna().all() and table["prompts"].tolist() == [0]
+    found = working_window(rows, costs_of({("Love", "steering", 3, 2.0): 1.0}), "tone")
+    assert found.layer is None and "'tone' has no value" in found.reason and not found.cells["works"].any()
+    plot_heat_map(found)
+    plot_prompts(rows, "tone", "Love", 3, 2.0)
+    plot_effect(rows, "tone", 3)
+
+
+@pytest.mark.parametrize("kind", [bool, object, "boolean", "Int64", "Float64"])
+def test_truth_values_and_other_numbers(kind):
+    """Truth values are 0 and 1, whatever the column is made of."""
+    rows = rows_of({("Love", "steering", 3, 2.0): [1.0] * 4})
+    truth = [False, False, True, False, True, True, True, False]
+    plain = effect_by_cell(rows.assign(tone=[float(value) for value in truth]), "tone")
+    pd.testing.assert_frame_equal(effect_by_cell(rows.assign(tone=pd.Series(truth).astype(kind)), "tone"), plain)
+    assert plain["effect"].tolist() == [0.5]
+    if kind not in (bool,):
+        gap = rows.assign(tone=pd.Series([*truth[:-1], None]).astype(kind))
+        assert effect_by_cell(gap, "tone")["prompts"].tolist() == [3]
+
+
+def test_large_numbers():
+    rows = rows_of({("Love", "steering", 3, 2.0): [1.0] * 4}).assign(tone=pd.Series([0] * 4 + [2**70] * 4, dtype=object))
+    assert effect_by_cell(rows, "tone")["effect"].tolist() == [2.0**70]
+
+
+@pytest.mark.parametrize("call", [lambda rows: effect_by_cell(rows, "tone"), lambda rows: plot_effect(rows, "tone", 3)])
+def test_texts_are_no_effect(call):
+    """Also those that look like numbers: a sentence with the column, and the text."""
+    rows = rows_of({("Love", "steering", 3, 2.0): [1.0] * 4}).astype({"tone": object})
+    rows.loc[5, "tone"] = "1.5"
+    with pytest.raises(ValueError, match="expected numbers in the column 'tone', got '1.5'"):
+        call(rows)
+
+
+def test_a_model_that_broke_has_no_perplexity_ratio():
+    """One text without a loss, and the cell has no ratio; it is no cell of the window, and none that lacks its cost."""
+    cells = {cell: 1.02 for cell in CELLS}
+    costs = costs_of(cells)
+    costs.loc[costs["layer"].eq(3).fillna(False) & (costs["coeff"] == -2.0) & (costs["tokens"] == 3), "loss"] = NAN
+    ratios = perplexity_ratio_by_cell(costs).set_index(["layer", "coeff"])["ratio"]
+    assert math.isnan(ratios[3, -2.0]) and ratios.drop((3, -2.0)).notna().all()
+    moved = {cell: good(np.sign(cell[3])) for cell in CELLS}
+    assert works(working_window(rows_of(moved), costs, "tone")) == ALL - {(3, 2.0)}
+
+
+def test_a_control_without_a_value_is_not_beaten():
+    """It is not as if none had been swept."""
+    control = {("Hate", "control", layer, coeff): [NAN] * 4 if (layer, coeff) == (3, -2.0) else [0.0] * 4 for _, _, layer, coeff in CELLS}
+    assert works(window(control)) == ALL - {(3, 2.0)}
+
+
 def test_coefficient_0_has_no_wrong_way():
     table = effect_by_cell(rows_of({("Love", "steering", 3, 0.0): [0.5, -0.5, 0.0, 0.0]}), "tone")
     assert table["wrong way"].tolist() == [0.0]

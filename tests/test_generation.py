@@ -1,12 +1,16 @@
 """Laws of `common.positions` and `common.generation`, which every notebook leans on."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support import PROMPTS
+from transformers import CompileConfig, GenerationConfig, WatermarkingConfig
 
-from common.generation import FrequencyPenalty, completions, generate, generation_options, logits
+from common.generation import FrequencyPenalty, completions, generate, generation_options, logits, sample
+from common.models import copy_sharing_weights
 from common.positions import position_ids, with_position_ids
 
 masks = st.integers(1, 12).flatmap(
@@ -107,3 +111,82 @@ def test_frequency_penalty_takes_effect_in_generate(model, batch):
     for row, mask in zip(ids, batch["attention_mask"], strict=True):
         new, prompt = row[len(mask) :].tolist(), row[: len(mask)][mask.bool()].tolist()
         assert len(set(new)) == len(new) and not set(new) & set(prompt)
+
+
+# --- sampling by its own settings ---
+
+# What a checkpoint may bring along, each value one that changes or stops what is written where it is obeyed.
+FROM_A_CHECKPOINT = {
+    "max_length": 3, "max_new_tokens": 2, "min_length": 60, "min_new_tokens": 12, "early_stopping": True, "max_time": 0.0, "stop_strings": ["e", " "],
+    "do_sample": True, "num_beams": 3, "use_mtp": True, "use_cache": False, "cache_implementation": "static", "cache_config": {"max_cache_len": 4},
+    "max_cache_len": 4, "temperature": 9.0, "top_k": 3, "top_p": 0.1, "min_p": 0.9, "top_h": 0.1, "typical_p": 0.1, "epsilon_cutoff": 0.9,
+    "eta_cutoff": 0.9, "repetition_penalty": 5.0, "encoder_repetition_penalty": 0.2, "length_penalty": -3.0, "no_repeat_ngram_size": 1,
+    "renormalize_logits": True, "forced_bos_token_id": 7, "forced_eos_token_id": 7, "remove_invalid_values": True,
+    "exponential_decay_length_penalty": (1, 9.0), "suppress_tokens": list(range(8, 1500)), "begin_suppress_tokens": list(range(8, 1500)),
+    "bad_words_ids": [[token] for token in range(8, 1500)], "sequence_bias": {(9,): 50.0}, "token_healing": True, "guidance_scale": 3.0,
+    "watermarking_config": WatermarkingConfig(bias=50.0), "num_return_sequences": 3, "output_attentions": True, "output_hidden_states": True,
+    "output_scores": True, "output_logits": True, "return_dict_in_generate": True, "encoder_no_repeat_ngram_size": 1, "is_assistant": True,
+    "num_assistant_tokens": 3, "num_assistant_tokens_schedule": "heuristic", "assistant_confidence_threshold": 0.9, "prompt_lookup_num_tokens": 3,
+    "max_matching_ngram_size": 2, "assistant_early_exit": 2, "assistant_lookbehind": 2, "target_lookbehind": 2, "assistant_ensemble_weight": 0.5,
+    "speculation_type": "prompt_lookup", "compile_config": CompileConfig(), "disable_compile": True, "low_memory": True, "penalty_alpha": 0.6,
+    "dola_layers": "high", "diversity_penalty": 3.0, "num_beam_groups": 3, "constraints": [object()], "force_words_ids": [[9]], "prefill_chunk_size": 2,
+    "continuous_batching_config": object(),
+}  # fmt: skip
+NO_SETTINGS = {"pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "transformers_version"}
+
+
+def from_a_checkpoint(model, settings: dict):
+    """The model with a generation config that says more than which tokens begin and end a text."""
+    other = copy_sharing_weights(model)
+    other.generation_config = copy.deepcopy(model.generation_config)
+    for name, value in settings.items():
+        setattr(other.generation_config, name, value)
+    return other
+
+
+def test_the_settings_of_a_checkpoint_are_all_tried():
+    """Every one that this version of transformers knows."""
+    assert {name for name in vars(GenerationConfig()) if not name.startswith("_")} == FROM_A_CHECKPOINT.keys() | NO_SETTINGS
+
+
+@pytest.fixture(scope="module")
+def own_words(model, batch) -> dict:
+    """Greedy and drawn, what is written without such settings."""
+    return {temperature: sample(model, batch, [1, 2, 3], temperature=temperature, max_new_tokens=5) for temperature in (0.0, 1.0)}
+
+
+@pytest.mark.parametrize("name", [*FROM_A_CHECKPOINT, "all of them"])
+def test_sampling_obeys_its_arguments_only(model, batch, own_words, recwarn, name):
+    """The ids are those of a checkpoint that brings no settings; its own config stays as it was."""
+    settings = FROM_A_CHECKPOINT if name == "all of them" else {name: FROM_A_CHECKPOINT[name]}
+    if name == "num_return_sequences":  # transformers itself refuses several greedy ones
+        settings["do_sample"] = True
+    other = from_a_checkpoint(model, settings)
+    before = dict(vars(other.generation_config))
+    for temperature, expected in own_words.items():
+        assert torch.equal(sample(other, batch, [1, 2, 3], temperature=temperature, max_new_tokens=5), expected)
+    assert vars(other.generation_config) == before and not recwarn
+
+
+def test_a_text_ends_where_the_checkpoint_says(model, batch):
+    """Which tokens end a text is a fact of the model, and no setting of sampling."""
+    written = sample(model, batch, [1, 2, 3], temperature=0, max_new_tokens=3)
+    first = written[:, batch["input_ids"].shape[1]]
+    other = from_a_checkpoint(model, {"eos_token_id": first.unique().tolist()})
+    assert sample(other, batch, [1, 2, 3], temperature=0, max_new_tokens=3).shape[1] == batch["input_ids"].shape[1] + 1
+
+
+def test_options_of_sampling_count(model, batch):
+    """What the caller asks for goes through to `generate`, whatever the checkpoint says."""
+    tokens = sample(model, batch, [1, 2, 3], temperature=0, max_new_tokens=4)[:, batch["input_ids"].shape[1] :]
+    suppressed = tokens.unique().tolist()
+    for one in (model, from_a_checkpoint(model, {"suppress_tokens": [5]})):
+        found = sample(one, batch, [1, 2, 3], temperature=0, max_new_tokens=4, suppress_tokens=suppressed)
+        assert not torch.isin(found[:, batch["input_ids"].shape[1] :].contiguous(), tokens.contiguous()).any()
+
+
+@pytest.mark.parametrize("options", [{"do_sample": True}, {"top_k": 5}, {"min_p": 0.1}, {"generation_config": GenerationConfig(top_k=5)}])
+def test_options_that_sampling_would_pass_over_are_refused(model, batch, options):
+    """Its random numbers belong to the rows: `generate` must not draw on top, and settings for that drawing mean nothing."""
+    with pytest.raises(ValueError, match=next(iter(options))):
+        sample(model, batch, [1, 2, 3], **options)

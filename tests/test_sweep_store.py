@@ -1,10 +1,14 @@
 """The file of a sweep: what goes in comes out, all of a batch or nothing of it, and no file is harmed that holds something else."""
 
+import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +25,8 @@ COLUMNS = ["layer", "coeff", "text"]
 ROOT = Path(__file__).resolve().parent.parent
 texts = st.text(st.characters(exclude_categories=["Cs"]))
 values = (
-    st.none() | texts | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False) | st.booleans()
-    | st.floats(-9, 9).map(np.float64) | st.integers(-9, 9).map(np.int64) | st.booleans().map(np.bool_)
+    st.none() | st.text() | texts | st.integers() | st.integers(-(2**66), 2**66) | st.floats() | st.booleans()
+    | st.floats(-9, 9).map(np.float64) | st.integers(-9, 9).map(np.int64) | st.booleans().map(np.bool_) | st.just(np.uint64(2**64 - 1))
 )  # fmt: skip
 
 
@@ -44,15 +48,70 @@ def write(path, numbers=range(3), settings=SETTINGS, columns=COLUMNS) -> pd.Data
 
 
 @given(st.dictionaries(st.integers(0, 2**40), st.tuples(values, values), max_size=6))
-def test_what_goes_in_comes_out(given):
-    """Numbers, texts and gaps as they are, in the order of the row numbers; truth values as 0 and 1."""
-    store = SweepStore(None, {}, ["a", "b"])
-    store.add((number, {"b": b, "a": a, "more": 1}) for number, (a, b) in given.items())
-    assert store.done() == set(given)
-    found = store.connection.execute("SELECT a, b FROM rows ORDER BY number").fetchall()
-    assert found == [tuple(given[number]) for number in sorted(given)]
-    assert list(store.frame()) == ["a", "b"] and len(store.frame()) == len(given)
+def test_what_goes_in_comes_out(tmp_path_factory, given):
+    """Each value as it is and of its kind, in the order of the row numbers: truth values, NaN, numbers of any size, any text."""
+    path = tmp_path_factory.mktemp("values") / "a.sweep"
+    expected = [[_python(value) for value in given[number]] for number in sorted(given)]
+    for where in (None, path):
+        store = SweepStore(where, {}, ["a"], ["b"])
+        store.add((number, {"a": a, "more": 1}) for number, (a, _) in given.items())
+        store.add_metrics((number, {"b": b}) for number, (_, b) in given.items())
+        assert store.done() == set(given) and list(map(repr, store.column("a").values())) == [repr(a) for a, _ in expected]
+        found = store.frame()
+        store.close()
+        pd.testing.assert_frame_equal(found, pd.DataFrame(expected, columns=["a", "b"]))
+    pd.testing.assert_frame_equal(read_sweep(path), found)
+
+
+def _python(value):
+    return value.item() if isinstance(value, np.generic) else value
+
+
+@pytest.mark.parametrize("value", [Decimal("0.1"), [1], 1j, np.complex64(1j), np.datetime64("2020-01-01"), pd.NaT, b"x", "\ud800", object()])
+def test_other_values_are_refused(tmp_path, value):
+    """They are named, and nothing is written."""
+    store = SweepStore(tmp_path / "a.sweep", {}, ["a"])
+    with pytest.raises(ValueError, match=re.escape(f"expected a number or a text, got {_python(value)!r}")):
+        store.add([(0, {"a": 1}), (1, {"a": value})])
+    assert store.done() == set()
     store.close()
+
+
+def test_metrics_may_be_others_when_a_file_is_opened_again(tmp_path):
+    """Those of the last call stand in it; a file whose metrics are the same is not touched; rows without metrics have gaps."""
+    path = tmp_path / "a.sweep"
+    for metrics in ({"m": [1, float("nan")]}, {"m": [True, None], "n": ["a", 2**70]}, {}, {"m": [1, 2]}):
+        rows = [(number, {name: column[number] for name, column in metrics.items()}) for number in range(2)]
+        for attempt in range(2):
+            content = path.read_bytes() if attempt else b""
+            store = SweepStore(path, SETTINGS, COLUMNS, list(metrics))
+            if not store.done():
+                store.add((number, row(number)) for number in range(2))
+            store.set_metrics(rows)
+            found = store.frame()
+            store.close()
+            assert not attempt or path.read_bytes() == content
+            pd.testing.assert_frame_equal(read_sweep(path)[COLUMNS + list(metrics)].astype(object), found.astype(object))
+            assert {name: list(map(repr, found[name])) for name in metrics} == {name: list(map(repr, pd.Series(column))) for name, column in metrics.items()}
+            assert list(found) == COLUMNS + list(metrics)
+    store = SweepStore(path, SETTINGS, COLUMNS, ["m"])
+    store.add([(9, row(9))])
+    store.close()
+    assert read_sweep(path)["m"].isna().tolist() == [False, False, True]
+
+
+def test_a_file_of_the_former_format(tmp_path):
+    """It is read as it was, and no sweep goes on in it: what it depends on was known by less."""
+    path = tmp_path / "a.sweep"
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("CREATE TABLE settings (settings TEXT)")
+        connection.execute("INSERT INTO settings VALUES (?)", [json.dumps({"format": 1, "columns": [*COLUMNS, "tone"], **SETTINGS})])
+        connection.execute("CREATE TABLE rows (number INTEGER PRIMARY KEY, layer, coeff, text, tone)")
+        connection.execute("INSERT INTO rows VALUES (0, 3, 0.5, 'so it goes', NULL)")
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"another version of this library \(format 1, expected 2\).*read_sweep"):
+        SweepStore(path, SETTINGS, COLUMNS, ["tone"])
+    assert path.read_bytes() == before and read_sweep(path).to_dict("list") == {"layer": [3], "coeff": [0.5], "text": ["so it goes"], "tone": [None]}
 
 
 def test_rows_are_in_the_order_of_their_numbers():
@@ -261,3 +320,74 @@ def test_a_sweep_that_is_killed_while_it_writes(tmp_path):
     assert store.done() == {0, 1, 2}
     store.close()
     assert list(tmp_path.iterdir()) == [path]
+
+
+# --- no room ---
+
+
+NO_ROOM = """
+import resource, sys
+from common.sweep_store import SweepStore
+
+limit, count = int(sys.argv[2]), int(sys.argv[3])
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # writing beyond it fails, as on a disk that is full
+store = None
+try:
+    store = SweepStore(sys.argv[1], {settings}, {columns}, ["m"])
+    for number in range(count):
+        store.add([(number, {{"layer": number, "coeff": 0.5, "text": 2000 * "a"}})])
+        store.add_metrics([(number, {{"m": True}})])
+except OSError as error:
+    print(error)
+finally:
+    if store is not None:
+        print(len(store.done()))
+        store.close()
+"""
+
+
+def full_disk(path, limit: int) -> str:
+    """Write rows where a file cannot grow beyond a limit; returns what was said."""
+    script = NO_ROOM.format(settings=SETTINGS, columns=COLUMNS)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(path), str(limit), "50"], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )  # fmt: skip
+    assert not done.returncode, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("limit", [0, 5000])
+def test_no_room_for_a_new_file(tmp_path, limit):
+    """One sentence, and nothing is left that would stand in the way later."""
+    path = tmp_path / "a.sweep"
+    assert "a.sweep' cannot be written" in full_disk(path, limit) and not list(tmp_path.iterdir())
+    assert len(write(path)) == 3
+
+
+def test_no_room_midway(tmp_path):
+    """One sentence; complete rows are readable, and once there is room the sweep goes on with the next."""
+    path = tmp_path / "a.sweep"
+    said, count = full_disk(path, 60_000).splitlines()
+    assert "cannot be written" in said and "goes on" in said and 5 < int(count) < 50
+    part = read_sweep(path)
+    assert len(part) == int(count) and part["m"].iloc[:-1].all() and (part["text"].str.len() == 2000).all()
+    store = SweepStore(path, SETTINGS, COLUMNS, ["m"])
+    assert store.done() == set(range(int(count)))
+    store.add((number, row(number)) for number in range(int(count), 50))
+    store.set_metrics((number, {"m": False}) for number in range(50))
+    store.close()
+    assert len(read_sweep(path)) == 50 and not read_sweep(path)["m"].any() and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, TypeError])
+def test_a_file_that_is_being_made_is_gone_when_that_fails(tmp_path, stop, monkeypatch):
+    """Whatever ended it; a file that was there before stays."""
+
+    def fail(*given):
+        raise stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SweepStore, "_make", fail)
+        with pytest.raises((stop, ValueError)):
+            SweepStore(tmp_path / "a.sweep", SETTINGS, COLUMNS)
+    assert not list(tmp_path.iterdir())

@@ -7,7 +7,8 @@ import sqlite3
 import subprocess
 import sys
 from collections import Counter
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
+from decimal import Decimal
 from pathlib import Path
 
 import pandas as pd
@@ -500,9 +501,9 @@ def passes(model):
 
 @given(stops=st.lists(st.integers(0, 5), min_size=1, max_size=4), memory=st.sampled_from([TINY, 1_000_000, 3_000_000, 2**30]))
 def test_however_often_it_was_stopped(model, tokenizer, tmp_path_factory, stops, memory):
-    """A metric that throws at some calls: what has gone through it is every row, once, and the batch that it threw at."""
-    path, seen, prompts = tmp_path_factory.mktemp("stops") / "a.sweep", [], PROMPTS[:2]
-    calls, stop = 0, iter([*stops, None])
+    """A metric that throws at some calls costs no row: each is completed once, and the metric is that of all."""
+    path, prompts = tmp_path_factory.mktemp("stops") / "a.sweep", PROMPTS[:2]
+    calls, stop, seen = 0, iter([*stops, None]), []
 
     def metric(texts):
         nonlocal calls, limit
@@ -511,17 +512,15 @@ def test_however_often_it_was_stopped(model, tokenizer, tmp_path_factory, stops,
         if calls == limit:
             raise Stopped
         calls += 1
-        seen.extend(texts)
         return words(texts)
 
     for limit in stop:
         calls = 0
-        try:
+        with stopping(pytest.MonkeyPatch(), 10**6) as written, suppress(Stopped):
             found = sweep(model, tokenizer, {"v": a_vector()}, [2], [1.0, 2.0], prompts, {"m": metric}, max_new_tokens=2, path=path, max_memory=memory)
-        except Stopped:
-            continue
-        break
-    assert Counter(seen) == Counter(found["completion"]) and len(found) == 6
+        seen += [number for batch in written for number in batch]
+    assert sorted(seen) == list(range(6)) and found["m"].tolist() == words(found["completion"])
+    pd.testing.assert_frame_equal(found, read_sweep(path))
 
 
 KILLED = """
@@ -556,41 +555,193 @@ def test_a_sweep_that_was_killed_goes_on(model, tokenizer, vector, monkeypatch, 
 
 
 def changed(model):
-    """A copy of a model with one weight changed a little."""
+    """A copy of a model with one weight changed a little, the last of many."""
     other = copy.deepcopy(model)
     with torch.no_grad():
-        other.transformer.h[3].mlp.c_fc.bias[0] += 1e-3
+        other.transformer.h[3].mlp.c_fc.weight[-1, -1] += 1e-3
+    return other
+
+
+def ending_at(model, token: int):
+    """A model whose texts end at another token."""
+    other = copy_sharing_weights(model)
+    other.generation_config = copy.deepcopy(model.generation_config)
+    other.generation_config.eos_token_id = token
+    return other
+
+
+def relabelled(tokenizer):
+    """A tokenizer that reads as another one, and writes one token differently."""
+
+    class Relabelled(type(tokenizer)):
+        def batch_decode(self, rows, **options):
+            return [text.replace("z", "Z") for text in super().batch_decode(rows, **options)]
+
+    other = copy.deepcopy(tokenizer)
+    other.__class__ = Relabelled
     return other
 
 
 @pytest.mark.parametrize(
     "what, says",
     [
-        ("coeffs", "layers and coeffs"), ("layers", "layers and coeffs, steering"), ("prompts", "prompts, tokens"), ("seed", "seed"), ("weights", "model"), ("dtype", "model"),
+        ("coeffs", "layers and coeffs"), ("layers", "layers and coeffs, steering"), ("prompts", "prompts"), ("seed", "seed"), ("weights", "weights"), ("dtype", "weights"),
         ("vector", "steering"), ("name", "layers and coeffs, steering"), ("controls", "layers and coeffs, steering"), ("kind", "steering"),
-        ("metric", "columns"), ("per_prompt", "per_prompt"), ("temperature", "temperature"), ("prepend_bos", "tokens"), ("max_new_tokens", "max_new_tokens"),
+        ("ends", "ends"), ("tokens", "tokens"), ("per_prompt", "per_prompt"), ("temperature", "temperature"), ("prepend_bos", "prompts"), ("max_new_tokens", "max_new_tokens"),
     ],
 )  # fmt: skip
 def test_a_file_of_other_settings_is_left_alone(model, tokenizer, vector, tmp_path, what, says):
     """The error says what differs. The file stays as it is, byte for byte, and the model does not run."""
     path, w = tmp_path / "a.sweep", a_vector(1)
     given = {
-        "model": model, "steering": {"v": vector, "w": w}, "layers": [1, 4], "coeffs": [1.0, 2.0], "prompts": PROMPTS[:2], "metrics": {"words": words},
+        "model": model, "tokenizer": tokenizer, "steering": {"v": vector, "w": w}, "layers": [1, 4], "coeffs": [1.0, 2.0], "prompts": PROMPTS[:2], "metrics": {"words": words},
         "per_prompt": 2, "temperature": 1.0, "max_new_tokens": 2,
     }  # fmt: skip
-    sweep(tokenizer=tokenizer, path=path, **given)
+    sweep(path=path, **given)
     other = {
         "coeffs": {"coeffs": [1.0, 2.5]}, "layers": {"layers": [1, 5]}, "prompts": {"prompts": PROMPTS[1:3]}, "seed": {"seed": 1},
         "weights": {"model": changed(model)}, "dtype": {"model": copy.deepcopy(model).to(torch.float64)},
         "vector": {"steering": {"v": vector, "w": SteeringVector({layer: values + 1e-6 for layer, values in w.layer_activations.items()})}},
         "name": {"steering": {"v": vector, "x": w}}, "controls": {"controls": {"c": w}}, "kind": {"steering": {"v": vector}, "controls": {"w": w}},
-        "metric": {"metrics": {"length": words}}, "per_prompt": {"per_prompt": 3}, "temperature": {"temperature": 0.5}, "prepend_bos": {"prepend_bos": True},
+        "ends": {"model": ending_at(model, 3)}, "tokens": {"tokenizer": relabelled(tokenizer)}, "per_prompt": {"per_prompt": 3}, "temperature": {"temperature": 0.5}, "prepend_bos": {"prepend_bos": True},
         "max_new_tokens": {"max_new_tokens": 3},
     }[what]  # fmt: skip
     content, settings = path.read_bytes(), {**given, **other}
     with passes(settings["model"]) as count, pytest.raises(ValueError, match=rf"other settings \({says}\)"):
-        sweep(tokenizer=tokenizer, path=path, **settings)
+        sweep(path=path, **settings)
     assert not count and path.read_bytes() == content and list(tmp_path.iterdir()) == [path]
+
+
+# --- metrics ---
+
+
+FEW = ["I think", "My neighbour"]  # as long as each other: their rows come in the order of the table
+
+
+def few(model, tokenizer, vector, metrics, **options) -> pd.DataFrame:
+    return sweep(model, tokenizer, {"v": vector}, [2], [1.0], FEW, metrics, max_new_tokens=2, **options)
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_metrics_are_those_of_the_last_call(model, tokenizer, vector, monkeypatch, tmp_path, stopped):
+    """Changed under the old name, another one, or none: they are taken from the texts in the file, and no text is written twice."""
+    path, options = tmp_path / "a.sweep", {"path": tmp_path / "a.sweep", "max_memory": TINY}
+    with stopping(monkeypatch, 2 if stopped else 10**6) as first, pytest.raises(Stopped) if stopped else nullcontext():
+        few(model, tokenizer, vector, {"m": words}, **options)
+    expected = few(model, tokenizer, vector, {})
+    with stopping(monkeypatch, 10**6) as written:
+        for metrics in ({"m": lambda texts: [-len(text) for text in texts]}, {"n": words, "m": words}, {}):
+            found = few(model, tokenizer, vector, metrics, **options)
+            wanted = expected.assign(**{name: metric(expected["completion"]) for name, metric in metrics.items()})
+            pd.testing.assert_frame_equal(found, wanted)
+            pd.testing.assert_frame_equal(read_sweep(path), wanted)
+    assert sorted(number for batch in first + written for number in batch) == list(range(4))
+
+
+ODD = {
+    "truth values": [True, False, True, False], "NaN": [float("nan"), 1.5, 2.5, 1.0], "nothing but NaN": [float("nan")] * 4, "gaps": [None, 1, 2, 3],
+    "no value": [None] * 4, "infinity": [float("inf"), -float("inf"), 0.0, 1.0], "large numbers": [2**63, -(2**70), 0, 10**30], "2**63 - 1": [2**63 - 1, 0, 1, 2],
+    "texts": ["a", "", "\0ü", None], "texts and numbers": ["a", 1, 0.5, True],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_values_of_metrics_are_the_same_from_memory_and_from_a_file(model, tokenizer, vector, tmp_path, kind):
+    """Whatever they are, and each of its kind; the trial on the prompts cannot see them coming."""
+    values = iter(ODD[kind])
+
+    def metric(texts):
+        return [0] * len(texts) if list(texts) == FEW else [next(values) for _ in texts]
+
+    memory = few(model, tokenizer, vector, {"m": metric}, max_memory=TINY)
+    values = iter(ODD[kind])
+    stored = few(model, tokenizer, vector, {"m": metric}, max_memory=TINY, path=tmp_path / "a.sweep")
+    pd.testing.assert_frame_equal(memory, stored)
+    pd.testing.assert_frame_equal(memory, read_sweep(tmp_path / "a.sweep"))
+    pd.testing.assert_series_equal(memory["m"], pd.Series(ODD[kind], name="m"))
+
+
+MIDWAY = {
+    "no number": (lambda texts: [object() for _ in texts], "'m' of a text: expected a number or a text"),
+    "a decimal": (lambda texts: [Decimal(1) for _ in texts], "'m' of a text: expected a number or a text, got Decimal"),
+    "no text": (lambda texts: ["\ud800" for _ in texts], "'m' of a text: "),
+    "too few": (lambda texts: [], "'m' returned 0 values"),
+    "other columns": (lambda texts: pd.DataFrame({"x": [1] * len(texts)}), r"columns \['m_x'\], and \['m'\] when"),
+}
+
+
+@pytest.mark.parametrize("kind", MIDWAY)
+def test_what_a_metric_does_after_its_trial_costs_no_completion(model, tokenizer, vector, monkeypatch, tmp_path, kind):
+    """A sentence; mended, the metric is taken of the texts that are there."""
+    broken, says = MIDWAY[kind]
+    path = tmp_path / "a.sweep"
+    with stopping(monkeypatch, 10**6) as written:
+        with pytest.raises(ValueError, match=says):
+            few(model, tokenizer, vector, {"m": lambda texts: words(texts) if list(texts) == FEW else broken(texts)}, path=path, max_memory=TINY)
+        assert len(read_sweep(path)) == 1
+        found = few(model, tokenizer, vector, {"m": words}, path=path, max_memory=TINY)
+    assert [number for batch in written for number in batch] == list(range(4))
+    pd.testing.assert_frame_equal(found, few(model, tokenizer, vector, {"m": words}))
+
+
+@pytest.mark.parametrize("given", ["a", None, [[1], [2, 3]], Decimal])
+def test_metrics_of_logits_that_give_no_numbers(model, tokenizer, vector, given):
+    """A sentence with the metric's name, before the model runs."""
+    with passes(model) as count, pytest.raises(ValueError, match="'m' returned"):
+        sweep_logits(model, tokenizer, {"v": vector}, [2], [1.0], PROMPTS, {"m": lambda steered, plain: given})
+    assert not count
+
+
+def test_a_changed_metric_of_logits_needs_another_file(model, tokenizer, vector, tmp_path):
+    """Logits are not kept: the file holds what the old one gave, whatever the new one is called. An equal one may go on."""
+    path, scale = tmp_path / "a.sweep", torch.ones(1)
+
+    def metric_with(factor, scale):
+        return lambda steered, plain: factor * scale * steered[:, 3]
+
+    found = RUNS["logits"](model, tokenizer, {"v": vector}, path=path, metrics={"m": metric_with(1, scale)})
+    content = path.read_bytes()
+    again = RUNS["logits"](model, tokenizer, {"v": vector}, path=path, metrics={"m": metric_with(1, scale.clone())})
+    pd.testing.assert_frame_equal(found, again)
+    for other in (metric_with(2, scale), metric_with(1, scale + 1), lambda steered, plain: steered[:, 3]):
+        with passes(model) as count, pytest.raises(ValueError, match=r"other settings \(metrics\)"):
+            RUNS["logits"](model, tokenizer, {"v": vector}, path=path, metrics={"m": other})
+    assert not count and path.read_bytes() == content
+
+
+def test_a_metric_without_content_needs_no_file(model, tokenizer, vector, tmp_path):
+    """It is refused where an older one could stand in the file, and by name; in memory it is as good as any."""
+    numbers = iter(range(10**6))
+    metrics = {"counted": lambda steered, plain: [next(numbers) for _ in steered], "m": lambda steered, plain, numbers=(n for n in [0]): steered[:, 0]}
+    RUNS["logits"](model, tokenizer, {"v": vector}, metrics=metrics)
+    with passes(model) as count, pytest.raises(ValueError, match="the metric 'm' reaches <generator"):
+        RUNS["logits"](model, tokenizer, {"v": vector}, metrics=metrics, path=tmp_path / "a.sweep")
+    assert not count and not list(tmp_path.iterdir())
+
+
+def test_what_is_in_memory_needs_no_identity(model, tokenizer, vector, monkeypatch, tmp_path):
+    """The weights are read where there is a file to compare with, and only there."""
+
+    def read(model):
+        raise Stopped
+
+    monkeypatch.setattr("common.sweeps.identity_of_model", read)
+    for run in RUNS.values():
+        run(model, tokenizer, {"v": vector})
+        with pytest.raises(Stopped):
+            run(model, tokenizer, {"v": vector}, path=tmp_path / "a.sweep")
+
+
+def test_a_sweep_is_free_of_the_settings_of_a_checkpoint(model, tokenizer, vector, tmp_path):
+    """They change no text, and the file is the same sweep with them and without."""
+    other = copy_sharing_weights(model)
+    other.generation_config = copy.deepcopy(model.generation_config)
+    other.generation_config.update(repetition_penalty=5.0, no_repeat_ngram_size=1, num_beams=3, suppress_tokens=list(range(3, 900)), cache_implementation="static")
+    expected = RUNS["completions"](model, tokenizer, {"v": vector})
+    pd.testing.assert_frame_equal(RUNS["completions"](other, tokenizer, {"v": vector}, path=tmp_path / "a.sweep"), expected)
+    with passes(model) as count:
+        RUNS["completions"](model, tokenizer, {"v": vector}, path=tmp_path / "a.sweep")
+    assert not count
 
 
 def test_a_sweep_of_additions_goes_on(model, tokenizer, monkeypatch, tmp_path):
@@ -615,7 +766,7 @@ def test_each_kind_of_sweep_has_its_own_file(model, tokenizer, vector, tmp_path)
     for kind in ("completions", "perplexity"):
         with pytest.raises(ValueError, match="what"):
             RUNS[kind](model, tokenizer, {"v": vector}, path=path)
-    with pytest.raises(ValueError, match="columns"):
+    with pytest.raises(ValueError, match=r"\(columns, metrics\)"):
         RUNS["logits"](model, tokenizer, {"v": vector}, path=path, metrics={"p": token_logprob([3])})
     path = tmp_path / "another.sweep"
     RUNS["perplexity"](model, tokenizer, {"v": vector}, path=path)
