@@ -50,8 +50,8 @@ def identity_of_model(model: PreTrainedModel) -> dict[str, Any]:
 
 def identity_of_tokens(tokenizer: PreTrainedTokenizerBase) -> str:
     """Identify a tokenizer by what it writes for each token."""
-    texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return _short(texts)
+    rows = [[token] for token in range(len(tokenizer))]
+    return _short(tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def hash_of_tensors(tensors: Iterable[Tensor]) -> str:
@@ -69,7 +69,7 @@ def identity_of_metric(metric: Any, name: str) -> str:
     Functions and classes of installed packages go by their names.
 
     Raises:
-        ValueError: it reaches something that has no content to compare: a generator, an open file, a random state.
+        ValueError: it reaches something that has no content to compare: a generator, a lock, an open file.
     """
     try:
         return _short(_Content().of(metric))
@@ -93,12 +93,12 @@ def _hash_of_state(model: nn.Module) -> str:
     found, known = [], {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor):
-            raise ValueError(f"{name} of the model is a {type(tensor).__name__} and no tensor: it cannot be identified, give no path")
+            raise ValueError(f"{name} of the model is a {type(tensor).__name__} and no tensor: give no path")
         try:
             if id(tensor) not in known:  # shared weights have several names
                 known[id(tensor)] = hash_of_tensors([_loaded(model, name, tensor)])
         except (RuntimeError, NotImplementedError, TypeError) as error:
-            raise ValueError(f"the weight {name} cannot be read ({error}): its sweep cannot be told from another, give no path") from None
+            raise ValueError(f"the weight {name} cannot be read ({error}): give no path") from None
         found.append([name, known[id(tensor)]])
     return _short(found)
 
@@ -173,10 +173,10 @@ class _Content:
     def _class(self, kind: type) -> Any:
         if _is_installed(kind.__module__):
             return self._named(kind)
+        slots = types.GetSetDescriptorType, types.MemberDescriptorType
         own = {
             name: value for name, value in vars(kind).items()
-            if not (name.startswith("__") and not callable(value)) and not isinstance(value, types.GetSetDescriptorType | types.MemberDescriptorType)
-            and name != "_abc_impl"
+            if (callable(value) or not name.startswith("__")) and not isinstance(value, slots) and name != "_abc_impl"
         }  # fmt: skip
         return [self._each(kind.__bases__), self._items(own)]
 
@@ -225,7 +225,8 @@ def _is_installed(module: str | None) -> bool:
 
 def _names(code: types.CodeType) -> set[tuple[str, bool]]:
     """The names that a code object looks up outside itself, and whether it imports them; those of inner functions too."""
-    own = {(step.argval, step.opname == "IMPORT_NAME") for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "IMPORT_NAME")}
+    lookups = "LOAD_GLOBAL", "LOAD_NAME", "IMPORT_NAME"
+    own = {(step.argval, step.opname == "IMPORT_NAME") for step in dis.get_instructions(code) if step.opname in lookups}
     return own.union(*(_names(const) for const in code.co_consts if isinstance(const, types.CodeType)))
 
 
