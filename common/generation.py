@@ -15,7 +15,6 @@ from tqdm import tqdm
 from transformers import (
     BatchEncoding,
     DynamicCache,
-    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
@@ -26,8 +25,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from common.hooking import prompts_of
-from common.passes import evaluating, part_of, pass_inputs, separate_parts
-from common.positions import with_position_ids
+from common.passes import evaluating, neutral_options, part_of, pass_inputs, separate_parts
 from common.prompts import Prompt, prompt_ids
 
 
@@ -325,26 +323,10 @@ def check_sampling(temperature: float, top_p: float, freq_penalty: float, repeti
     FrequencyPenalty(freq_penalty)
 
 
-# What a checkpoint says about tokens, and not about sampling.
-_OF_THE_CHECKPOINT = {"pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "transformers_version"}
-# What has to have a value; for all other settings None means none.
-_NEUTRAL = {
-    "do_sample": False, "num_beams": 1, "num_return_sequences": 1, "min_length": 0, "use_cache": True, "return_dict_in_generate": False,
-    "repetition_penalty": 1.0, "length_penalty": 1.0, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0,
-}  # fmt: skip
 # They act on the drawing of transformers, which `sample` does not use; "generation_config" would bring all of them.
 _PASSED_OVER = {
     "generation_config", "do_sample", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff",
 }  # fmt: skip
-
-
-def _neutral_options() -> dict[str, Any]:
-    """Every setting of `generate`, as if no checkpoint had said anything.
-
-    They go in as keyword arguments: whatever a `GenerationConfig` leaves open, transformers takes from the model's own.
-    """
-    names = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
-    return {name: _NEUTRAL.get(name) for name in names - _OF_THE_CHECKPOINT}
 
 
 def sample(
@@ -416,5 +398,5 @@ def sample(
         processors.append(SeededSampling(seeds))
     with progress_bar(max_new_tokens, "Generating", "token", show_progress) as bar:
         processors.append(_Bar(bar))
-        own = {**_neutral_options(), "max_new_tokens": max_new_tokens, **options}
+        own = {**neutral_options(), "max_new_tokens": max_new_tokens, **options}
         return generate(model, inputs, logits_processor=processors, **own)

@@ -16,7 +16,6 @@ from functools import cache
 from typing import Any, Literal
 
 import pandas as pd
-import torch
 from torch import Tensor
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 

@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from common.hooking import WATCHED, unsteered
 from common.positions import with_position_ids
@@ -104,10 +105,28 @@ def same_logits(found: Tensor, expected: Tensor) -> bool:
     return bool((found - expected).norm() <= (1e-4 if precise else 3e-2) * expected.norm())
 
 
+# What a checkpoint says about tokens, and not about sampling.
+_OF_THE_CHECKPOINT = {"pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "transformers_version"}
+# What has to have a value; for all other settings None means none.
+_NEUTRAL = {
+    "do_sample": False, "num_beams": 1, "num_return_sequences": 1, "min_length": 0, "use_cache": True, "return_dict_in_generate": False,
+    "repetition_penalty": 1.0, "length_penalty": 1.0, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0,
+}  # fmt: skip
+
+
+def neutral_options() -> dict[str, Any]:
+    """Every setting of `generate`, as if no checkpoint had said anything.
+
+    They go in as keyword arguments: whatever a `GenerationConfig` leaves open, transformers takes from the model's own.
+    """
+    names = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
+    return {name: _NEUTRAL.get(name) for name in names - _OF_THE_CHECKPOINT}
+
+
 def first_logits(model: nn.Module, inputs: Mapping[str, Tensor], **options: Any) -> Tensor:
     """Return the logits of the first two tokens that a model generates, [batch, 2, vocab], before anything is made of them."""
-    options |= {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False, "num_beams": 1}
-    found = model.generate(**inputs, **options, output_logits=True, return_dict_in_generate=True)
+    options |= {"max_new_tokens": 2, "eos_token_id": None, "output_logits": True, "return_dict_in_generate": True}
+    found = model.generate(**inputs, **neutral_options() | options)
     return torch.stack(found.logits, dim=1)
 
 

@@ -17,7 +17,6 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from common.hooking import PassHandle, SteeringHook, holder_of_blocks, hook_output, hook_passes

@@ -588,12 +588,12 @@ def test_a_sweep_file_belongs_to_the_ids(subjects, tmp_path):
     ).equals(frame)
     assert swept([prompt_text(tokenizer, LOVE), "Monday"]).equals(frame)
     assert c.read_sweep(tmp_path / "one.db").equals(frame)
-    with pytest.raises(ValueError, match="other settings .*tokens"):
+    with pytest.raises(ValueError, match="other settings .*prompts"):
         swept([LOVE, "Monday"], prepend_bos=False)
     template = tokenizer.chat_template
     try:
         tokenizer.chat_template = template.replace("[INST] ", "[INST]")
-        with pytest.raises(ValueError, match="other settings .*tokens"):
+        with pytest.raises(ValueError, match="other settings .*prompts"):
             swept([LOVE, "Monday"])
     finally:
         tokenizer.chat_template = template

@@ -49,8 +49,6 @@ NEW = 3
 TOGETHER = {
     "BART decoder": "equal", "Whisper decoder": "equal", "RoBERTa decoder": "equal", "RecurrentGemma": "equal", "RWKV": "alone",
 }
-# What they hand on while they generate does not say which tokens are new.
-NO_PAST = {"RWKV", "Mamba"}
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +92,7 @@ def test_completions_are_those_of_single_runs(models, tokenizer, vector, name):
     """Prompts of different lengths, unsteered and steered at both ends and in the middle: the ids of a plain greedy run."""
     model = models[name]
     before = snapshot(model)
-    given = {"v": vector} if name in NO_PAST else {"v": vector, "w": additions(0)}
+    given = {"v": vector, "w": additions(0)}
     frame = sweep(model, tokenizer, given, EDGES, [1.0], PROMPTS, max_new_tokens=NEW, prepend_bos=True)
     assert len(frame) == len(PROMPTS) * (1 + len(given) * len(EDGES)) and frame["completion"].nunique() > len(PROMPTS)
     for steering, layer, context in cells(model, tokenizer, given):
@@ -102,7 +100,7 @@ def test_completions_are_those_of_single_runs(models, tokenizer, vector, name):
         for prompt in PROMPTS:
             inputs = encode(tokenizer, [prompt])
             with context():
-                expected.append(completions(tokenizer, inputs, model.generate(**inputs, max_new_tokens=NEW, do_sample=False))[0])
+                expected.append(completions(tokenizer, inputs, model.generate(**inputs, max_new_tokens=NEW, do_sample=False, forced_eos_token_id=None))[0])
         assert rows_of(frame, steering, layer)["completion"].tolist() == expected, (steering, layer)
     assert_pristine(model, before)
 
@@ -153,7 +151,7 @@ def test_batches_outside_sweeps_are_single_runs(models, tokenizer, name):
         torch.testing.assert_close(*(part[layer] for part in acts), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["BART decoder", "Whisper decoder", "MPT"])
+@pytest.mark.parametrize("name", ["BART decoder", "Whisper decoder", "MPT", "RWKV", "Mamba", "RecurrentGemma", "GPT-1"])
 def test_complete_is_single_runs(models, tokenizer, vector, name):
     """Texts and losses, steered and not."""
     settings = {"tokens_to_generate": NEW, "temperature": 0.0}
