@@ -17,8 +17,10 @@ from accelerate import cpu_offload
 from nbformat.v4 import new_code_cell, new_notebook
 from support import PROMPTS
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import (
     AutoModelForCausalLM,
+    GPTJConfig,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
@@ -33,6 +35,7 @@ from transformers import (
 import common
 from common import love_hate
 from common.blocks import get_block, get_hidden, with_hidden
+from common.generation import logits
 from common.mechanisms import (
     MECHANISMS,
     ROOT,
@@ -43,6 +46,7 @@ from common.mechanisms import (
     run_cells,
 )
 from common.models import copy_sharing_weights
+from common.positions import with_position_ids
 from common.pristine import assert_pristine, differences, snapshot
 
 FUNCTIONS = Mechanism._fields[1:6]  # those that every mechanism has
@@ -186,6 +190,141 @@ def test_other_architectures(name, small, tokenizer, layer):
         *(steered_by(each, small, tokenizer, layer, vector) for each in (name, "pytorch_hooks")), strict=True
     ):
         assert torch.equal(mine, theirs)
+
+
+@pytest.fixture(scope="module")
+def gpt_j(tokenizer) -> nn.Module:
+    """A GPT-J: in transformers 5 too, its blocks return tuples, of the hidden states and the attention weights."""
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "rotary_dim": 4, "initializer_range": 0.2}
+    return AutoModelForCausalLM.from_config(GPTJConfig(**sizes, vocab_size=len(tokenizer))).eval()
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_blocks_that_return_tuples(name, gpt_j, tokenizer, batch, layer):
+    """The hidden states in a tuple are read and steered, and the rest of the tuple stays; a bias refuses this architecture."""
+    mechanism, vector, real = load_mechanism(name), torch.linspace(-1, 1, 32), batch["attention_mask"].bool()
+    seen, handle = _outputs(get_block(gpt_j, layer))
+    with torch.no_grad():
+        gpt_j(**with_position_ids(batch))
+    handle.remove()
+    assert isinstance(seen[0], tuple) and len(seen[0]) > 1, "these blocks return no tuple"
+    unsteered = seen[0][0][real]
+    own = copy_sharing_weights(gpt_j)
+    torch.testing.assert_close(mechanism.read(mechanism.wrap(own, tokenizer), batch, layer)[real], unsteered, rtol=0, atol=1e-5)
+    if name == "bias_editing":
+        with pytest.raises(ValueError, match="model type 'gptj'"), mechanism.steer(own, layer, vector):
+            raise AssertionError("steered all the same")
+        return
+    states, scores, ids = steered_by(name, gpt_j, tokenizer, layer, vector)
+    _, their_scores, their_ids = steered_by("pytorch_hooks", gpt_j, tokenizer, layer, vector)
+    torch.testing.assert_close(states, unsteered + vector, rtol=0, atol=1e-5)
+    torch.testing.assert_close(scores, their_scores, rtol=0, atol=1e-4)
+    assert torch.equal(ids, their_ids)
+
+
+def _outputs(module: nn.Module) -> tuple[list, RemovableHandle]:
+    """A list that gets what the module returns, and the handle that ends it."""
+    seen = []
+    return seen, module.register_forward_hook(lambda module, args, output: seen.append(output))
+
+
+# What every mechanism keeps to.
+
+
+def test_reading_keeps_no_graph(bench, batch):
+    """What is read, and the logits, belong to no graph, although gradients are on and the weights can be trained."""
+    mechanism, wrapped = bench
+    assert any(tensor.requires_grad for tensor in getattr(wrapped, "_module", wrapped).parameters())
+    with torch.enable_grad():
+        for found in (mechanism.read(wrapped, batch, 2), mechanism.logits(wrapped, batch)):
+            assert not found.requires_grad and found.grad_fn is None
+        assert torch.is_grad_enabled()
+
+
+def test_a_vector_in_another_dtype(bench, model, tokenizer, batch, plus):
+    """An fp32 vector steers a bf16 model as the same vector in bf16 does, and what comes out is bf16; so does an fp64 one."""
+    mechanism = bench.mechanism
+    wrapped = mechanism.wrap(copy.deepcopy(model).to(torch.bfloat16), tokenizer)
+    found = []
+    for vector in (plus.bfloat16(), plus, plus.double()):
+        with mechanism.steer(wrapped, 2, vector):
+            states, scores = mechanism.read(wrapped, batch, 2), mechanism.logits(wrapped, batch)
+            ids = mechanism.generate(wrapped, batch, max_new_tokens=3)
+        assert states.dtype == scores.dtype == torch.bfloat16
+        found.append((states, scores, ids))
+    for others in found[1:]:
+        assert all(map(torch.equal, found[0], others))
+    assert not torch.equal(found[0][1], mechanism.logits(wrapped, batch))
+
+
+def _of_the_tokenizer(tokenizer) -> tuple:
+    """All that a tokenizer is set to, and what it makes of a text."""
+    settings = {key: value for key, value in vars(tokenizer).items() if isinstance(value, str | int | bool | list | dict | None)}
+    return copy.deepcopy(settings), tokenizer.special_tokens_map, dict(tokenizer("I think")), len(tokenizer)
+
+
+@pytest.mark.parametrize("complete", [True, False], ids=["left", "right, BOS added, no padding token"])
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_what_the_caller_hands_over_stays(name, model, tokenizer, batch, plus, complete):
+    """Wrapped, read, steered and run: the caller's modules, hooks, config and tokenizer are as before, and give the same."""
+    mechanism, own, its_tokenizer = load_mechanism(name), copy_sharing_weights(model), copy.deepcopy(tokenizer)
+    if not complete:
+        its_tokenizer.padding_side, its_tokenizer.add_bos_token, its_tokenizer.pad_token = "right", True, None
+    before, settings, scores = snapshot(own), _of_the_tokenizer(its_tokenizer), logits(own, batch)
+    configs = copy.deepcopy((own.config.to_dict(), own.generation_config.to_dict()))
+    wrapped = mechanism.wrap(own, its_tokenizer)
+    mechanism.read(wrapped, batch, 1)
+    with mechanism.steer(wrapped, 1, plus):
+        mechanism.logits(wrapped, batch)
+        mechanism.generate(wrapped, batch, max_new_tokens=2)
+        if wrapped is not own:  # a copy of the modules: the caller's own are not even steered
+            assert_pristine(own, before)
+            assert torch.equal(logits(own, batch), scores)
+    assert_pristine(own, before)
+    assert torch.equal(logits(own, batch), scores)
+    assert _of_the_tokenizer(its_tokenizer) == settings
+    assert (own.config.to_dict(), own.generation_config.to_dict()) == configs
+
+
+# The wrapper stands in the place of the block.
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_wrapper_has_the_mode_of_its_block(model, plus, training):
+    """It reports the block's mode, hands on `train` and `eval`, and does not level the modes of the parts."""
+    own = copy_sharing_weights(model).train(training)
+    block = get_block(own, 1)
+    block.ln_1.train(not training)  # a part that somebody froze, or did not
+    before = snapshot(own)
+    with load_mechanism("custom_wrapper").steer(own, 1, plus):
+        wrapper = get_block(own, 1)
+        assert wrapper is not block and wrapper.training is training
+        assert block.ln_1.training is not training
+    assert_pristine(own, before)
+    with load_mechanism("custom_wrapper").steer(own, 1, plus):
+        wrapper = get_block(own, 1)
+        for mode in (True, False):
+            own.train(mode)
+            assert {wrapper.training, *(part.training for part in block.modules())} == {mode}
+    assert not block.training  # what was set inside holds afterwards
+
+
+def test_wrapper_hands_on_attributes(model, plus):
+    """Whatever the block has can be asked of the wrapper; its own come first, and what neither has is an AttributeError."""
+    own = copy_sharing_weights(model)
+    block = get_block(own, 1)
+    block.attention_type = "full"
+    with load_mechanism("custom_wrapper").steer(own, 1, plus):
+        wrapper = get_block(own, 1)
+        names = {*vars(block), *dict(block.named_children()), *vars(type(block))} - {*dir(nn.Module()), *vars(wrapper)}
+        assert {"attention_type", "ln_1", "mlp"} <= names
+        for name in names:
+            assert getattr(wrapper, name) == getattr(block, name)
+        assert wrapper.block is block and not hasattr(wrapper, "telepathy")
+        with pytest.raises(AttributeError, match="telepathy"):
+            wrapper.telepathy  # noqa: B018
 
 
 # Bias editing: what it gives, takes away, and refuses.

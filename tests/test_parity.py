@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import PROMPTS
 from torch import Tensor
-from transformers import TopPLogitsWarper
+from transformers import BatchEncoding, TopPLogitsWarper
 
 from common.models import copy_sharing_weights
 from common.positions import with_position_ids
@@ -164,6 +164,21 @@ def test_row_alone_equals_row_in_padded_batch(bench, tokenizer, batch, layer, pl
             alone = mechanism.read(wrapped, inputs, layer), mechanism.logits(wrapped, inputs)
             for one, all_rows in zip(alone, together, strict=True):
                 torch.testing.assert_close(all_rows[row, -one.shape[1] :], one[0], rtol=0, atol=1e-4)
+
+
+def test_a_masked_token_is_as_if_absent(bench, batch, plus):
+    """Positions are counted from the attention mask, also where it has a gap: a row gives what it gives without that token."""
+    mechanism, wrapped = bench
+    mask = batch["attention_mask"].clone()
+    row = int(mask.sum(-1).argmax())
+    gap = mask.shape[1] - 3
+    mask[row, gap] = 0
+    inputs, real = BatchEncoding({**batch, "attention_mask": mask}), mask[row].bool()
+    ids = batch["input_ids"][row, real][None]
+    alone = BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    with mechanism.steer(wrapped, 1, plus):
+        for call in (lambda given: mechanism.read(wrapped, given, 1), lambda given: mechanism.logits(wrapped, given)):
+            torch.testing.assert_close(call(inputs)[row, real], call(alone)[0], rtol=0, atol=1e-4)
 
 
 def test_hidden_states_end_after_the_final_norm(hooks, model, batch, plus):
