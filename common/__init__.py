@@ -14,6 +14,7 @@
 1  blocks sites positions              find a block, and a part of it, in any model; which tokens of a text
 1  operators aggregators               what is done at a position; how many differences become one vector
 1  pictures sweep_store                pictures that several notebooks draw; the rows of a sweep in a file
+1  progress                            bars that leave nothing behind, in a terminal or a notebook
 
 Beside the floors stand commands that nobody imports from below: `notebooks` runs the notebooks and stores their outputs,
 `colab` writes their badge and first cell, `embedded.train`, `embedded.sweep` and `embedded.evaluate` make and measure the

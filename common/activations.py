@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from common.blocks import get_hidden
 from common.hooking import EndOfPass
+from common.progress import bar_options
 from common.sites import LayerType, ModelLayerConfig, get_layers
 
 ReadTokenIndex = int | Callable[[str], int]
@@ -122,7 +123,7 @@ def read_activations(
 
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     options = {"use_cache": False} if _accepts(model, "use_cache") else {}
-    bar = tqdm(total=len(rows), desc=tqdm_desc, unit="prompt", disable=not show_progress)
+    bar = tqdm(total=len(rows), desc=tqdm_desc, unit="prompt", disable=not show_progress, **bar_options())
     with _in_evaluation_mode(model), _hooks({module: reader(layer) for layer, module in modules.items()}), bar:
         for start in range(0, len(rows), batch_size):
             chunk = rows[start : start + batch_size]

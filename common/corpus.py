@@ -18,8 +18,9 @@ from matplotlib.figure import Figure
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.activation_additions import ActivationAddition, apply_activation_additions, with_bos
-from common.generation import logits, progress_bar
+from common.generation import logits
 from common.metrics import Steering
+from common.progress import progress_bar
 
 Condition = str | Sequence[ActivationAddition] | Steering
 SplitMethod = Literal["sentence", "token"]

@@ -28,11 +28,12 @@ from common.activation_additions import ActivationAddition, AdditionLocation, re
 from common.blocks import get_blocks, get_hidden
 from common.effects import effect_by_cell, plot_effect
 from common.embedded import grammar
-from common.generation import check_sampling, completions, encode, progress_bar, sample
+from common.generation import check_sampling, completions, encode, sample
 from common.metrics import Metric, kl_divergence, measure, tone_sign
 from common.models import LoadError, load_model
 from common.positions import TokenSpan
 from common.pristine import LIBRARY_HOOKS
+from common.progress import progress_bar
 from common.row_steering import RowSteering, logits_from, prefilled_cache, record_blocks, row_deltas, steered_behind, steering_rows
 from common.sites import Site, get_layers
 from common.steering_vector import SteeringVector, model_name
