@@ -32,10 +32,11 @@ test: $(STAMP) ## run the tests and every notebook
 notebooks: $(STAMP) ## execute the notebooks again and store their outputs
 	$(RUN) common.notebooks
 
-lab: $(STAMP) ## open the notebooks in JupyterLab (another model: MODEL=gpt2-xl)
-	$(RUN) jupyterlab
+lab: $(STAMP) ## open the notebooks in JupyterLab (another model: MODEL=gpt2-xl; another port: ARGS="--port 9999")
+	JUPYTER_CONFIG_PATH="$(CURDIR)/.jupyter$${JUPYTER_CONFIG_PATH:+:$$JUPYTER_CONFIG_PATH}" \
+	  $(RUN) jupyterlab $$([ "$$(id -u)" -ne 0 ] || echo --allow-root) $(ARGS)
 
-colab: $(STAMP) ## write Colab badge and cell into the notebooks (REPO=owner/name, else the remote `origin`)
+colab: $(STAMP) ## write badge and first cell into the notebooks (REPO=owner/name, else the remote `origin`)
 	$(RUN) common.colab $(if $(REPO),'$(REPO)')
 
 embedded: $(STAMP) ## train the embedded model again, into the folder OUT (default: embedded-again)

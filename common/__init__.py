@@ -16,6 +16,7 @@
 1  operators aggregators               what is done at a position; how many differences become one vector
 1  prompts pictures                    from prompts to token ids; pictures that several notebooks draw
 1  sweep_store identity                the rows of a sweep in a file, and what they depend on
+1  progress                            bars that leave nothing behind, in a terminal or a notebook
 
 Beside the floors stand commands that nobody imports from below: `notebooks` runs the notebooks and stores their outputs,
 `colab` writes their badge and first cell, `embedded.train`, `embedded.sweep` and `embedded.evaluate` make and measure the

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from common.blocks import get_hidden
 from common.hooking import EndOfPass
 from common.passes import in_evaluation_mode, input_device
+from common.progress import bar_options
 from common.prompts import Prompt, check_prompts, prompt_ids
 from common.sites import LayerType, ModelLayerConfig, get_layers
 
@@ -127,7 +128,7 @@ def read_activations(
 
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     options = {"use_cache": False} if _accepts(model, "use_cache") else {}
-    bar = tqdm(total=len(rows), desc=tqdm_desc, unit="prompt", disable=not show_progress)
+    bar = tqdm(total=len(rows), desc=tqdm_desc, unit="prompt", disable=not show_progress, **bar_options())
     with in_evaluation_mode(model), _hooks({module: reader(layer) for layer, module in modules.items()}), bar:
         for start in range(0, len(rows), batch_size):
             chunk = rows[start : start + batch_size]

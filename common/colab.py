@@ -1,7 +1,11 @@
-"""Writes what a notebook needs on Colab: the badge that opens it there, and the first cell that fetches the project.
+"""Writes how a notebook begins: the badge that opens it on Colab, and the first code cell, which goes to the project.
 
-The address of the repository stands in one place, `common/data/repository.json`; `python -m common.colab owner/name`
-sets it there and in all notebooks.
+The address of the repository stands in one place, `common/data/repository.json`. It is null until it is known, and until then
+there is no badge. `python -m common.colab owner/name` sets it there and in all notebooks; on GitHub a workflow does.
+
+Before the cell asks the reader for the address it asks Colab, for one second, which notebook is open: one that was opened
+from GitHub has its repository in its path. That interface is documented nowhere, its address has moved before
+(googlecolab/colabtools, issue 3207), and it was tried against a server that the tests make, not on Colab.
 """
 
 import argparse
@@ -17,31 +21,37 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell
 
 from common.mechanisms import ROOT
-from common.notebooks import notebook_paths, store
+from common.notebooks import normalise, notebook_paths, store
 
-PLACEHOLDER = "OWNER/NAME"
 STORED = Path("common/data/repository.json")  # relative to the root
 BADGE_IMAGE = "https://colab.research.google.com/assets/colab-badge.svg"
 GITHUB = re.compile(r"(?:https://github\.com/|git@github\.com:|ssh://git@github\.com/)?([\w.-]+/[\w.-]+?)(?:\.git)?/?")
 
-CELL = """\
-# On Colab: fetch the project and what it requires. Anywhere else: nothing.
-import importlib.util, os, subprocess, sys
+CELL = r"""
+import contextlib, glob, importlib.util, os, re, sys, subprocess as sp
+on_colab = all(map(importlib.util.find_spec, ("google", "google.colab")))
 
-if importlib.util.find_spec("google") and importlib.util.find_spec("google.colab"):
-"""
-FETCH = """\
-    url, folder = {url}, {folder}
-    if not os.path.isfile("common/mechanisms.py"):  # not in the project yet
-        if not os.path.isdir(folder):
-            subprocess.run(["git", "clone", "--quiet", "--depth", "1", url, folder], check=True)
-        os.chdir(folder)
-    pip = [sys.executable, "-m", "pip", "install", "--quiet"]
-    subprocess.run([*pip, "-r", "requirements.txt"], check=True)
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())"""
-UNKNOWN = """\
-    raise RuntimeError("this copy does not know the address of its repository: run `make colab REPO=owner/name`")"""
+def ask_colab(server="$(hostname):9000"):  # for one second: see common/colab.py
+    curl = f"curl -sm1 --noproxy '*' {server}/api/sessions"
+    answer = sp.getoutput(curl, errors="replace").replace("%2F", "/")
+    return "".join(re.findall(r"github(?:\.com)?/([\w.-]+/[\w.-]+)/blob/", answer)[:1])
+
+def folders(repo=os.environ.get("STEERING_REPO") or <repo>):
+    yield from ["../" * up or "." for up in range(20)] + [*filter(None, sys.path)]
+    if on_colab:  # uploaded, on Drive, or else cloned
+        yield from glob.glob("/content/*/") + glob.glob("/content/drive/MyDrive/*/")
+        with contextlib.suppress(EOFError, NotImplementedError, IndexError):  # no reply
+            repo = repo or ask_colab() or input("Its GitHub owner/name: ").split()[0]
+            url = repo if ":" in repo else os.path.join("https://github.com", repo)
+            sp.run(["git", "clone", "-q", "--depth=1", url, "/content/steering"])
+        yield "/content/steering"
+    raise RuntimeError("no project here: os.chdir() to it, on Colab set STEERING_REPO")
+
+os.chdir(next(f for f in folders() if os.path.isfile(f"{f}/common/mechanisms.py")))
+sys.path[:0] = {os.getcwd()} - {*sys.path}
+if on_colab:
+    sp.check_call([sys.executable, *"-m pip install -qr requirements.txt".split()])
+""".strip()
 
 
 def parse_repository(text: str) -> str:
@@ -72,8 +82,8 @@ def origin(folder: Path = ROOT) -> str:
         raise ValueError("the remote `origin` is not on GitHub: give the address, as in make colab REPO=owner/name") from None
 
 
-def stored_repository(folder: Path = ROOT) -> str:
-    """Return the owner/name that is stored; `OWNER/NAME` as long as nobody has set it."""
+def stored_repository(folder: Path = ROOT) -> str | None:
+    """Return the owner/name that is stored; None as long as nobody has set it."""
     return json.loads((folder / STORED).read_text(encoding="utf-8"))["repo"]
 
 
@@ -83,26 +93,21 @@ def badge(repo: str, notebook: str) -> str:
     return f"[![Open In Colab]({BADGE_IMAGE})]({url})"
 
 
-def repository_url(repo: str) -> str:
-    """Return what `git clone` takes for an owner/name."""
-    return f"https://github.com/{repo}"
+def colab_cell(repo: str | None) -> str:
+    """Return the source of the first code cell, which goes to the project and prints nothing.
 
-
-def colab_cell(repo_url: str) -> str:
-    """Return the source of the first code cell.
+    It looks in the working directory, above it, and along `sys.path`. On Colab it also looks among what was uploaded or is
+    on Drive; else it clones the environment variable `STEERING_REPO` (owner/name or what `git clone` takes), the address
+    given here, what Colab says, or what the reader answers. There it installs the requirements.
 
     Args:
-        repo_url: anything that `git clone` takes, a local path too. While it is the placeholder, the cell says on
-            Colab that the address is not known.
+        repo: owner/name, or None where it is not known.
     """
-    if repo_url == repository_url(PLACEHOLDER):
-        return CELL + UNKNOWN
-    folder = re.split(r"[/\\:]", repo_url.rstrip("/\\").removesuffix(".git"))[-1]
-    return CELL + FETCH.format(url=json.dumps(repo_url), folder=json.dumps(folder))
+    return CELL.replace("<repo>", json.dumps(repo or ""))
 
 
-def mark(notebook: NotebookNode, name: str, repo: str) -> None:
-    """Set badge and first code cell of a notebook, in place; whatever else it holds stays as it is.
+def mark(notebook: NotebookNode, name: str, repo: str | None) -> None:
+    """Set badge, first code cell and metadata of a notebook, in place; whatever else it holds stays as it is.
 
     A cell tagged `badge` or `colab` is filled, and keeps id, count and outputs. Where there is none it is made: the
     badge at the top, the cell below the heading "Setup", or in front of the first code cell.
@@ -110,28 +115,32 @@ def mark(notebook: NotebookNode, name: str, repo: str) -> None:
     Args:
         notebook: as read by nbformat.
         name: of the notebook, without ending.
-        repo: owner/name.
+        repo: owner/name, or None where it is not known: then there is no badge, and one that is there goes.
     """
     cells = notebook.cells
     first = _find(cells, "badge")
-    if first is None:
-        cells.insert(0, new_markdown_cell(id="badge", metadata={"tags": ["badge"]}))
-        first = 0
-    cells[first].source = badge(repo, name)
+    if repo is None and first is not None:
+        del cells[first]
+    elif repo is not None:
+        if first is None:
+            cells.insert(0, new_markdown_cell(id="badge", metadata={"tags": ["badge"]}))
+            first = 0
+        cells[first].source = badge(repo, name)
     code = _find(cells, "colab")
     if code is None:
         setups = [i + 1 for i, cell in enumerate(cells) if cell.source.startswith("## Setup")]
         codes = [i for i, cell in enumerate(cells) if cell.cell_type == "code"]
         code = min(setups[:1] + codes[:1], default=len(cells))
         cells.insert(code, new_code_cell(id="colab", metadata={"tags": ["colab"]}))
-    cells[code].source = colab_cell(repository_url(repo))
+    cells[code].source = colab_cell(repo)
+    normalise(notebook)
 
 
 def _find(cells: list[NotebookNode], tag: str) -> int | None:
     return next((i for i, cell in enumerate(cells) if tag in cell.metadata.get("tags", [])), None)
 
 
-def write(repo: str, folder: Path = ROOT) -> list[Path]:
+def write(repo: str | None, folder: Path = ROOT) -> list[Path]:
     """Store the address and mark every notebook of the root with it; return those that changed."""
     (folder / STORED).write_text(json.dumps({"repo": repo}) + "\n", encoding="utf-8")
     changed = []
@@ -145,17 +154,19 @@ def write(repo: str, folder: Path = ROOT) -> list[Path]:
 
 
 def main(arguments: Sequence[str] | None = None, folder: Path = ROOT) -> int:
-    """Write the address of the repository, badge and Colab cell into all notebooks of the root."""
+    """Write badge, first cell and metadata into all notebooks of the root, with the address of the repository."""
     parser = argparse.ArgumentParser(prog="python -m common.colab", description=main.__doc__)
-    parser.add_argument("repo", nargs="?", help="owner/name on GitHub (default: that of the remote `origin`)")
+    parser.add_argument("repo", nargs="?", help="owner/name on GitHub (default: the remote `origin`, else what is stored)")
     options = parser.parse_args(arguments)
     try:
         repo = parse_repository(options.repo) if options.repo else origin(folder)
     except ValueError as error:
         print(error, file=sys.stderr)
-        return 1
+        if options.repo:
+            return 1
+        repo = stored_repository(folder)
     changed = write(repo, folder)
-    print(f"{repo}: {len(changed)} notebooks changed")
+    print(f"{repo or 'address unknown, so no badge'}: {len(changed)} notebooks changed")
     return 0
 
 

@@ -18,9 +18,10 @@ from matplotlib.figure import Figure
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.activation_additions import ActivationAddition, apply_activation_additions
-from common.generation import logits, progress_bar
+from common.generation import logits
 from common.metrics import Steering
 from common.passes import input_device
+from common.progress import progress_bar
 from common.prompts import prompt_ids
 
 Condition = str | Sequence[ActivationAddition] | Steering

@@ -26,6 +26,7 @@ from transformers.cache_utils import DynamicLayer
 
 from common.hooking import prompts_of
 from common.passes import evaluating, neutral_options, part_of, pass_inputs, separate_parts
+from common.progress import progress_bar
 from common.prompts import Prompt, prompt_ids
 
 
@@ -286,12 +287,6 @@ class _PerRow(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         rows = zip(input_ids.split(1), scores.split(1), self.starts)
         return torch.cat([self.processor(ids[:, start:], row) for ids, row, start in rows])
-
-
-def progress_bar(total: int, title: str, unit: str, show: bool, done: int = 0) -> tqdm:
-    """Return a bar that appears where the work takes longer than five seconds; TQDM_DISABLE in the environment hides it."""
-    hidden = {} if show else {"disable": True}
-    return tqdm(total=total, initial=done, desc=title, unit=unit, leave=False, delay=5, **hidden)
 
 
 class _Bar(LogitsProcessor):

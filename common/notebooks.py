@@ -5,11 +5,13 @@ to stderr or shows a widget is left as it was. What is stored is the same after 
 """
 
 import argparse
+import json
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import nbclient
 import nbformat
@@ -20,7 +22,17 @@ from rich.progress import Progress
 
 from common.mechanisms import MECHANISMS, ROOT
 
-KERNELSPEC = {"display_name": "Python 3", "language": "python", "name": "python3"}
+# What JupyterLab writes as soon as a notebook is opened; the version is that of the Python the outputs were made with.
+KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+LANGUAGE = {
+    "codemirror_mode": {"name": "ipython", "version": 3},
+    "file_extension": ".py",
+    "mimetype": "text/x-python",
+    "name": "python",
+    "nbconvert_exporter": "python",
+    "pygments_lexer": "ipython3",
+    "version": "3.11.7",
+}
 IGNORED = "nbval-ignore-output"
 FEWEST_COMPARED = 5
 TIMEOUT = 900  # seconds for one cell; GPT2-XL on a slow machine needs some
@@ -104,13 +116,42 @@ def execute(path: Path, on_cell: Callable[..., None] | None = None) -> NotebookN
 
 
 def normalise(notebook: NotebookNode) -> None:
-    """Remove from a notebook, in place, what would differ after another run or in another editor."""
+    """Remove from a notebook, in place, what would differ after another run or in another editor.
+
+    What is left is what JupyterLab writes, so that opening a notebook there changes nothing. With another Python than the
+    one in `LANGUAGE` it would change the version; `make lab` keeps it, see `before_saving`.
+    """
     notebook.nbformat, notebook.nbformat_minor = 4, 5
-    notebook.metadata = NotebookNode(kernelspec=KERNELSPEC, language_info={"name": "python"})
+    notebook.metadata = nbformat.from_dict({"kernelspec": KERNELSPEC, "language_info": LANGUAGE})
+    _drop_empty_outputs(notebook)
     for number, cell in enumerate(notebook.cells):
         cell.setdefault("id", f"cell-{number}")  # from format 4.5 on, cells have ids; keep those there are
         for key in VOLATILE:
             cell.metadata.pop(key, None)
+
+
+def before_saving(model: dict, path: str, contents_manager: Any) -> None:
+    """Leave out of a notebook that JupyterLab saves what opening it and bars have changed; `make lab` sets this hook.
+
+    The version of Python stays the stored one where nothing else of `language_info` differs, and empty outputs go. Arguments
+    are those of `ContentsManager.pre_save_hook`; the content of `model` is changed in place.
+    """
+    if model["type"] != "notebook":
+        return
+    _drop_empty_outputs(model["content"])
+    file = Path(contents_manager.root_dir, path)
+    if file.is_file():
+        stored = json.loads(file.read_text(encoding="utf-8"))["metadata"].get("language_info", {})
+        new = model["content"]["metadata"].get("language_info", {})
+        if new | {"version": None} == stored | {"version": None} and "version" in stored:
+            new["version"] = stored["version"]
+
+
+def _drop_empty_outputs(notebook: dict) -> None:
+    """Remove the outputs with nothing in them, which bars leave behind."""
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            cell["outputs"] = [output for output in cell["outputs"] if output.get("data") != {}]
 
 
 def store(notebook: NotebookNode, path: Path) -> None:

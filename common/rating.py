@@ -3,9 +3,13 @@
 The completions come in a random order and without their origin. Every rating is on disk before the next text is shown;
 the file does not hold the origin either, which `report` joins at the end. `python -m common.rating COMPLETIONS.csv` asks
 in the terminal, `rating_widget` in a notebook.
+
+The file may be opened in a spreadsheet: a text that would be run there as a formula has an apostrophe in front (and so has
+one that begins with an apostrophe), and a file that was saved there is read, and written anew with the next rating.
 """
 
 import argparse
+import codecs
 import csv
 import hashlib
 import html
@@ -17,7 +21,7 @@ import random
 import re
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,6 +37,8 @@ if TYPE_CHECKING:
 QUESTION = "How positive is this text?"
 SCALE = (1, 5)
 COLUMNS = ("id", "prompt", "completion", "question", "lowest", "highest", "rating")
+# How a cell begins that a spreadsheet runs as a formula (OWASP, CSV injection), and the mark that tells it not to.
+_MARKED = ("=", "+", "-", "@", "\t", "\r", "'")
 _ORIGINS = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -47,7 +53,7 @@ class RatingSession:
         path: the CSV file of the ratings, one row each, in the order in which they are given; it need not exist.
         question: what the person is asked.
         scale: the lowest and the highest rating, both whole numbers.
-        seed: what the order depends on, besides the number of completions.
+        seed: what the order depends on, besides the texts.
 
     Attributes:
         current: prompt and completion to rate now, or None when all are rated.
@@ -75,16 +81,21 @@ class RatingSession:
         self._texts, _ = _checked(completions)
         self.path, self.question, self.scale, self.total = Path(path), question, tuple(scale), len(self._texts)
         self.values = range(scale[0], scale[1] + 1)
-        self._order = random.Random(seed).sample(range(self.total), self.total)
         # An id that shows no row number: in most tables the unsteered completions come first.
         digest = hashlib.sha256(json.dumps(self._texts, ensure_ascii=False).encode()).hexdigest()
-        ids = [hashlib.sha256(f"{digest} {row}".encode()).hexdigest()[:16] for row in range(self.total)]
+        self._ids = [hashlib.sha256(f"{digest} {row}".encode()).hexdigest()[:16] for row in range(self.total)]
+        # Two tables of equal size must not come in one order: who knew the first would know the origins in the second.
+        self._order = random.Random(f"{seed} {digest}").sample(range(self.total), self.total)
         # Every line that this session can write; a file of others is told by a line that is none of these.
-        self._lines = {
-            (row, value): _line([ids[row], *text, question, *scale, value])
+        fields = {
+            (row, value): [self._ids[row], *text, question, *scale, value]
             for row, text in enumerate(self._texts)
             for value in self.values
         }
+        self._lines = {key: _line(line) for key, line in fields.items()}
+        # Files of before have no apostrophes in front of formulas.
+        self._key_of = {_line(line, mark=""): key for key, line in fields.items()}
+        self._key_of |= {line: key for key, line in self._lines.items()}
         self._load()
 
     def rate(self, value: int) -> None:
@@ -121,17 +132,40 @@ class RatingSession:
             self._load()
             raise ValueError(f"another session wrote to {str(self.path)!r}; it was read again, and nothing else was done")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "ab") as file:
+        unfinished = self.path if self._again is None else self.path.with_name(f".{self.path.name}.unfinished")
+        with open(unfinished, "ab") as file:
+            if self._again is not None:
+                file.truncate(0)
+                file.write(self._again)
             file.truncate(keep)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        os.replace(unfinished, self.path)
         self._load()
 
     def _load(self) -> None:
-        """Read the file, and refuse it unless it holds lines of this session, the last one perhaps half-written."""
-        data = self.path.read_bytes() if self.path.exists() else b""
-        key_of, header = {line: key for key, line in self._lines.items()}, _line(COLUMNS)
+        """Read the file, and refuse it unless it holds ratings of this session, the last line perhaps half-written."""
+        data, again = self.path.read_bytes() if self.path.exists() else b"", None
+        ratings, ends, whole = self._read_lines(data)
+        if not whole:
+            try:
+                ratings = self._saved_again(data)
+            except ValueError:
+                other, this = _asked(self.path), (self.question, self.scale)
+                if other and other != this:
+                    raise ValueError(f"{str(self.path)!r} holds ratings for {_say(*other)}, not for {_say(*this)}") from None
+                found = data[ends[-1] :][:60]
+                raise ValueError(f"{str(self.path)!r} holds something else than ratings of these completions: {found!r}") from None
+            again = _line(COLUMNS) + b"".join(self._lines[key] for key in ratings.items())
+            _, ends, _ = self._read_lines(again)
+        self.ratings, self._ends, self._again, self._size = ratings, ends, again, len(data)
+        self._row = next((row for row in self._order if row not in ratings), None)
+        self.current = None if self._row is None else self._texts[self._row]
+
+    def _read_lines(self, data: bytes) -> tuple[dict[int, int], list[int], bool]:
+        """Read lines that sessions write: the ratings, where each line ends, and whether that is all but a half-written end."""
+        key_of, header = self._key_of, _line(COLUMNS)
         ratings: dict[int, int] = {}
         ends, end = [0], 0
         while (end := data.find(b"\n", end) + 1) and data.startswith(header):
@@ -143,14 +177,24 @@ class RatingSession:
             ends.append(end)
         # After a power cut a file can also end in zeros.
         rest = data[ends[-1] :].rstrip(b"\0")
-        if not any(line.startswith(rest) and line != rest for line in (key_of if len(ends) > 1 else [header])):
-            other, this = _asked(self.path), (self.question, self.scale)
-            if other and other != this:
-                raise ValueError(f"{str(self.path)!r} holds ratings for {_say(*other)}, not for {_say(*this)}")
-            raise ValueError(f"{str(self.path)!r} holds something else than ratings of these completions: {rest[:60]!r}")
-        self.ratings, self._ends, self._size = ratings, ends, len(data)
-        self._row = next((row for row in self._order if row not in ratings), None)
-        self.current = None if self._row is None else self._texts[self._row]
+        return ratings, ends, any(line.startswith(rest) and line != rest for line in (key_of if len(ends) > 1 else [header]))
+
+    def _saved_again(self, data: bytes) -> dict[int, int]:
+        """Read the ratings in a file that a spreadsheet saved, which may have altered the texts: the ids say which they are.
+
+        Raises:
+            ValueError: something else.
+        """
+        if data.startswith(_line(COLUMNS)) and not data.endswith(b"\n"):
+            raise ValueError("cut: the last number may have lost a digit")
+        ratings: dict[int, int] = {}
+        for name, _, _, question, lowest, highest, rating in _rows(data):
+            [row] = [row for row, own in enumerate(self._ids) if name == own or _is_number(name, own)]
+            asked = _one_break(question), (_whole(lowest), _whole(highest))
+            if asked != (_one_break(self.question), self.scale) or row in ratings or _whole(rating) not in self.values:
+                raise ValueError("another question or scale, a completion rated twice, or a value off the scale")
+            ratings[row] = _whole(rating)
+        return ratings
 
 
 @dataclass(frozen=True)
@@ -271,21 +315,67 @@ def _checked(completions: pd.DataFrame) -> tuple[list[tuple[str, str]], list[boo
     return texts, origins
 
 
-def _line(fields: Sequence[str | int]) -> bytes:
-    """A line of a CSV file. Text is always in quotes, so that a carriage return in it does no harm."""
+def _line(fields: Sequence[str | int], mark: str = "'") -> bytes:
+    """A line of a CSV file. Text is always in quotes, so that a carriage return in it does no harm; no text is a formula."""
     buffer = io.StringIO()
+    fields = [mark + field if isinstance(field, str) and field.startswith(_MARKED) else field for field in fields]
     csv.writer(buffer, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n").writerow(fields)
     return buffer.getvalue().encode()
+
+
+def _rows(data: bytes) -> Iterator[list[str]]:
+    """Read the rows below the header, as `_line` wrote them or as a spreadsheet saved them, and take the marks away.
+
+    A spreadsheet saves with other quotes, separators, line ends and encodings, and with empty cells around.
+
+    Raises:
+        ValueError: these are no ratings.
+    """
+    try:
+        text = data.decode("utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
+    except UnicodeDecodeError:
+        text = data.decode("cp1252", errors="replace")
+    separator = max(",;\t", key=text.partition("\n")[0].count)
+    table = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    width = len(COLUMNS)
+    try:
+        for number, cells in enumerate(table):
+            if any(cells[width:]) or cells and len(cells) < width or not number and tuple(cells[:width]) != COLUMNS:
+                raise ValueError(f"expected the columns {', '.join(COLUMNS)}, got {cells[:9]}")
+            if number and any(cells):
+                yield [cell[1:] if cell.startswith("'") else cell for cell in cells[:width]]
+    except csv.Error as error:
+        raise ValueError(str(error)) from None
+
+
+def _whole(text: str) -> int:
+    """The whole number that a cell holds, perhaps with decimals: 4, 4.0 or 4,00."""
+    number = float(text.replace(",", "."))
+    if not number.is_integer():
+        raise ValueError(f"expected a whole number, got {text!r}")
+    return int(number)
+
+
+def _is_number(text: str, own: str) -> bool:
+    """Say whether a cell is an id that a spreadsheet took for a number, as 1234567890123456 becomes 1.23457E+15."""
+    try:
+        return math.isclose(float(text.replace(",", ".")), float(own), rel_tol=1e-4)
+    except ValueError:
+        return False
+
+
+def _one_break(text: str) -> str:
+    """A text with one kind of line end."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _asked(path: Path) -> tuple[str, tuple[int, int]] | None:
     """The question and the scale of the first rating in a file, or None where there is none."""
     try:
-        with open(path, encoding="utf-8", newline="") as file:
-            first = next(csv.DictReader(file))
-        int(first["rating"])  # behind the others: where it is there, they are whole
-        return first["question"], (int(first["lowest"]), int(first["highest"]))
-    except (OSError, StopIteration, KeyError, TypeError, ValueError, csv.Error):
+        _, _, _, question, lowest, highest, rating = next(_rows(path.read_bytes()))
+        _whole(rating)  # the last one: where it is there, the others are whole
+        return question, (_whole(lowest), _whole(highest))
+    except (OSError, StopIteration, ValueError):
         return None
 
 
@@ -303,15 +393,19 @@ def _welch_margin(left: Sequence[int], right: Sequence[int]) -> float:
 
 
 def _read_completions(path: Path) -> pd.DataFrame:
-    """Read what `DataFrame.to_csv` wrote; "NA" and "null" are texts like others, and a carriage return ends no row."""
+    """Read what `DataFrame.to_csv` wrote; "NA" and "null" are texts like others, and a carriage return ends no row.
+
+    A spreadsheet may have saved it with another separator.
+    """
     if not path.is_file():
         raise FileNotFoundError(
             f"no file {str(path)!r}; write one with gen_normal_and_modified(...).to_csv({str(path)!r}, index=False), from common"
         )
     with open(path, "rb") as file:
-        ending = None if file.readline().endswith(b"\r\n") else "\n"
+        header = file.readline()
+    ending, separator = None if header.endswith(b"\r\n") else "\n", max(",;\t", key=header.decode("latin-1").count)
     try:
-        return pd.read_csv(path, dtype=str, keep_default_na=False, lineterminator=ending)
+        return pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, lineterminator=ending)
     except ValueError as error:
         raise ValueError(f"{str(path)!r} is no table of completions: {error}") from None
 

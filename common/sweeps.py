@@ -28,13 +28,14 @@ from common.activation_additions import ActivationAddition, AdditionLocation, re
 from common.blocks import get_blocks, get_hidden
 from common.effects import effect_by_cell, plot_effect
 from common.embedded import grammar
-from common.generation import check_sampling, completions, encode, progress_bar, sample
+from common.generation import check_sampling, completions, encode, sample
 from common.identity import hash_of_tensors, identity_of_metric, identity_of_model, identity_of_tokens
 from common.metrics import Metric, kl_divergence, measure, tone_sign
 from common.models import LoadError, load_model
 from common.passes import Batching, batching, evaluating, input_device
 from common.positions import TokenSpan
 from common.pristine import LIBRARY_HOOKS
+from common.progress import progress_bar
 from common.prompts import Prompt, prompt_ids, prompt_text
 from common.row_steering import (
     RowSteering,

@@ -1,8 +1,11 @@
 """Blind rating: nothing shows the origin, no rating is lost, nothing foreign is touched, and the report counts right."""
 
+import csv
+import io
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -116,6 +119,15 @@ def test_order_is_random_and_stable(tmp_path):
     for rows in orders:
         changes = sum((left < 20) != (right < 20) for left, right in zip(rows, rows[1:]))
         assert 10 < changes < 30  # 19.5 on average
+
+
+def test_two_tables_of_equal_size_have_two_orders(tmp_path):
+    """Whoever has seen the origins of one table learns nothing about the next one."""
+    orders = []
+    for name in ("one", "other"):
+        completions = table(40).assign(prompts=name)
+        orders.append(list(rate(RatingSession(completions, tmp_path / name)).ratings))
+    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
 
 
 # --- nothing is lost ---
@@ -373,6 +385,148 @@ def test_wrong_settings_and_ratings_are_refused(tmp_path):
     assert path.read_bytes() == before
 
 
+# --- spreadsheets ---
+
+FORMULAS = ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "'quoted'", "''", "= not", "plain", "", " =1", "007"]
+
+
+def formulas() -> pd.DataFrame:
+    return pd.DataFrame({"prompts": ["=A1", *FORMULAS[1:]], "completions": FORMULAS, "is_modified": [row % 2 for row in range(13)]})
+
+
+def old_lines(completions: pd.DataFrame, session: RatingSession, question: str) -> bytes:
+    """A file as it was written before texts were marked, in the order of before, with a rating of the first five."""
+    order = random.Random(0).sample(range(len(completions)), len(completions))[:5]
+    texts = list(zip(completions["prompts"], completions["completions"]))
+    rows = [[session._ids[row], *texts[row], question, 1, 5, score(texts[row])] for row in order]
+    return pd.DataFrame(rows, columns=COLUMNS).to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n").encode()
+
+
+@pytest.mark.parametrize("make", [table, formulas])
+def test_files_of_before_go_on(tmp_path, make: Callable):
+    """Other order, no marks: each rating counts, what is left is asked, and what was there stays byte for byte."""
+    path, question = tmp_path / "ratings.csv", "-> How positive?"
+    old = old_lines(make(), RatingSession(make(), path, question), question)
+    path.write_bytes(old)
+    session = RatingSession(make(), path, question)
+    assert len(session.ratings) == 5 and all(value == score(session._texts[row]) for row, value in session.ratings.items())
+    rate(session)
+    assert path.read_bytes().startswith(old) and RatingSession(make(), path, question).ratings == session.ratings
+    assert sorted(session.ratings) == list(range(len(make())))
+
+
+@given(st.lists(st.text() | st.sampled_from(FORMULAS), min_size=4, max_size=4))
+def test_texts_come_back_and_none_is_a_formula(texts: list[str]):
+    """Whatever the texts are, what is read is what was written, and no cell begins as a formula does."""
+    line = rating._line([texts[0], *texts[1:], 1, 5, 3])
+    assert list(rating._rows(rating._line(COLUMNS) + line)) == [[*texts, "1", "5", "3"]]
+    [cells] = csv.reader(io.StringIO(line.decode(), newline=""))
+    assert not any(cell.startswith(("=", "+", "-", "@", "\t", "\r")) for cell in cells)
+
+
+def saved_again(data: bytes, *, separator=",", quoting=csv.QUOTE_MINIMAL, ending="\r\n", encoding="utf-8-sig", alter=str) -> bytes:
+    """What a spreadsheet makes of a file: every cell read and written in its own way, and line breaks of one kind within."""
+    out = io.StringIO(newline="")
+    writer = csv.writer(out, delimiter=separator, quoting=quoting, lineterminator=ending)
+    rows = csv.reader(io.StringIO(data.decode(), newline=""))
+    writer.writerows([alter(cell).replace("\r", "\n") for cell in row] for row in rows)
+    return out.getvalue().encode(encoding, errors="replace")
+
+
+def looked_at(cell: str) -> str:
+    """A cell that a spreadsheet took for a truth value, a date, or a number."""
+    if re.fullmatch(r"\d{1,3}", cell):
+        return cell.lstrip("0") + ",00"
+    return {"true": "TRUE", "1/2": "2026-02-01"}.get(cell, cell.replace("\x1b", ""))
+
+
+SPREADSHEETS = {
+    "Excel": {},
+    "Excel in German": {"separator": ";", "encoding": "cp1252"},
+    "Excel, Unicode text": {"separator": "\t", "encoding": "utf-16"},
+    "LibreOffice": {"ending": "\n", "encoding": "utf-8"},
+    "LibreOffice, all quoted": {"ending": "\n", "encoding": "utf-8", "quoting": csv.QUOTE_ALL},
+    "cells that were looked at": {"alter": looked_at},
+}
+
+
+@pytest.mark.parametrize("name", SPREADSHEETS)
+def test_ratings_that_a_spreadsheet_saved_are_read(tmp_path, name: str):
+    """No rating is lost, the file stays until the next rating, and then it is one of ours again, with all of them."""
+    path, completions = tmp_path / "ratings.csv", pd.concat([table(), formulas()], ignore_index=True)
+    completions.loc[2:3, "completions"] = ["true", "1/2"]
+    question = "= Wie schön?"
+    rate(before := RatingSession(completions, path, question), 11)
+    data = saved_again(path.read_bytes(), **SPREADSHEETS[name])
+    path.write_bytes(data)
+    assert report(completions, path).n_steered + report(completions, path).n_unsteered == 11
+    session = RatingSession(completions, path, question)
+    assert list(session.ratings.items()) == list(before.ratings.items()) and session.current == before.current
+    assert path.read_bytes() == data
+    assert session.undo() is not None and list(session.ratings.items()) == list(before.ratings.items())[:10]
+    rate(session)
+    rate(whole := RatingSession(completions, tmp_path / "whole", question))
+    assert path.read_bytes() == (tmp_path / "whole").read_bytes() and session.ratings == whole.ratings
+    assert sorted(tmp_path.iterdir()) == [path, tmp_path / "whole"]
+
+
+def test_ids_that_a_spreadsheet_took_for_numbers(tmp_path):
+    """Sixteen digits are rounded, and the rating still counts."""
+    path = tmp_path / "ratings.csv"
+    for number in range(10_000):
+        completions, _ = two_sides([0] * 10, [number] * 10)
+        completions["prompts"] = str(number)
+        session = RatingSession(completions, path)
+        if any(re.fullmatch(r"\d{16}", name) for name in session._ids):
+            break
+    rate(session)
+    data = saved_again(path.read_bytes(), alter=lambda cell: f"{float(cell):.5E}" if re.fullmatch(r"\d{16}", cell) else cell)
+    assert b"E+1" in data
+    path.write_bytes(data)
+    assert RatingSession(completions, path).ratings == session.ratings
+
+
+def test_what_a_spreadsheet_spoiled_is_refused(tmp_path):
+    """A rating or a question that was altered, a row that was copied, columns that are gone: an error, and nothing is touched."""
+    path, completions = tmp_path / "ratings.csv", table()
+    rate(RatingSession(completions, path), 3)
+    good = saved_again(path.read_bytes())
+    lines = good.splitlines(keepends=True)
+    for spoiled in (
+        good.replace(b",1,5,", b",1,5,9"), good.replace(b"How positive", b"How"), good + lines[-1], b"".join(lines[1:]),
+        good.replace(b",rating", b""), good.replace(b",1,5,", b",1,5,x"), good.replace(lines[-1][:16], b"0" * 16), good[:-4],
+    ):
+        assert spoiled != good
+        path.write_bytes(spoiled)
+        with pytest.raises(ValueError, match="holds something else than ratings of these|holds ratings for the question"):
+            RatingSession(completions, path)
+        assert path.read_bytes() == spoiled
+
+
+def test_spoiled_while_a_session_runs(tmp_path):
+    """A session whose file became something else saves nothing to it, however often it is asked."""
+    path = tmp_path / "ratings.csv"
+    rate(session := RatingSession(table(), path), 3)
+    other = b"something else, and longer than the file was" * 20
+    path.write_bytes(other)
+    for _ in range(3):
+        with pytest.raises(ValueError, match="something else than ratings"):
+            session.rate(3)
+    assert path.read_bytes() == other and len(session.ratings) == 3
+
+
+def test_cut_file_of_a_spreadsheet_is_refused(tmp_path):
+    """Without its end, a 10 at the end would be read as a 1."""
+    path, (completions, values) = tmp_path / "ratings.csv", two_sides([10] * 3, [10] * 3)
+    rate_rows(completions, path, values, scale=(1, 10))
+    data = path.read_bytes().replace(b"text", b"Text")
+    path.write_bytes(data)
+    assert report(completions, path).mean_steered == 10
+    path.write_bytes(data[:-2])
+    with pytest.raises(ValueError, match="something else than ratings"):
+        report(completions, path)
+
+
 # --- the report ---
 
 
@@ -518,8 +672,9 @@ def test_table_survives_its_file(tmp_path):
         path = tmp_path / "texts.csv"
         table().to_csv(path, index=False, lineterminator=ending, quoting=1)
         assert rating._checked(rating._read_completions(path)) == rating._checked(table())
-    table().to_csv(path, index=False)
-    assert rating._checked(rating._read_completions(path)) == rating._checked(table())
+    for saved in ({}, {"sep": ";", "encoding": "utf-8-sig"}, {"sep": "\t", "lineterminator": "\r\n", "quoting": 1}):
+        table().replace({True: "TRUE", False: "FALSE"}).to_csv(path, index=False, **saved)
+        assert rating._checked(rating._read_completions(path)) == rating._checked(table())
 
 
 # --- the notebook ---
