@@ -29,6 +29,7 @@ def record_activations(
     """Record what every forward pass gives at the layers of a type, while the block is open.
 
     What is recorded includes the steering that is open around it: activations are taken where the next module reads them.
+    What is compiled runs uncompiled meanwhile, since compiled code would not see that somebody looks.
 
     Args:
         model: a causal language model. It is not changed; the hooks go when the block ends, also after an exception.
@@ -73,9 +74,10 @@ def read_activations(
 ) -> dict[int, Tensor]:
     """Read the activations of one token of each prompt.
 
-    A prompt that occurs more than once is computed once. Prompts of like length share a batch, the pass ends behind the last
-    layer that is wanted, and only the tokens that are read are kept. Dropout is off while it reads, whatever the mode of
-    the model; the mode is put back afterwards.
+    A prompt that occurs more than once is computed once, and of prompts that are the same up to the token that is read only
+    the first is: no token looks ahead, so their activations there are equal, to the last bit. Prompts of like length share a
+    batch, the pass ends behind the last layer that is wanted, and only the tokens that are read are kept. Dropout is off
+    while it reads, whatever the mode of the model; the mode is put back afterwards. A compiled model runs uncompiled.
 
     Args:
         model: a causal language model; unchanged afterwards.
@@ -159,23 +161,28 @@ class _Kept:
 
 
 class _Reads:
-    """Which tokens are read: every (prompt, position) once, in a slot of its own."""
+    """Which tokens are read: every sequence of tokens once, in a slot of its own, at its last one."""
 
     def __init__(self) -> None:
-        self.slots: dict[tuple[tuple[int, ...], int], int] = {}
+        self.slots: dict[tuple[int, ...], int] = {}
         self.order: list[int] = []
         self._by_row: dict[tuple[int, ...], list[tuple[int, int]]] = defaultdict(list)
 
     def add(self, row: tuple[int, ...], position: int) -> None:
-        """Read this position of this prompt."""
-        if (row, position) not in self.slots:
-            slot = self.slots[row, position] = len(self.slots)
+        """Read this position of this prompt, or of an earlier one that is the same up to there: nothing looks ahead."""
+        seen = row[: position + 1]
+        if seen not in self.slots:
+            slot = self.slots[seen] = len(self.slots)
             self._by_row[row].append((position, slot))
-        self.order.append(self.slots[row, position])
+        self.order.append(self.slots[seen])
 
     def of(self, row: tuple[int, ...]) -> list[tuple[int, int]]:
         """The positions and slots of a prompt."""
         return self._by_row[row]
+
+    def rows(self) -> list[tuple[int, ...]]:
+        """The prompts of which something is read."""
+        return list(self._by_row)
 
 
 def _plan(
@@ -211,17 +218,18 @@ def _plan(
             )
         reads.add(row, index % len(row))
     # The longest first: a batch that does not fit into memory fails at once, and the bar is never too hopeful.
-    return sorted(dict.fromkeys(ids.values()), key=len, reverse=True), reads
+    return sorted(reads.rows(), key=len, reverse=True), reads
 
 
 @contextmanager
 def _hooks(by_module: dict[nn.Module, Callable]) -> Iterator[None]:
-    """Forward hooks that go when the block ends."""
+    """Forward hooks that go when the block ends. What is compiled runs as it is meanwhile: it would not see them."""
     handles = []
     try:
         for module, hook in by_module.items():
             handles.append(module.register_forward_hook(hook))
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         for handle in handles:
             handle.remove()

@@ -87,7 +87,9 @@ class SteeringVector:
         `apply` does the same for a block. While it lasts, every forward pass of the model is steered, generation with and
         without a cache alike. Padding is never steered. Vectors opened one after the other act in that order, before
         anything else that hooks into the layer, so that `hidden_states` show them. Under gradient checkpointing keep the
-        steering until the backward pass is done, since that computes the blocks again.
+        steering until the backward pass is done, since that computes the blocks again. A compiled model is compiled again when
+        it next runs, and so is whatever else `torch.compile` made in this process, since compiled code would not notice that
+        steering began; with `fullgraph=True` it raises an error of torch. A deep copy made meanwhile stays steered.
 
         Args:
             model: a causal language model.
@@ -208,17 +210,20 @@ class SteeringVector:
 
     def norm(self) -> dict[int, float]:
         """Return the length of the vector of every layer."""
-        return {layer: vector.float().norm().item() for layer, vector in self.layer_activations.items()}
+        # In float32 the square of 1e20 is inf, and that of 1e-25 is 0.
+        return {layer: vector.detach().cpu().double().norm().item() for layer, vector in self.layer_activations.items()}
 
     def unit(self) -> "SteeringVector":
         """Return the direction: every vector scaled to norm 1.
 
         Raises:
-            ValueError: the vector of a layer is 0.
+            ValueError: the vector of a layer is 0, or has nan or inf.
         """
+        if endless := [layer for layer, norm in self.norm().items() if not math.isfinite(norm)]:
+            raise ValueError(f"expected finite numbers, got nan or inf in the vector of layer {endless[0]}")
         if zero := [layer for layer, norm in self.norm().items() if norm == 0]:
             raise ValueError(f"the vector of layer {zero[0]} is 0 and has no direction")
-        return self._map(lambda vector: (vector.float() / vector.float().norm()).to(vector.dtype))
+        return self._map(lambda vector: functional.normalize((vector / vector.abs().max()).float(), dim=0).to(vector.dtype))
 
     def cosine_similarity(self, other: "SteeringVector") -> dict[int, float]:
         """Return the cosine of the angle between two vectors, for every layer that both have.

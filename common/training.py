@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from common.activations import ReadTokenIndex, read_activations
 from common.aggregators import Aggregator, mean_aggregator
+from common.rounding import is_rounding
 from common.sites import LayerType, ModelLayerConfig
 from common.steering_vector import SteeringVector, model_name
 
@@ -112,7 +113,7 @@ def aggregate_activations(
     """Make one vector of the activations of each layer.
 
     Args:
-        pos_acts_by_layer: by layer number, tensors [prompt, d_model].
+        pos_acts_by_layer: by layer number, tensors [prompt, d_model], in the dtype in which the model computed them.
         neg_acts_by_layer: the same for the negative prompts, or for the background set.
         aggregator: how; see `aggregators`.
 
@@ -120,7 +121,9 @@ def aggregate_activations(
         By layer number, a vector [d_model].
 
     Raises:
-        ValueError: the two have different layers; the vector of a layer has another shape, or is 0, nan or inf.
+        ValueError: the two have different layers; the vector of a layer has another shape, is nan or inf, or is 0 or nothing
+            but rounding, because the two sets do not differ (`rounding.is_rounding`). In 16 bit only what is below one
+            rounding counts as such; `extract_activations` gives exactly 0 for prompts that are the same up to the token.
     """
     if pos_acts_by_layer.keys() != neg_acts_by_layer.keys() or not pos_acts_by_layer:
         raise ValueError(f"expected the same layers twice, got {sorted(pos_acts_by_layer)} and {sorted(neg_acts_by_layer)}")
@@ -136,10 +139,11 @@ def aggregate_activations(
             raise ValueError(f"layer {layer}: expected a vector {list(positive.shape[1:])} from the aggregator, got {given}")
         if not torch.isfinite(vector).all():
             raise ValueError(f"layer {layer}: the aggregator gave nan or inf")
-        if not vector.any():
+        if not vector.any() or is_rounding(vector, positive, negative):
+            what = "nothing but rounding" if vector.any() else "0"
             raise ValueError(
-                f"layer {layer}: the vector is 0, because the positive and the negative prompts do not differ at the token "
-                "that is read; read another token, or leave this layer out with layers=[…]"
+                f"layer {layer}: the vector is {what}, because the positive and the negative prompts do not differ at the token "
+                "that is read, or as a whole; read another token, or leave this layer out with layers=[…]"
             )
         vectors[layer] = vector
     return vectors
