@@ -188,6 +188,7 @@ def read_sites(model: nn.Module, rows: Sequence[Sequence[int]], sites: Sequence[
     modes = [module for module in model.modules() if module.training]
     with ExitStack() as stack:
         stack.enter_context(unsteered())
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code does not see the hooks
         for site, (module, side) in places.items():
             if side == "input":
                 handle = module.register_forward_pre_hook(

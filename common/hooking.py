@@ -6,12 +6,23 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
+import torch._dynamo
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from common.blocks import get_blocks, get_hidden, with_hidden
 
 _suspended: ContextVar[bool] = ContextVar("steering_is_suspended", default=False)
+
+
+def forget_compiled() -> None:
+    """Drop what `torch.compile` made, in this process: a compiled model is compiled again at its next pass.
+
+    Code that was compiled while a module had no hook never looks again whether one came. That one went it does notice.
+    """
+    if torch._dynamo.convert_frame.input_codes.seen:
+        torch.compiler.reset()
 
 
 class EndOfPass(Exception):
@@ -67,11 +78,13 @@ def hook_output(module: nn.Module, hook: SteeringHook) -> RemovableHandle:
     hooks = module._forward_hooks
     for key in reversed([key for key, other in hooks.items() if isinstance(getattr(other, "__self__", None), SteeringHook)]):
         hooks.move_to_end(key, last=False)
+    forget_compiled()
     return handle
 
 
 def hook_input(module: nn.Module, hook: SteeringHook) -> RemovableHandle:
     """Register a hook that changes what a module gets, behind the hooks that are there."""
+    forget_compiled()
     return module.register_forward_pre_hook(hook.on_input, with_kwargs=True)
 
 
@@ -82,6 +95,7 @@ def hook_passes(model: nn.Module, tracker: Callable) -> RemovableHandle:
         if not is_suspended():
             tracker(args, kwargs)
 
+    forget_compiled()
     return holder_of_blocks(model).register_forward_pre_hook(note, with_kwargs=True)
 
 

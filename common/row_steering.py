@@ -235,4 +235,5 @@ def prefilled_cache(model: PreTrainedModel, inputs: Mapping[str, Tensor], rows: 
 def _logits(model: PreTrainedModel, inputs: Mapping[str, Tensor], last_only: bool, cache: Cache | None = None) -> Tensor:
     """The logits of a pass; the head is run on what is asked for."""
     more = {"use_cache": False} if cache is None else {"use_cache": True, "past_key_values": cache}
-    return model(**with_position_ids(inputs), **more, logits_to_keep=1 if last_only else 0).logits
+    with torch.compiler.set_stance("force_eager"):  # compiled code does not see what was changed around the blocks
+        return model(**with_position_ids(inputs), **more, logits_to_keep=1 if last_only else 0).logits
