@@ -48,7 +48,13 @@ class SteeringHook(ABC):
     """A hook that changes hidden states: as a forward hook what a module gives, as a pre-hook what it gets.
 
     Subclasses define `steer(hidden)`, which returns the steered hidden states, both [batch, pos, d_model].
+
+    Attributes:
+        home: the id of the module it was registered on. A deep copy of the module has a copy of the hook, which nobody takes
+            off again; it is known by its home (`pristine.copied_steering`).
     """
+
+    home: int | None = None
 
     @abstractmethod
     def steer(self, hidden: Tensor) -> Tensor:
@@ -74,7 +80,7 @@ def hook_output(module: nn.Module, hook: SteeringHook) -> RemovableHandle:
 
     transformers collects `hidden_states` by hooks of its own, which have to see the steering.
     """
-    handle = module.register_forward_hook(hook.on_output)
+    handle, hook.home = module.register_forward_hook(hook.on_output), id(module)
     hooks = module._forward_hooks
     for key in reversed([key for key, other in hooks.items() if isinstance(getattr(other, "__self__", None), SteeringHook)]):
         hooks.move_to_end(key, last=False)
@@ -84,6 +90,7 @@ def hook_output(module: nn.Module, hook: SteeringHook) -> RemovableHandle:
 
 def hook_input(module: nn.Module, hook: SteeringHook) -> RemovableHandle:
     """Register a hook that changes what a module gets, behind the hooks that are there."""
+    hook.home = id(module)
     forget_compiled()
     return module.register_forward_pre_hook(hook.on_input, with_kwargs=True)
 
