@@ -12,7 +12,7 @@
 2  activations pristine hooking        read and record; is this model as it was? hooks and their order
 1  models embedded baukit_standin      load; the model that comes with the project; a Trace where baukit is missing
 1  blocks sites positions              find a block, and a part of it, in any model; which tokens of a text
-1  rounding                            what rounding leaves of a difference
+1  rounding arguments                  what rounding leaves of a difference; what is asked of arguments
 1  operators aggregators               what is done at a position; how many differences become one vector
 1  pictures sweep_store                pictures that several notebooks draw; the rows of a sweep in a file
 

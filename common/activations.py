@@ -2,7 +2,7 @@
 
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from common.arguments import is_integer
 from common.blocks import get_hidden
 from common.hooking import EndOfPass
 from common.sites import LayerType, ModelLayerConfig, get_layers
@@ -99,10 +100,10 @@ def read_activations(
         ValueError: no prompts, a prompt without tokens or with too many, a read index outside a prompt, a batch size below
             1, an unknown layer type or layer.
     """
-    modules = get_layers(model, layer_type, layer_config, None if layers is None else list(layers))
+    modules = get_layers(model, layer_type, layer_config, layers)
     if not modules:
         raise ValueError("expected at least one layer, got an empty list")
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+    if not is_integer(batch_size) or batch_size < 1:
         raise ValueError(f"expected a batch size of 1 or more, got {batch_size!r}")
     rows, reads = _plan(model, tokenizer, prompts, read_token_index)
     kept = {layer: _Kept(len(reads.slots), move_to_cpu) for layer in modules}
@@ -198,7 +199,7 @@ def _plan(
         raise ValueError(f"expected strings as prompts, got {bad[0]!r}")
     if callable(read_token_index):
         indices = [read_token_index(prompt) for prompt in prompts]
-    elif isinstance(read_token_index, int):
+    elif not isinstance(read_token_index, Iterable) or getattr(read_token_index, "ndim", 1) == 0:
         indices = [read_token_index] * len(prompts)
     else:
         indices = list(read_token_index)
@@ -212,11 +213,11 @@ def _plan(
         row = ids[prompt]
         if not row or (limit and len(row) > limit):
             raise ValueError(f"the prompt {prompt!r} has {len(row)} tokens; expected 1 to {limit or 'any number'}")
-        if isinstance(index, bool) or not isinstance(index, int) or not -len(row) <= index < len(row):
+        if not is_integer(index) or not -len(row) <= index < len(row):
             raise ValueError(
                 f"cannot read token {index!r} of {prompt!r}: it has {len(row)} tokens, so expected {-len(row)} to {len(row) - 1}"
             )
-        reads.add(row, index % len(row))
+        reads.add(row, int(index) % len(row))
     # The longest first: a batch that does not fit into memory fails at once, and the bar is never too hopeful.
     return sorted(reads.rows(), key=len, reverse=True), reads
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from common.activations import ReadTokenIndex, read_activations
 from common.aggregators import Aggregator, mean_aggregator
+from common.arguments import function_of_two, is_integer
 from common.rounding import is_rounding
 from common.sites import LayerType, ModelLayerConfig
 from common.steering_vector import SteeringVector, model_name
@@ -78,7 +79,7 @@ def extract_activations(
         ValueError: no samples, a sample that is no pair of strings, and all errors of `read_activations`.
     """
     samples = _samples(training_samples)
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+    if not is_integer(batch_size) or batch_size < 1:
         raise ValueError(f"expected a batch size of 1 or more, got {batch_size!r}")
     sides = [
         [(s.positive_str, s.read_positive_token_index) for s in samples],
@@ -99,7 +100,7 @@ def extract_activations(
         tqdm_desc,
     )
     halves = [
-        {layer: list(part.split(batch_size)) for layer, acts in found.items() for part in [acts.chunk(2)[half]]}
+        {layer: list(part.split(int(batch_size))) for layer, acts in found.items() for part in [acts.chunk(2)[half]]}
         for half in (0, 1)
     ]
     return halves[0], halves[1]
@@ -121,10 +122,11 @@ def aggregate_activations(
         By layer number, a vector [d_model].
 
     Raises:
-        ValueError: the two have different layers; the vector of a layer has another shape, is nan or inf, or is 0 or nothing
+        ValueError: the aggregator is no function of two tensors; the two have different layers; the vector of a layer has another shape, is nan or inf, or is 0 or nothing
             but rounding, because the two sets do not differ (`rounding.is_rounding`). In 16 bit only what is below one
             rounding counts as such; `extract_activations` gives exactly 0 for prompts that are the same up to the token.
     """
+    function_of_two(aggregator, "aggregator", "mean_aggregator()")
     if pos_acts_by_layer.keys() != neg_acts_by_layer.keys() or not pos_acts_by_layer:
         raise ValueError(f"expected the same layers twice, got {sorted(pos_acts_by_layer)} and {sorted(neg_acts_by_layer)}")
     vectors = {}
@@ -177,6 +179,7 @@ def train_steering_vector(
         ValueError: all errors of `extract_activations` and of `aggregate_activations`.
     """
     samples = _samples(training_samples)
+    function_of_two(aggregator, "aggregator", "mean_aggregator()")
     positive, negative = extract_activations(
         model,
         tokenizer,
