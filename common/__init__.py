@@ -13,6 +13,7 @@
 2  passes                              the device of the inputs, evaluation mode, which rows may share a batch
 1  models embedded baukit_standin      load; the model that comes with the project; a Trace where baukit is missing
 1  blocks sites positions              find a block, and a part of it, in any model; which tokens of a text
+1  rounding arguments                  what rounding leaves of a difference; what is asked of arguments
 1  operators aggregators               what is done at a position; how many differences become one vector
 1  prompts pictures                    from prompts to token ids; pictures that several notebooks draw
 1  sweep_store identity                the rows of a sweep in a file, and what they depend on

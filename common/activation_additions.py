@@ -8,7 +8,6 @@ have each their own front, a prompt of one token is a prompt, a pad id of 0 is a
 Notation: resid_pre of block `l` is what the block reads, the same as resid_post of block `l - 1`.
 """
 
-import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from common.arguments import finite_number, finite_product, is_integer
 from common.blocks import get_hidden
 from common.hooking import EndOfPass, SteeringHook, holder_of_blocks, hook_input, hook_output, hook_passes, unsteered
 from common.passes import in_evaluation_mode, input_device
@@ -56,8 +56,7 @@ class ActivationAddition:
     site: Site = field(init=False)
 
     def __post_init__(self) -> None:
-        if isinstance(self.coeff, bool) or not isinstance(self.coeff, int | float) or not math.isfinite(self.coeff):
-            raise ValueError(f"expected a finite number as coefficient, got {self.coeff!r}")
+        coeff = finite_number(self.coeff, "coefficient")
         site = parse_site(self.act_name)
         if (self.prompt is None) == (self.tokens is None):
             raise ValueError(f"give a prompt or tokens, exactly one of them; got prompt={self.prompt!r} and tokens={self.tokens!r}")
@@ -70,7 +69,7 @@ class ActivationAddition:
             if tokens.dim() != 1 or not tokens.numel() or tokens.is_floating_point() or tokens.dtype == torch.bool or tokens.min() < 0:
                 raise ValueError(f"expected tokens [pos] as integers from 0 on, got {tokens.dtype} of shape {list(tokens.shape)}")
             object.__setattr__(self, "tokens", tokens.long().clone())
-        object.__setattr__(self, "coeff", float(self.coeff))
+        object.__setattr__(self, "coeff", coeff)
         object.__setattr__(self, "site", site)
         object.__setattr__(self, "act_name", str(site) if str(site).startswith("blocks.") else tuple(site))
 
@@ -155,7 +154,7 @@ def get_x_vector(
     if tokenizer is None:
         raise ValueError("padding needs a tokenizer: give tokenizer=, or a model that has one")
     pad = tokenizer.pad_token_id if custom_pad_id is None else custom_pad_id
-    if isinstance(pad, bool) or not isinstance(pad, int) or not 0 <= pad < len(tokenizer):
+    if not is_integer(pad) or not 0 <= pad < len(tokenizer):
         raise ValueError(f"expected a token id from 0 to {len(tokenizer) - 1} to pad with, got {pad!r}")
     rows = [with_bos(tokenizer, prompt) for prompt in (prompt1, prompt2)]
     length = max(map(len, rows))
@@ -200,6 +199,7 @@ def read_sites(model: nn.Module, rows: Sequence[Sequence[int]], sites: Sequence[
     with ExitStack() as stack:
         stack.enter_context(unsteered())
         stack.enter_context(in_evaluation_mode(model))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code does not see the hooks
         for site, (module, side) in places.items():
             if side == "input":
                 handle = module.register_forward_pre_hook(
@@ -236,7 +236,8 @@ def addition_vectors(
     summed: dict[tuple[Site, int], Tensor] = {}
     # In one order whatever the order given, so that additions commute to the last bit.
     for addition, row in sorted(zip(additions, rows), key=lambda pair: (pair[0].site, pair[1], pair[0].coeff)):
-        vectors = addition.coeff * read[tuple(row), addition.site]
+        activations = read[tuple(row), addition.site]
+        vectors = finite_product(addition.coeff, activations, activations.dtype, f"{addition!r}")
         key = addition.site, len(row)
         summed[key] = summed[key] + vectors if key in summed else vectors
     return summed
@@ -273,7 +274,8 @@ def apply_activation_additions(
     what is generated is not touched. Rows of a left-padded batch have each their own front. The prompts of the additions
     are read when the block opens, from the model without any steering of this library, so nested blocks add up. Put BOS in
     front of the model's prompt (`generation.encode`, `with_bos`), since additions have one where the tokenizer does:
-    otherwise they fall one token too late.
+    otherwise they fall one token too late. What `SteeringVector.apply` says of models that are
+    copied or compiled holds here too.
 
     Args:
         model: a causal language model. It gets hooks while the block is open, and is as it was afterwards and after any

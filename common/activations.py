@@ -2,7 +2,7 @@
 
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from common.arguments import is_integer
 from common.blocks import get_hidden
 from common.hooking import EndOfPass
 from common.passes import in_evaluation_mode, input_device
@@ -32,6 +33,7 @@ def record_activations(
     """Record what every forward pass gives at the layers of a type, while the block is open.
 
     What is recorded includes the steering that is open around it: activations are taken where the next module reads them.
+    What is compiled runs uncompiled meanwhile, since compiled code would not see that somebody looks.
 
     Args:
         model: a causal language model. It is not changed; the hooks go when the block ends, also after an exception.
@@ -77,9 +79,10 @@ def read_activations(
 ) -> dict[int, Tensor]:
     """Read the activations of one token of each prompt.
 
-    A prompt that occurs more than once is computed once. Prompts of like length share a batch, the pass ends behind the last
-    layer that is wanted, and only the tokens that are read are kept. Dropout is off while it reads, whatever the mode of
-    the model; the mode is put back afterwards.
+    A prompt that occurs more than once is computed once, and of prompts that are the same up to the token that is read only
+    the first is: no token looks ahead, so their activations there are equal, to the last bit. Prompts of like length share a
+    batch, the pass ends behind the last layer that is wanted, and only the tokens that are read are kept. Dropout is off
+    while it reads, whatever the mode of the model; the mode is put back afterwards. A compiled model runs uncompiled.
 
     Args:
         model: a causal language model; unchanged afterwards.
@@ -102,10 +105,10 @@ def read_activations(
         ValueError: no prompts, a prompt without tokens or with too many, a read index outside a prompt, a batch size below
             1, an unknown layer type or layer; what `prompt_ids` raises.
     """
-    modules = get_layers(model, layer_type, layer_config, None if layers is None else list(layers))
+    modules = get_layers(model, layer_type, layer_config, layers)
     if not modules:
         raise ValueError("expected at least one layer, got an empty list")
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+    if not is_integer(batch_size) or batch_size < 1:
         raise ValueError(f"expected a batch size of 1 or more, got {batch_size!r}")
     rows, reads = _plan(model, tokenizer, prompts, read_token_index, prepend_bos)
     kept = {layer: _Kept(len(reads.slots), move_to_cpu) for layer in modules}
@@ -165,23 +168,28 @@ class _Kept:
 
 
 class _Reads:
-    """Which tokens are read: every (prompt, position) once, in a slot of its own."""
+    """Which tokens are read: every sequence of tokens once, in a slot of its own, at its last one."""
 
     def __init__(self) -> None:
-        self.slots: dict[tuple[tuple[int, ...], int], int] = {}
+        self.slots: dict[tuple[int, ...], int] = {}
         self.order: list[int] = []
         self._by_row: dict[tuple[int, ...], list[tuple[int, int]]] = defaultdict(list)
 
     def add(self, row: tuple[int, ...], position: int) -> None:
-        """Read this position of this prompt."""
-        if (row, position) not in self.slots:
-            slot = self.slots[row, position] = len(self.slots)
+        """Read this position of this prompt, or of an earlier one that is the same up to there: nothing looks ahead."""
+        seen = row[: position + 1]
+        if seen not in self.slots:
+            slot = self.slots[seen] = len(self.slots)
             self._by_row[row].append((position, slot))
-        self.order.append(self.slots[row, position])
+        self.order.append(self.slots[seen])
 
     def of(self, row: tuple[int, ...]) -> list[tuple[int, int]]:
         """The positions and slots of a prompt."""
         return self._by_row[row]
+
+    def rows(self) -> list[tuple[int, ...]]:
+        """The prompts of which something is read."""
+        return list(self._by_row)
 
 
 def _plan(
@@ -195,7 +203,7 @@ def _plan(
     check_prompts(prompts)
     if callable(read_token_index):
         indices = [read_token_index(prompt) for prompt in prompts]
-    elif isinstance(read_token_index, int):
+    elif not isinstance(read_token_index, Iterable) or getattr(read_token_index, "ndim", 1) == 0:
         indices = [read_token_index] * len(prompts)
     else:
         indices = list(read_token_index)
@@ -207,23 +215,24 @@ def _plan(
     for prompt, row, index in zip(prompts, rows, indices):
         if not row or (limit and len(row) > limit):
             raise ValueError(f"the prompt {prompt!r} has {len(row)} tokens; expected 1 to {limit or 'any number'}")
-        if isinstance(index, bool) or not isinstance(index, int) or not -len(row) <= index < len(row):
+        if not is_integer(index) or not -len(row) <= index < len(row):
             raise ValueError(
                 f"cannot read token {index!r} of {prompt!r}: it has {len(row)} tokens, so expected {-len(row)} to {len(row) - 1}"
             )
-        reads.add(row, index % len(row))
+        reads.add(row, int(index) % len(row))
     # The longest first: a batch that does not fit into memory fails at once, and the bar is never too hopeful.
-    return sorted(dict.fromkeys(rows), key=len, reverse=True), reads
+    return sorted(reads.rows(), key=len, reverse=True), reads
 
 
 @contextmanager
 def _hooks(by_module: dict[nn.Module, Callable]) -> Iterator[None]:
-    """Forward hooks that go when the block ends."""
+    """Forward hooks that go when the block ends. What is compiled runs as it is meanwhile: it would not see them."""
     handles = []
     try:
         for module, hook in by_module.items():
             handles.append(module.register_forward_hook(hook))
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         for handle in handles:
             handle.remove()

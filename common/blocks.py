@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from common.arguments import finite_product, is_integer
+
 
 def get_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Find the transformer blocks of a model of any architecture.
@@ -68,7 +70,7 @@ def get_block(model: nn.Module, layer: int) -> nn.Module:
             `hidden_states` (the state after the final layer norm).
     """
     _, blocks = get_blocks(model)
-    if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < len(blocks):
+    if not is_integer(layer) or not 0 <= layer < len(blocks):
         raise ValueError(f"layer {layer!r} does not exist: expected an integer from 0 to {len(blocks) - 1}")
     return blocks[layer]
 
@@ -114,7 +116,7 @@ def check_vector(model: nn.Module, layer: int, vector: Tensor) -> Tensor:
         offloaded and lie nowhere yet.
 
     Raises:
-        ValueError: no such layer; not a floating-point tensor; another shape than [d_model]; not finite.
+        ValueError: no such layer; not a floating-point tensor; another shape than [d_model]; not finite, also in that dtype.
     """
     weight = next(get_block(model, layer).parameters())
     d_model = model.config.get_text_config().hidden_size
@@ -125,4 +127,5 @@ def check_vector(model: nn.Module, layer: int, vector: Tensor) -> Tensor:
         raise ValueError(f"expected a steering vector of shape [{d_model}] (d_model), got {list(vector.shape)}")
     if not torch.isfinite(vector).all():
         raise ValueError("expected a steering vector of finite numbers, got one with nan or inf")
-    return vector.to(device=vector.device if weight.is_meta else weight.device, dtype=weight.dtype)
+    vector = vector if weight.is_meta else vector.to(weight.device)
+    return finite_product(1.0, vector, weight.dtype, "the steering vector") if weight.is_floating_point() else vector

@@ -27,6 +27,7 @@ from common.metrics import Steering, kl_divergence
 from common.passes import input_device
 from common.positions import TokenSelection, position_ids
 from common.prompts import Prompt, is_prompt, prompt_ids
+from common.rounding import rounding_error
 from common.sites import Site, parse_site
 
 PROMPTS = ("I think that dogs are", "The garden", "My old neighbour went to the house and said")
@@ -331,9 +332,7 @@ def precision_of_difference(a: Tensor, b: Tensor, dtype: torch.dtype | None = No
     """
     if a.shape != b.shape or not (a.is_floating_point() and b.is_floating_point()):
         raise ValueError(f"expected two floating-point tensors of one shape, got {a.dtype} {list(a.shape)} and {b.dtype} {list(b.shape)}")
-    half_step = torch.finfo(dtype or torch.promote_types(a.dtype, b.dtype)).eps / 2
-    # Roundings spread evenly up to half a step of a number; a step belongs to a power of 2, on average 3/4 of the number.
-    error = half_step * 0.75 / math.sqrt(3) * math.hypot(a.double().norm(), b.double().norm())
+    error = rounding_error(a, b, dtype=dtype or torch.promote_types(a.dtype, b.dtype))
     difference = (a.double() - b.double()).norm().item()
     return max(0.0, math.log2(difference / error)) if difference else 0.0
 

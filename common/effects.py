@@ -149,9 +149,16 @@ def working_window(
         max_wrong_way: the share of prompts that may move the wrong way.
 
     Raises:
-        ValueError: no such steering, several of them and none named, only coefficient 0, a cell without its cost, or no
-            unsteered rows.
+        ValueError: other tables than these, or in another order; no such column or steering, several of them and none named,
+            only coefficient 0, a cell without its cost, or no unsteered rows.
     """
+    for name, table, columns in (("rows", rows, {*CELL, "prompt"}), ("costs", costs, {*CELL, "loss", "unsteered_loss", "tokens"})):
+        if not isinstance(table, pd.DataFrame) or not columns <= set(table):
+            what = f"a table of {', '.join(map(str, table))}" if isinstance(table, pd.DataFrame) else repr(table)
+            wanted = "sweep" if name == "rows" else "sweep_perplexity"
+            raise ValueError(f"expected as {name} what {wanted} returned, as in working_window(rows, costs, metric); got {what}")
+    if metric not in rows:
+        raise ValueError(f"no column {metric!r}: the table has {', '.join(map(str, rows.columns))}")
     names = rows.loc[rows["kind"] == "steering", "steering"].unique().tolist()
     if steering is None and len(names) == 1:
         steering = names[0]

@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import GenerationMixin
@@ -18,6 +19,15 @@ from common.blocks import get_blocks, get_hidden, with_hidden
 from common.positions import PACKED, PositionTracker, Text, being_generated, generating
 
 _suspended: ContextVar[bool] = ContextVar("steering_is_suspended", default=False)
+
+
+def forget_compiled() -> None:
+    """Drop what `torch.compile` made, in this process: a compiled model is compiled again at its next pass.
+
+    Code that was compiled while a module had no hook never looks again whether one came. That one went it does notice.
+    """
+    if torch._dynamo.convert_frame.input_codes.seen:
+        torch.compiler.reset()
 
 
 class EndOfPass(Exception):
@@ -43,7 +53,13 @@ class SteeringHook(ABC):
     """A hook that changes hidden states: as a forward hook what a module gives, as a pre-hook what it gets.
 
     Subclasses define `steer(hidden)`, which returns the steered hidden states, both [batch, pos, d_model].
+
+    Attributes:
+        home: the id of the module it was registered on. A deep copy of the module has a copy of the hook, which nobody takes
+            off again; it is known by its home (`pristine.copied_steering`).
     """
+
+    home: int | None = None
 
     @abstractmethod
     def steer(self, hidden: Tensor) -> Tensor:
@@ -69,15 +85,18 @@ def hook_output(module: nn.Module, hook: SteeringHook) -> RemovableHandle:
 
     transformers collects `hidden_states` by hooks of its own, which have to see the steering.
     """
-    handle = module.register_forward_hook(hook.on_output)
+    handle, hook.home = module.register_forward_hook(hook.on_output), id(module)
     hooks = module._forward_hooks
     for key in reversed([key for key, other in hooks.items() if isinstance(getattr(other, "__self__", None), SteeringHook)]):
         hooks.move_to_end(key, last=False)
+    forget_compiled()
     return handle
 
 
 def hook_input(module: nn.Module, hook: SteeringHook) -> RemovableHandle:
     """Register a hook that changes what a module gets, behind the hooks that are there."""
+    hook.home = id(module)
+    forget_compiled()
     return module.register_forward_pre_hook(hook.on_input, with_kwargs=True)
 
 
@@ -98,6 +117,7 @@ def hook_passes(model: nn.Module, tracker: PositionTracker) -> PassHandle:
     Where positions matter, `generate` is watched as well, since only there it is known what the prompt is: until the handle
     is removed, the methods of `WATCHED` are set on the model itself.
     """
+    forget_compiled()
     holder, handle = holder_of_blocks(model), PassHandle()
     hook = _PassHook(tracker)
     try:

@@ -89,12 +89,17 @@ def add_metric_cols(
     Args:
         data: for example completions.
         metrics: by name; a metric with one value a text becomes a column of that name, one with several `name_column` each.
-        cols_to_use: the columns that hold the texts; those of several columns are joined.
+        cols_to_use: the columns that hold the texts; those of several columns are joined. By default those of a sweep too,
+            which are called `prompt` and `completion`.
 
     Raises:
         ValueError: no column of texts, one that is missing or would be there twice, or a metric returns another number of values.
     """
+    if not isinstance(data, pd.DataFrame) or not isinstance(metrics, Mapping):
+        raise ValueError(f"expected a table and metrics by name, got {type(data).__name__} and {metrics!r}")
     columns = [cols_to_use] if isinstance(cols_to_use, str) else list(cols_to_use)
+    if columns == ["prompts", "completions"] and not {*columns} & {*data}:
+        columns = [name if name in data else plural for name, plural in zip(("prompt", "completion"), columns)]
     if not columns:
         raise ValueError("expected one column of texts or more, got none")
     if missing := [column for column in columns if column not in data]:

@@ -2,7 +2,8 @@
 
 `snapshot` notes every module, hook and parameter; `assert_pristine` fails on any hook, wrapper, replaced `forward`,
 changed parameter or nnsight edit that was not there before. Parameters are noted as a hash of their bytes, so that a
-snapshot of a large model takes seconds and almost no memory.
+snapshot of a large model takes seconds and almost no memory. It also fails on a model that was copied while it was steered:
+the copy's steering ends with no block, whatever a snapshot says that was taken of the copy.
 """
 
 import hashlib
@@ -11,6 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from common.hooking import SteeringHook
 
 # Hooks that a library installs on itself at the first forward pass and keeps: transformers to collect hidden states,
 # the bridge of TransformerLens to catch the input of a layer norm. Hooks that a user adds come from other modules.
@@ -49,7 +52,7 @@ def snapshot(model: Any) -> Snapshot:
 
 
 def differences(model: Any, before: Snapshot) -> list[str]:
-    """Say in plain words how a model differs from a snapshot of it; an empty list means it does not."""
+    """Say in plain words how a model differs from a snapshot of it, and what steering was copied with it; else an empty list."""
     now = snapshot(model)
     sayings = {
         "modules": "module {path} was added, removed, replaced or given another method or mode",
@@ -62,14 +65,31 @@ def differences(model: Any, before: Snapshot) -> list[str]:
         for field in Snapshot._fields
         for path in sorted(getattr(before, field).keys() | getattr(now, field).keys())
         if getattr(before, field).get(path) != getattr(now, field).get(path)
+    ] + [
+        f"{path} was copied while it was steered, and stays steered: copy the model outside `apply`" for path in copied_steering(model)
     ]
+
+
+def copied_steering(model: Any) -> list[str]:
+    """Return the paths of the modules that hold a copy of a steering hook of this library.
+
+    `copy.deepcopy` inside `apply` copies the hooks too. Nothing takes those of the copy off.
+    """
+    module = getattr(model, "_module", model)
+    return sorted({
+        path
+        for path, part in module.named_modules(remove_duplicate=False)
+        for kind in HOOKS
+        for hook in getattr(part, kind).values()
+        if isinstance(steering := getattr(hook, "__self__", None), SteeringHook) and steering.home != id(part)
+    })
 
 
 def assert_pristine(model: Any, before: Snapshot) -> None:
     """Fail if the model is not as it was.
 
     Raises:
-        AssertionError: with one line for each difference.
+        AssertionError: with one line for each difference, and for each module whose steering was copied with the model.
     """
     found = differences(model, before)
     if found:

@@ -283,4 +283,5 @@ def can_prefill(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> bool:
 def _logits(model: PreTrainedModel, inputs: Mapping[str, Tensor], last_only: bool, cache: Cache | None = None) -> Tensor:
     """The logits of a pass; the head is run on what is asked for."""
     more = {"use_cache": False} if cache is None else {"use_cache": True, "past_key_values": cache}
-    return model(**pass_inputs(inputs), **more, logits_to_keep=1 if last_only else 0).logits
+    with torch.compiler.set_stance("force_eager"):  # compiled code does not see what was changed around the blocks
+        return model(**pass_inputs(inputs), **more, logits_to_keep=1 if last_only else 0).logits

@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 
 from torch import nn
 
+from common.arguments import is_integer, layer_list
 from common.blocks import get_blocks
 
 LayerType = Literal["decoder_block", "self_attn", "mlp", "input_layernorm", "post_attention_layernorm"]
@@ -65,12 +66,12 @@ def parse_site(act_name: int | str | tuple[int, str]) -> Site:
         match = re.fullmatch(r"blocks\.(\d+)\.(\w+)", act_name)
         layer, part = (int(match[1]), hooks.get(match[2])) if match else (None, None)
     part = "resid_post" if part == "decoder_block" else part
-    if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0 or part not in ("resid_pre", "resid_post", *PART_NAMES):
+    if not is_integer(layer) or layer < 0 or part not in ("resid_pre", "resid_post", *PART_NAMES):
         raise ValueError(
             f"unknown site {act_name!r}: expected a block number l (resid_pre of block l), 'blocks.{{l}}.hook_resid_pre', "
             "'blocks.{l}.hook_resid_post', or a pair (layer, part) with 'resid_pre', 'resid_post' or a layer type as part"
         )
-    return Site(layer, part)
+    return Site(int(layer), part)
 
 
 def find_site(model: nn.Module, site: Site) -> tuple[nn.Module, Literal["input", "output"]]:
@@ -144,8 +145,9 @@ def get_layers(
         The modules by layer number (never negative), in the order of `layers`.
 
     Raises:
-        ValueError: an unknown layer type, a part or a layer that the model does not have, a layer given twice.
+        ValueError: an unknown layer type, a part or a layer that the model does not have, a layer given twice, no list.
     """
+    layers = None if layers is None else layer_list(layers)
     config = guess_and_enhance_layer_config(model, layer_config, layer_type)
     if layer_type not in config:
         _, blocks = get_blocks(model)
@@ -162,14 +164,14 @@ def get_layers(
     count = max(found) + 1
     numbers = []
     for layer in layers:
-        number = layer + count if isinstance(layer, int) and layer < 0 else layer
-        if isinstance(layer, bool) or number not in found:
+        number = int(layer) + count * (layer < 0) if is_integer(layer) else None
+        if number not in found:
             raise ValueError(
                 f"layer {layer!r} does not exist: {type(model).__name__} has {len(found)} layers of type {layer_type!r}, "
                 f"{next(iter(found.values()))} to {found[count - 1]}"
             )
         if number in numbers:
-            raise ValueError(f"layer {number} is given twice: {list(layers)}")
+            raise ValueError(f"layer {number} is given twice: {layers}")
         numbers.append(number)
     return {number: model.get_submodule(found[number]) for number in numbers}
 

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
+from common.arguments import finite_number, finite_product, function_of_two, is_integer
 from common.hooking import PassHandle, SteeringHook, holder_of_blocks, hook_output, hook_passes
 from common.operators import PatchDeltaOperator
 from common.positions import PositionTracker, TokenSelection
@@ -64,11 +67,12 @@ class SteeringVector:
         if not isinstance(self.layer_activations, dict) or not self.layer_activations:
             raise ValueError(f"expected a dict from layer number to vector, got {self.layer_activations!r}")
         for layer, vector in self.layer_activations.items():
-            if isinstance(layer, bool) or not isinstance(layer, int):
+            if not is_integer(layer):
                 raise ValueError(f"expected layer numbers as keys, got {layer!r}")
             if not isinstance(vector, Tensor) or not vector.is_floating_point() or vector.dim() != 1:
                 given = f"a {vector.dtype} tensor {list(vector.shape)}" if isinstance(vector, Tensor) else repr(vector)
                 raise ValueError(f"expected a floating-point vector [d_model] for layer {layer}, got {given}")
+        self.layer_activations = {int(layer): vector for layer, vector in self.layer_activations.items()}
 
     # --- applying ---
 
@@ -86,7 +90,10 @@ class SteeringVector:
         `apply` does the same for a block. While it lasts, every forward pass of the model is steered, generation with and
         without a cache alike. Padding is never steered. Vectors opened one after the other act in that order, before
         anything else that hooks into the layer, so that `hidden_states` show them. Under gradient checkpointing keep the
-        steering until the backward pass is done, since that computes the blocks again.
+        steering until the backward pass is done, since that computes the blocks again. A compiled model is compiled again when
+        it next runs, and so is whatever else `torch.compile` made in this process, since compiled code would not notice that
+        steering began; with `fullgraph=True` it raises an error of torch. A deep copy of the model that
+        is made meanwhile stays steered for ever: make it before (`pristine.assert_pristine` finds such a copy).
 
         Args:
             model: a causal language model.
@@ -101,22 +108,25 @@ class SteeringVector:
 
         Raises:
             ValueError: before anything is changed: an unknown layer type or layer, a vector of the wrong width or with
-                nan or inf, both min_token_index and token_indices or something wrong in them. Later, where positions are
-                not known: of `generate_batch` and other packed rows, if they count from the end or belong to rows; of a
-                pass by hand with a state that nobody counted (RWKV); of guidance without a cache.
+                nan or inf, also after multiplication and in the dtype of the model, an operator that is no function of two
+                tensors, both min_token_index and token_indices or something wrong in them. Later, where positions are not
+                known: of `generate_batch` and other packed rows, if they count from the end or belong to rows; of a pass by
+                hand with a state that nobody counted (RWKV); of guidance without a cache.
 
         Warns:
             UserWarning: the vector was made for a model of another name.
         """
         selection = TokenSelection(min_token_index, token_indices)
-        if not isinstance(multiplier, int | float) or not math.isfinite(multiplier):
-            raise ValueError(f"expected a finite number as multiplier, got {multiplier!r}")
+        multiplier = finite_number(multiplier, "multiplier")
+        if operator is not None:
+            function_of_two(operator, "operator", "addition_operator()")
         found = get_layers(model, self.layer_type, layer_config, list(self.layer_activations))
         if self.layer_type in LAYER_TYPES and self.layer_type not in (layer_config or {}):
             self._check_width(model)
         for layer, vector in self.layer_activations.items():
             if not torch.isfinite(vector).all():
                 raise ValueError(f"expected finite numbers, got nan or inf in the vector of layer {layer}")
+            finite_product(multiplier, vector.detach(), _dtype(model), f"the vector of layer {layer}")
         self._warn_of_another_model(model)
         tracker = PositionTracker(holder_of_blocks(model), selection)
         handle = SteeringPatchHandle([])
@@ -143,7 +153,8 @@ class SteeringVector:
     ) -> Iterator[None]:
         """Steer a model while the block is open; afterwards, and after an exception, it is as it was.
 
-        Arguments and errors are those of `patch_activations`.
+        Do not copy the model in the block: a deep copy of it stays steered for ever (`pristine.assert_pristine` finds that).
+        A compiled model is compiled again when it next runs. Arguments and errors are those of `patch_activations`.
         """
         handle = self.patch_activations(model, layer_config, operator, multiplier, min_token_index, token_indices)
         try:
@@ -191,19 +202,20 @@ class SteeringVector:
 
     def __mul__(self, factor: float) -> "SteeringVector":
         """Multiply every vector by a number."""
-        if isinstance(factor, bool) or not isinstance(factor, int | float):
+        if isinstance(factor, bool) or not isinstance(factor, Real):
             return NotImplemented
-        return self._map(lambda vector: factor * vector)
+        return self._map(lambda vector: float(factor) * vector)
 
     __rmul__ = __mul__
+    __array_ufunc__ = None  # a number of numpy in front of the vector leaves the product to it
 
     def __truediv__(self, divisor: float) -> "SteeringVector":
         """Divide every vector by a number other than 0."""
-        if isinstance(divisor, bool) or not isinstance(divisor, int | float):
+        if isinstance(divisor, bool) or not isinstance(divisor, Real):
             return NotImplemented
         if divisor == 0:
             raise ValueError("cannot divide a steering vector by 0")
-        return self._map(lambda vector: vector / divisor)
+        return self._map(lambda vector: vector / float(divisor))
 
     def __neg__(self) -> "SteeringVector":
         """Turn every vector round."""
@@ -211,17 +223,20 @@ class SteeringVector:
 
     def norm(self) -> dict[int, float]:
         """Return the length of the vector of every layer."""
-        return {layer: vector.float().norm().item() for layer, vector in self.layer_activations.items()}
+        # In float32 the square of 1e20 is inf, and that of 1e-25 is 0.
+        return {layer: vector.detach().cpu().double().norm().item() for layer, vector in self.layer_activations.items()}
 
     def unit(self) -> "SteeringVector":
         """Return the direction: every vector scaled to norm 1.
 
         Raises:
-            ValueError: the vector of a layer is 0.
+            ValueError: the vector of a layer is 0, or has nan or inf.
         """
+        if endless := [layer for layer, norm in self.norm().items() if not math.isfinite(norm)]:
+            raise ValueError(f"expected finite numbers, got nan or inf in the vector of layer {endless[0]}")
         if zero := [layer for layer, norm in self.norm().items() if norm == 0]:
             raise ValueError(f"the vector of layer {zero[0]} is 0 and has no direction")
-        return self._map(lambda vector: (vector.float() / vector.float().norm()).to(vector.dtype))
+        return self._map(lambda vector: functional.normalize((vector / vector.abs().max()).float(), dim=0).to(vector.dtype))
 
     def cosine_similarity(self, other: "SteeringVector") -> dict[int, float]:
         """Return the cosine of the angle between two vectors, for every layer that both have.
@@ -359,6 +374,11 @@ def model_name(model: nn.Module) -> str:
     return Path(name).resolve().name if name and Path(name).exists() else name
 
 
+def _dtype(model: nn.Module) -> torch.dtype:
+    """The dtype that a model computes in; weights of 8 bit and less are only stored so."""
+    return next((weight.dtype for weight in model.parameters() if weight.is_floating_point() and weight.itemsize > 1), torch.float32)
+
+
 class _VectorHook(SteeringHook):
     """Adds a vector to hidden states. It moves the vector to where they are once, not at every pass."""
 
@@ -380,7 +400,9 @@ class _VectorHook(SteeringHook):
     def _move(self, hidden: Tensor) -> Tensor:
         if len(self.vector) != hidden.shape[-1]:
             raise ValueError(f"layer {self.layer}: the vector has {len(self.vector)} numbers, the hidden states {hidden.shape[-1]}")
-        moved = (self.multiplier * self.vector).to(hidden).view(1, 1, -1)
+        # A vector in 16 bit times the multiplier may lie outside its dtype, and inside that of the model.
+        vector = self.vector.to(torch.promote_types(self.vector.dtype, torch.float32))
+        moved = (self.multiplier * vector).to(hidden).view(1, 1, -1)
         # A vector that is being learned belongs to the graph of one pass only.
         self.moved = None if self.vector.requires_grad else moved
         return moved

@@ -7,10 +7,9 @@ judged in `effects`.
 """
 
 import argparse
-import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -25,6 +24,7 @@ from torch import Tensor
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from common.activation_additions import ActivationAddition, AdditionLocation, read_sites
+from common.arguments import finite_number, finite_product, layer_list
 from common.blocks import get_blocks, get_hidden
 from common.effects import effect_by_cell, plot_effect
 from common.embedded import grammar
@@ -77,7 +77,8 @@ class _Steering:
 
     def row(self, layer: int, coeff: float) -> RowSteering:
         """What is added to a row of this layer and coefficient."""
-        return RowSteering(Site(layer, self.part), coeff * self.vectors[layer], self.location)
+        vectors = self.vectors[layer]  # in 16 bit the product may lie outside their dtype, and inside that of the model
+        return RowSteering(Site(layer, self.part), coeff * vectors.to(torch.promote_types(vectors.dtype, torch.float32)), self.location)
 
     def random(self, number: int) -> "_Steering":
         """A random one: at every layer and token another direction, of the same length."""
@@ -376,8 +377,8 @@ class _PassSweep:
                     self.skips = can_skip_blocks(self.model, samples)
                 for texts in self._parts() if len(done) < total else ():
                     missing = {cell: [text for text in texts if self._number(cell, text) not in done] for cell in range(len(self.cells))}
-                    for cell_rows, steered, plain, inputs in self._passes(texts, {cell: rows for cell, rows in missing.items() if rows}):
-                        values = measured(steered, plain, inputs)
+                    for cell_rows, steered, unsteered, inputs in self._passes(texts, {cell: rows for cell, rows in missing.items() if rows}):
+                        values = measured(steered, unsteered, inputs)
                         store.add(
                             (self._number(cell, text), {**self.cells[cell].keys(), column: self.shown[text], **row})
                             for (cell, text), row in zip(cell_rows, values, strict=True)
@@ -446,20 +447,24 @@ def _grid(
     if not isinstance(controls or {}, Mapping):
         raise ValueError(f"expected controls by name, got {controls!r}")
     if layers is not None:
-        count = len(get_blocks(model)[1])
+        count, layers = len(get_blocks(model)[1]), layer_list(layers)
         if not len(layers) or any(isinstance(layer, bool) or not isinstance(layer, Integral) or not 0 <= layer < count for layer in layers):
             raise ValueError(f"expected layers from 0 to {count - 1}, got {list(layers)}")
         layers = [int(layer) for layer in layers]
         if twice := [layer for layer in layers if layers.count(layer) > 1]:
             raise ValueError(f"layer {twice[0]} is given twice: {layers}")
-    coeffs = [float(coeff) for coeff in coeffs]
-    if not coeffs or not all(map(math.isfinite, coeffs)) or len(set(coeffs)) < len(coeffs):
+    if isinstance(coeffs, str) or not isinstance(coeffs, Iterable):
+        raise ValueError(f"expected a list of numbers as coeffs, got {coeffs!r}")
+    coeffs = [finite_number(coeff, "coefficient") for coeff in coeffs]
+    if not coeffs or len(set(coeffs)) < len(coeffs):
         raise ValueError(f"expected different finite coefficients, got {coeffs}")
     TokenSpan(0, location)
     everything = [_resolve(model, tokenizer, name, what, "steering", layers, location) for name, what in steering.items()]
     randoms = [one.random(number) for one in everything for number in range(random_controls)]
     everything += [_resolve(model, tokenizer, name, what, "control", layers, location) for name, what in (controls or {}).items()]
     everything += randoms
+    for one, layer in ((one, layer) for one in everything for layer in one.vectors):
+        finite_product(max(coeffs, key=abs), one.vectors[layer], model.dtype, f"{one.name!r} at layer {layer}")
     names = [one.name for one in everything]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"{twice[0]!r} is the name of two of what is swept, controls and random controls included")

@@ -15,7 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from common.activations import ReadTokenIndex, read_activations
 from common.aggregators import Aggregator, mean_aggregator
+from common.arguments import function_of_two, is_integer
 from common.prompts import Prompt, is_prompt
+from common.rounding import is_rounding
 from common.sites import LayerType, ModelLayerConfig
 from common.steering_vector import SteeringVector, model_name
 
@@ -80,7 +82,7 @@ def extract_activations(
         ValueError: no samples, a sample that is no pair of prompts, and all errors of `read_activations`.
     """
     samples = _samples(training_samples)
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+    if not is_integer(batch_size) or batch_size < 1:
         raise ValueError(f"expected a batch size of 1 or more, got {batch_size!r}")
     sides = [
         [(s.positive_str, s.read_positive_token_index) for s in samples],
@@ -102,7 +104,7 @@ def extract_activations(
         prepend_bos,
     )
     halves = [
-        {layer: list(part.split(batch_size)) for layer, acts in found.items() for part in [acts.chunk(2)[half]]}
+        {layer: list(part.split(int(batch_size))) for layer, acts in found.items() for part in [acts.chunk(2)[half]]}
         for half in (0, 1)
     ]
     return halves[0], halves[1]
@@ -116,7 +118,7 @@ def aggregate_activations(
     """Make one vector of the activations of each layer.
 
     Args:
-        pos_acts_by_layer: by layer number, tensors [prompt, d_model].
+        pos_acts_by_layer: by layer number, tensors [prompt, d_model], in the dtype in which the model computed them.
         neg_acts_by_layer: the same for the negative prompts, or for the background set.
         aggregator: how; see `aggregators`.
 
@@ -124,8 +126,11 @@ def aggregate_activations(
         By layer number, a vector [d_model].
 
     Raises:
-        ValueError: the two have different layers; the vector of a layer has another shape, or is 0, nan or inf.
+        ValueError: the aggregator is no function of two tensors; the two have different layers; the vector of a layer has another shape, is nan or inf, or is 0 or nothing
+            but rounding, because the two sets do not differ (`rounding.is_rounding`). In 16 bit only what is below one
+            rounding counts as such; `extract_activations` gives exactly 0 for prompts that are the same up to the token.
     """
+    function_of_two(aggregator, "aggregator", "mean_aggregator()")
     if pos_acts_by_layer.keys() != neg_acts_by_layer.keys() or not pos_acts_by_layer:
         raise ValueError(f"expected the same layers twice, got {sorted(pos_acts_by_layer)} and {sorted(neg_acts_by_layer)}")
     vectors = {}
@@ -140,10 +145,11 @@ def aggregate_activations(
             raise ValueError(f"layer {layer}: expected a vector {list(positive.shape[1:])} from the aggregator, got {given}")
         if not torch.isfinite(vector).all():
             raise ValueError(f"layer {layer}: the aggregator gave nan or inf")
-        if not vector.any():
+        if not vector.any() or is_rounding(vector, positive, negative):
+            what = "nothing but rounding" if vector.any() else "0"
             raise ValueError(
-                f"layer {layer}: the vector is 0, because the positive and the negative prompts do not differ at the token "
-                "that is read; read another token, or leave this layer out with layers=[…]"
+                f"layer {layer}: the vector is {what}, because the positive and the negative prompts do not differ at the token "
+                "that is read, or as a whole; read another token, or leave this layer out with layers=[…]"
             )
         vectors[layer] = vector
     return vectors
@@ -178,6 +184,7 @@ def train_steering_vector(
         ValueError: all errors of `extract_activations` and of `aggregate_activations`.
     """
     samples = _samples(training_samples)
+    function_of_two(aggregator, "aggregator", "mean_aggregator()")
     positive, negative = extract_activations(
         model,
         tokenizer,

@@ -7,16 +7,15 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from architectures import D_MODEL, LAYERS, tiny_model
+from architectures import D_MODEL, tiny_model
 from odd_tokenizers import CHAT, KINDS
-from torch.nn.functional import cross_entropy
 
 import common as c
 from common.activation_additions import read_sites
 from common.comparisons import side_by_side
 from common.corpus import split_corpus
 from common.effects import tone_by_prompt
-from common.generation import encode, logits
+from common.generation import encode
 from common.prompts import check_prompts, prompt_ids, prompt_text
 from common.sites import Site
 

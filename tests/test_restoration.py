@@ -1,5 +1,6 @@
 """Afterwards the model is as it was; and the detector that says so finds whatever can be left behind."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -10,12 +11,15 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import BatchEncoding
 
+from common import ActivationAddition, SteeringVector, apply_activation_additions
 from common.blocks import get_block
 from common.generation import generate
 from common.mechanisms import load_mechanism
 from common.models import copy_sharing_weights
 from common.positions import with_position_ids
-from common.pristine import assert_pristine, differences, snapshot
+from common.pristine import assert_pristine, copied_steering, differences, snapshot
+from common.row_steering import RowSteering, steering_rows
+from common.sites import Site
 
 
 class Failure(Exception):
@@ -250,6 +254,33 @@ def test_snapshot_of_something_else_is_refused():
     """What is neither a module nor a wrapped one is refused by name."""
     with pytest.raises(ValueError, match="got str"):
         snapshot("a model")
+
+
+def _vectors(*layers: int) -> SteeringVector:
+    return SteeringVector({layer: torch.ones(128) for layer in layers})
+
+
+@pytest.mark.parametrize("steer, places", [
+    (lambda own: _vectors(1, 3).apply(own), ["transformer.h.1", "transformer.h.3"]),
+    (lambda own: apply_activation_additions(own, None, [ActivationAddition(2, 0, tokens=[3])]), ["transformer.h.0"]),
+    (lambda own: steering_rows(own, [RowSteering(Site(2, "mlp"), torch.ones(1, 128))]), ["transformer.h.2.mlp"]),
+], ids=["vector", "addition", "rows"])
+def test_a_copy_of_a_steered_model_is_found(model, batch, steer, places):
+    """By whatever it is steered, and by a snapshot of the copy itself; the model and a copy made afterwards are as they were."""
+    own = copy_sharing_weights(model)
+    before = snapshot(own)
+    with steer(own):
+        twin, taken = copy.deepcopy(own), snapshot(own)
+        with _vectors(1).apply(own):
+            pass
+        assert_pristine(own, taken)  # its own steering is no copy
+    assert_pristine(own, before)
+    found = [f"{path} was copied while it was steered, and stays steered: copy the model outside `apply`" for path in places]
+    assert copied_steering(twin) == places and differences(twin, snapshot(twin)) == found
+    with pytest.raises(AssertionError, match=f"the model is not as it was:\n{places[0]} was copied while it was steered"):
+        assert_pristine(twin, snapshot(twin))
+    again = copy.deepcopy(own)
+    assert_pristine(again, snapshot(again))
 
 
 def test_copy_is_pristine_and_keeps_hooks_to_itself(model):

@@ -1,0 +1,69 @@
+"""What is asked of arguments: each check returns the argument as it is used, or says what was given and what was expected."""
+
+import inspect
+import math
+from collections.abc import Callable, Iterable
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def is_integer(value: object) -> bool:
+    """Whether a value is an integer; those of numpy are, and True is not."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def finite_number(value: object, name: str) -> float:
+    """Return a number, one of numpy included, as a float.
+
+    Raises:
+        ValueError: a bool, a text, a tensor; nan, inf, or an integer that no float holds.
+    """
+    try:
+        if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+    except OverflowError:
+        pass
+    raise ValueError(f"expected a finite number as {name}, got {value!r}")
+
+
+def layer_list(layers: Iterable[int]) -> list:
+    """Return the layers as a list, whatever they are: whoever knows the model checks them.
+
+    Raises:
+        ValueError: a single number, or a text.
+    """
+    if isinstance(layers, str) or not isinstance(layers, Iterable) or getattr(layers, "ndim", 1) != 1:
+        raise ValueError(f"expected a list of layer numbers as layers, got {layers!r}: a single layer is a list too, as in [3]")
+    return list(layers)
+
+
+def function_of_two(function: Any, name: str, example: str) -> Callable:
+    """Return a function that takes two arguments.
+
+    Raises:
+        ValueError: something else; among them the factory of such a function, which was not called.
+    """
+    try:
+        inspect.signature(function).bind(None, None)
+    except (TypeError, ValueError) as error:
+        # Some callables that are built in have no signature: ValueError.
+        if not callable(function) or isinstance(error, TypeError):
+            raise ValueError(f"expected a function of two tensors as {name}, for example {example}, got {function!r}") from None
+    return function
+
+
+def finite_product(factor: float, vector: Tensor, dtype: torch.dtype, what: str) -> Tensor:
+    """Return factor times vector in `dtype`.
+
+    Raises:
+        ValueError: a number of it lies outside `dtype`.
+    """
+    product = (factor * vector.to(torch.promote_types(vector.dtype, torch.float32))).to(dtype)
+    if not torch.isfinite(product).all():
+        largest = abs(factor) * vector.detach().abs().max().item()
+        limit, name = torch.finfo(dtype).max, str(dtype).removeprefix("torch.")
+        raise ValueError(f"{what} holds {largest:.3g} after multiplication by {factor:g}: {name}, in which the model runs, ends at {limit:.3g}")
+    return product
