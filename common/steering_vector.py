@@ -207,7 +207,6 @@ class SteeringVector:
         return self._map(lambda vector: float(factor) * vector)
 
     __rmul__ = __mul__
-    __array_ufunc__ = None  # a number of numpy in front of the vector leaves the product to it
 
     def __truediv__(self, divisor: float) -> "SteeringVector":
         """Divide every vector by a number other than 0."""
