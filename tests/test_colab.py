@@ -19,7 +19,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from common import colab
 from common.mechanisms import ROOT
-from common.notebooks import notebook_paths, store
+from common.notebooks import KERNELSPEC, LANGUAGE, notebook_paths, store
 
 
 def run_python(source: str, folder: Path, *flags: str, answers: str = "", **environment: str) -> subprocess.CompletedProcess:
@@ -272,6 +272,7 @@ def test_write_fills_or_makes_badge_and_cell(project):
     for cell in (0, 2):
         after.cells[cell].source = before.cells[cell].source
     assert after.cells == before.cells  # ids, counts, outputs and all other cells
+    assert after.metadata == {"kernelspec": KERNELSPEC, "language_info": LANGUAGE}
 
 
 def test_write_without_an_address_takes_the_badge_away(project):

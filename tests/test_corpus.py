@@ -24,7 +24,7 @@ from common import (
     plot_perplexity_ratios,
 )
 from common.activation_additions import with_bos
-from common.corpus import split_corpus, split_sentences
+from common.corpus import _interval, split_corpus, split_sentences
 from common.demonstrations import topic_vector
 from common.embedded import grammar, vocabulary
 from common.pristine import assert_pristine, snapshot
@@ -317,6 +317,19 @@ def test_intervals(model, tokenizer, additions):
     np.testing.assert_allclose(four["ratio"], first["ratio"], rtol=1e-4)
     # Four times the pieces: half the width.
     np.testing.assert_allclose((four["high"] - four["low"]) / (first["high"] - first["low"]), 0.5, atol=0.15)
+
+
+@pytest.mark.parametrize(("pieces", "expected"), [(5, 0.91), (8, 0.94), (20, 0.94)])
+def test_intervals_hold_the_truth_as_often_as_the_docstring_says(pieces, expected):
+    """Pieces of 3 to 30 tokens, half with the noise in each token and half with it in each piece, and a known true ratio."""
+    rng, truth, hits = np.random.default_rng(0), math.exp(-0.05), 0
+    for case in range(1200):
+        lengths = rng.integers(3, 31, size=pieces)
+        spread = np.sqrt(lengths) * 0.5 if case % 2 else lengths * 0.15
+        gains = -0.05 * lengths + spread * rng.normal(size=pieces)
+        low, high = _interval(gains, lengths, rng.integers(pieces, size=(400, pieces)))
+        hits += low <= truth <= high
+    assert hits / 1200 == pytest.approx(expected, abs=0.02)
 
 
 def test_intervals_are_over_pieces_of_different_lengths(model, tokenizer, additions):
