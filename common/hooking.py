@@ -149,11 +149,13 @@ class _PassHook:
     def __init__(self, tracker: PositionTracker):
         self.tracker = tracker
 
+    @torch.compiler.disable  # counting is no part of a graph
     def begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Before a pass."""
         if not is_suspended():
             self.tracker(args, kwargs)
 
+    @torch.compiler.disable
     def finish(self, module: nn.Module, args: tuple, output: Any) -> None:
         """After it."""
         if not is_suspended():

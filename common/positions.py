@@ -9,11 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from common.arguments import is_integer
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
@@ -59,7 +60,7 @@ class TokenSelection:
                 f"give min_token_index or token_indices, not both; got {min_token_index!r} and {token_indices!r}"
             )
         if min_token_index is not None:
-            if not _is_integer(min_token_index):
+            if not is_integer(min_token_index):
                 raise ValueError(f"expected an integer as min_token_index, got {min_token_index!r}")
             token_indices = slice(int(min_token_index), None)
         self.everything = token_indices is None or (isinstance(token_indices, slice) and token_indices in EVERYTHING)
@@ -166,10 +167,6 @@ LOCATIONS = ("front", "mid", "back")
 EVERYTHING = (slice(None), slice(0, None), slice(None, None, 1), slice(0, None, 1))
 
 
-def _is_integer(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
 def _checked(token_indices: list[int] | slice | Tensor | None) -> list[int] | slice | Tensor | None:
     """Token indices in one of the forms that `select` knows."""
     if token_indices is None:
@@ -183,10 +180,10 @@ def _checked(token_indices: list[int] | slice | Tensor | None) -> list[int] | sl
         return token_indices.bool()
     if isinstance(token_indices, slice):
         ends = (token_indices.start, token_indices.stop, token_indices.step)
-        if not all(end is None or _is_integer(end) for end in ends) or (token_indices.step or 1) < 1:
+        if not all(end is None or is_integer(end) for end in ends) or (token_indices.step or 1) < 1:
             raise ValueError(f"expected a slice of integers with a step of 1 or more, got {token_indices}")
         return token_indices
-    if isinstance(token_indices, Sequence) and not isinstance(token_indices, str) and all(map(_is_integer, token_indices)):
+    if isinstance(token_indices, Sequence) and not isinstance(token_indices, str) and all(map(is_integer, token_indices)):
         return [int(index) for index in token_indices]
     raise ValueError(f"expected a list of positions, a slice or a mask as token_indices, got {token_indices!r}")
 
