@@ -103,6 +103,12 @@ def with_hidden(output: Tensor | tuple | list, hidden: Tensor) -> Tensor | tuple
     return type(output)([hidden, *output[1:]])
 
 
+def stream_dtype(module: nn.Module) -> torch.dtype:
+    """Return the dtype in which a module computes: that of its weights, but for quantised ones (int8, fp8, packed)."""
+    dtypes = (weight.dtype for weight in module.parameters() if weight.is_floating_point() and weight.element_size() > 1)
+    return next(dtypes, torch.float32)
+
+
 def check_vector(model: nn.Module, layer: int, vector: Tensor) -> Tensor:
     """Return a steering vector as block `layer` needs it, or refuse it before anything is changed.
 
@@ -112,13 +118,14 @@ def check_vector(model: nn.Module, layer: int, vector: Tensor) -> Tensor:
         vector: [d_model], floating point, finite.
 
     Returns:
-        The vector [d_model], in the dtype and on the device of the block's weights; on its own device where these are
+        The vector [d_model], in the dtype (`stream_dtype`) and on the device of the block's weights; on its own device where these are
         offloaded and lie nowhere yet.
 
     Raises:
         ValueError: no such layer; not a floating-point tensor; another shape than [d_model]; not finite, also in that dtype.
     """
-    weight = next(get_block(model, layer).parameters())
+    block = get_block(model, layer)
+    weight = next(block.parameters())
     d_model = model.config.get_text_config().hidden_size
     if not isinstance(vector, Tensor) or not vector.is_floating_point():
         given = f"{vector.dtype} tensor" if isinstance(vector, Tensor) else type(vector).__name__
@@ -128,4 +135,4 @@ def check_vector(model: nn.Module, layer: int, vector: Tensor) -> Tensor:
     if not torch.isfinite(vector).all():
         raise ValueError("expected a steering vector of finite numbers, got one with nan or inf")
     vector = vector if weight.is_meta else vector.to(weight.device)
-    return finite_product(1.0, vector, weight.dtype, "the steering vector") if weight.is_floating_point() else vector
+    return finite_product(1.0, vector, stream_dtype(block), "the steering vector")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from common.activation_additions import SpanHook
-from common.blocks import get_blocks, get_hidden, with_hidden
+from common.blocks import get_blocks, get_hidden, stream_dtype, with_hidden
 from common.generation import ReservedLayer, reserved_cache
 from common.hooking import SteeringHook, holder_of_blocks, hook_input, hook_output, hook_passes
 from common.passes import first_logits, input_device, pass_inputs, same_logits, unhooked
@@ -65,14 +65,14 @@ def steering_rows(model: PreTrainedModel, rows: Sequence[RowSteering | None]) ->
     Raises:
         ValueError: the model has no such place; in a pass, a prompt shorter than the vectors that are added to it.
     """
-    weight, device = next(model.parameters()), input_device(model)
+    dtype, device = stream_dtype(model), input_device(model)
     groups: dict[tuple, list[int]] = defaultdict(list)
     for number, row in enumerate(rows):
         if row is not None:
             groups[row.site, len(row.vectors), row.location].append(number)
     with ExitStack() as stack:
         for (site, count, location), members in groups.items():
-            vectors = torch.zeros(len(rows), count, rows[members[0]].vectors.shape[1], dtype=weight.dtype, device=device)
+            vectors = torch.zeros(len(rows), count, rows[members[0]].vectors.shape[1], dtype=dtype, device=device)
             vectors[members] = torch.stack([rows[number].vectors for number in members]).to(vectors)
             module, side = find_site(model, site)
             if location is None:

@@ -22,6 +22,7 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from common.arguments import finite_number, finite_product, function_of_two, is_integer
+from common.blocks import stream_dtype
 from common.hooking import PassHandle, SteeringHook, holder_of_blocks, hook_output, hook_passes
 from common.operators import PatchDeltaOperator
 from common.positions import PositionTracker, TokenSelection
@@ -126,7 +127,7 @@ class SteeringVector:
         for layer, vector in self.layer_activations.items():
             if not torch.isfinite(vector).all():
                 raise ValueError(f"expected finite numbers, got nan or inf in the vector of layer {layer}")
-            finite_product(multiplier, vector.detach(), _dtype(model), f"the vector of layer {layer}")
+            finite_product(multiplier, vector.detach(), stream_dtype(model), f"the vector of layer {layer}")
         self._warn_of_another_model(model)
         tracker = PositionTracker(holder_of_blocks(model), selection)
         handle = SteeringPatchHandle([])
@@ -371,11 +372,6 @@ def model_name(model: nn.Module) -> str:
     """Return the name of a model as a vector remembers it: the hub id, or the last part of a local folder."""
     name = getattr(getattr(model, "config", None), "_name_or_path", "") or ""
     return Path(name).resolve().name if name and Path(name).exists() else name
-
-
-def _dtype(model: nn.Module) -> torch.dtype:
-    """The dtype that a model computes in; weights of 8 bit and less are only stored so."""
-    return next((weight.dtype for weight in model.parameters() if weight.is_floating_point() and weight.itemsize > 1), torch.float32)
 
 
 class _VectorHook(SteeringHook):

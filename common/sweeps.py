@@ -25,7 +25,7 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from common.activation_additions import ActivationAddition, AdditionLocation, read_sites
 from common.arguments import finite_number, finite_product, layer_list
-from common.blocks import get_blocks, get_hidden
+from common.blocks import get_blocks, get_hidden, stream_dtype
 from common.effects import effect_by_cell, plot_effect
 from common.embedded import grammar
 from common.generation import check_sampling, completions, encode, sample
@@ -511,7 +511,7 @@ def _resolve(
     rows = [addition.token_ids(tokenizer) for addition in additions]
     read, vectors = read_sites(model, rows, [Site(layer, part) for layer in wanted]), {}
     for layer in wanted:
-        total = torch.zeros(max(map(len, rows)), d_model, dtype=next(model.parameters()).dtype, device=input_device(model))
+        total = torch.zeros(max(map(len, rows)), d_model, dtype=stream_dtype(model), device=input_device(model))
         for addition, row in zip(additions, rows):
             start = TokenSpan(len(row), location).offsets(torch.zeros(1, 1, dtype=torch.long), torch.tensor([len(total)]))
             total[-int(start) : len(row) - int(start)] += addition.coeff * read[tuple(row), Site(layer, part)]

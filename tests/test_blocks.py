@@ -93,3 +93,15 @@ def test_vector_stays_where_it_is_for_an_offloaded_block():
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(CONFIGS["model.layers"])
     assert check_vector(model, 1, torch.ones(16)).tolist() == [1.0] * 16
+
+
+@pytest.mark.parametrize("stored", [torch.int8, torch.float8_e4m3fn])
+def test_a_vector_keeps_its_numbers_beside_quantised_weights(stored):
+    """The first weight of a Llama block is quantised, and no dtype for a vector; the norms have that of the stream."""
+    model = build(CONFIGS["model.layers"]).to(torch.bfloat16)
+    weight = next(get_block(model, 1).parameters())
+    weight.requires_grad_(False)
+    weight.data = weight.data.to(stored)
+    vector = check_vector(model, 1, torch.full((16,), 0.7))
+    assert vector.dtype == torch.bfloat16
+    torch.testing.assert_close(vector.float(), torch.full((16,), 0.7), atol=2e-3, rtol=0)
