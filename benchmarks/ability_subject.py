@@ -1,6 +1,6 @@
 """What a trial of abilities works with: one mechanism on a model of its own, and what is true of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import cache, cached_property
 from typing import Any
@@ -35,9 +35,11 @@ class Subject:
         vector: [d_model], twice as long as the hidden states at `layer`, so that it changes whatever is written.
     """
 
-    def __init__(self, mechanism: Mechanism, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layer: int):
+    def __init__(
+        self, mechanism: Mechanism, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layer: int, prompts: Sequence[str] = PROMPTS
+    ):
         self.mechanism, self.model, self.tokenizer, self.layer = mechanism, model, tokenizer, layer
-        self.inputs = tokenizer(PROMPTS, return_tensors="pt", padding=True)
+        self.inputs = tokenizer(list(prompts), return_tensors="pt", padding=True)
         self.real = self.inputs["attention_mask"].bool()
         self.plain = copy_sharing_weights(model)
         hidden = self._reference.read(self.plain, self.inputs, layer)[self.real]

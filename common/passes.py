@@ -135,7 +135,7 @@ def batching(model: nn.Module, inputs: Mapping[str, Tensor]) -> Batching:
     """Return which rows may share a batch, so that each gets what it gets alone, in a pass and in generation.
 
     It is measured once for each model, on the beginning of the longest row. Hooks on the model do not notice, unless it is
-    offloaded.
+    offloaded. A model that refuses these trials (it holds a module for batches of one shape, say) gets its batches whole.
 
     Args:
         model: a causal language model; unchanged.
@@ -145,7 +145,10 @@ def batching(model: nn.Module, inputs: Mapping[str, Tensor]) -> Batching:
         "any" rows, padded on the left; those of "equal" length; or every row by itself, "alone".
     """
     if model not in _batching:
-        _batching[model] = _measured_batching(unhooked(model), inputs)
+        try:
+            _batching[model] = _measured_batching(unhooked(model), inputs)
+        except Exception:  # whatever a module raises that somebody put there; the pass itself will say it
+            return "any"
     return _batching[model]
 
 

@@ -305,3 +305,19 @@ def test_dropout_is_off_in_whatever_mode_the_model_is(tokenizer, vector):
     with pytest.raises(RuntimeError, match="no"):
         sweep(model, tokenizer, {"v": vector}, EDGES, [1.0], PROMPTS, {"m": broken}, max_new_tokens=NEW)
     assert_pristine(model, before)
+
+
+def test_a_model_that_refuses_the_trials_gets_its_batches_whole(tokenizer):
+    """A module that somebody put into it may take batches of one shape only; the model is measured once that is gone."""
+    model, inputs = tiny_model("BART decoder", len(tokenizer)), encode(tokenizer, PROMPTS)
+    block, rows = get_blocks(model)[1][1], torch.randn(len(PROMPTS), 1, D_MODEL)
+
+    def forward(hidden, *args, **kwargs):
+        return type(block).forward(block, torch.cat([hidden[:, :1] + rows, hidden[:, 1:]], dim=1), *args, **kwargs)
+
+    block.forward = forward
+    assert batching(model, inputs) == "any" and logits(model, inputs).shape[0] == len(PROMPTS)
+    with pytest.raises(RuntimeError, match="size of tensor|Sizes of tensors"):
+        logits(model, {name: values[:2] for name, values in inputs.items()})
+    del block.forward
+    assert batching(model, inputs) == "equal"
