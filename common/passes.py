@@ -76,9 +76,11 @@ def pass_inputs(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def unhooked(model: nn.Module) -> nn.Module:
     """Return a copy of a model that shares everything but hooks and modes: whoever watches or steers the model sees nothing.
 
-    An offloaded model is returned as it is: accelerate ties the modules together by itself.
+    A model that is offloaded, or holds modules of other libraries, is returned as it is: accelerate and TransformerLens tie
+    modules together by themselves.
     """
-    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+    known = ("torch.", "transformers.", "accelerate.")
+    if any(hasattr(module, "_hf_hook") or not type(module).__module__.startswith(known) for module in model.modules()):
         return model
     clones: dict[nn.Module, nn.Module] = {}
 
@@ -135,7 +137,7 @@ def batching(model: nn.Module, inputs: Mapping[str, Tensor]) -> Batching:
     """Return which rows may share a batch, so that each gets what it gets alone, in a pass and in generation.
 
     It is measured once for each model, on the beginning of the longest row. Hooks on the model do not notice, unless it is
-    offloaded. A model that refuses these trials (it holds a module for batches of one shape, say) gets its batches whole.
+    offloaded or holds modules of other libraries. A model that refuses these trials (it holds a module for batches of one shape, say) gets its batches whole.
 
     Args:
         model: a causal language model; unchanged.

@@ -1,6 +1,7 @@
 """Sweeps, batches and readings on models with ways of their own: each row gets what it gets alone. Offloaded ones, and dropout."""
 
 import copy
+import weakref
 from contextlib import nullcontext
 
 import accelerate
@@ -8,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from architectures import D_MODEL, LAYERS, ODD, tiny_config, tiny_model
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     BartConfig,
@@ -321,3 +323,26 @@ def test_a_model_that_refuses_the_trials_gets_its_batches_whole(tokenizer):
         logits(model, {name: values[:2] for name, values in inputs.items()})
     del block.forward
     assert batching(model, inputs) == "equal"
+
+
+class Tied(nn.Module):
+    """A block that ties itself to what lies outside of it at its first pass, as the bridges of TransformerLens do."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.outside, self.is_tied = [block], False
+
+    def forward(self, *args, **kwargs):
+        if not self.is_tied:
+            this, self.is_tied = weakref.proxy(self), True
+            self.outside[0].register_forward_pre_hook(lambda module, given: setattr(this, "is_tied", True))
+        return self.outside[0](*args, **kwargs)
+
+
+def test_modules_of_other_libraries_are_not_copied(tokenizer):
+    """What they are tied to would belong to the copy, and break when that is gone."""
+    model, inputs = tiny_model("GPT-2", len(tokenizer)), encode(tokenizer, PROMPTS)
+    blocks = get_blocks(model)[1]
+    blocks[1] = Tied(blocks[1])
+    first = logits(model, inputs)
+    assert torch.equal(logits(model, inputs), first)
