@@ -1,7 +1,7 @@
 """Train steering vectors from contrast pairs.
 
 The interface is that of the steering-vectors library (https://steering-vectors.github.io/steering-vectors): programs
-written for it run here with only their import changed.
+written for it run here with their import changed, unless a vector is 0 or nothing but rounding: that is refused here.
 """
 
 import hashlib

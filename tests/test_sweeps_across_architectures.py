@@ -260,6 +260,7 @@ def test_an_offloaded_model_gives_the_same(tokenizer, vector, how, tmp_path):
         lambda model: sweep_logits(model, tokenizer, steering, EDGES, [1.0], PROMPTS),
         lambda model: sweep_perplexity(model, tokenizer, steering, EDGES, [1.0], PROMPTS),
         lambda model: complete(model, tokenizer, PROMPTS, vector.apply(model), seed=0, tokens_to_generate=NEW),
+        lambda model: sweep_logits(model, tokenizer, {"v": vector}, EDGES, [1.0], PROMPTS, path=tmp_path / "one file"),  # they are one model
     ):
         pd.testing.assert_frame_equal(call(model), call(plain), check_exact=True)
     for call in (
