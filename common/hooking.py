@@ -18,6 +18,7 @@ from transformers import GenerationMixin
 from common.blocks import get_blocks, get_hidden, with_hidden
 from common.positions import PACKED, PositionTracker, Text, being_generated, generating
 
+_changing = threading.Lock()
 _suspended: ContextVar[bool] = ContextVar("steering_is_suspended", default=False)
 
 
@@ -28,6 +29,30 @@ def forget_compiled() -> None:
     """
     if torch._dynamo.convert_frame.input_codes.seen:
         torch.compiler.reset()
+
+
+_eager = ExitStack()  # what is undone when the last block of `uncompiled` ends
+_uncompiled = 0
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run what is compiled as it is while the block is open: compiled code does not see hooks that come and go.
+
+    torch has one stance for all threads, so it comes back when the last block ends, in any thread.
+    """
+    global _uncompiled
+    with _changing:
+        if not _uncompiled:
+            _eager.enter_context(torch.compiler.set_stance("force_eager"))
+        _uncompiled += 1
+    try:
+        yield
+    finally:
+        with _changing:
+            _uncompiled -= 1
+            if not _uncompiled:
+                _eager.close()
 
 
 class EndOfPass(Exception):
@@ -173,9 +198,6 @@ class _Watched:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.instead(self, *args, **kwargs)
-
-
-_changing = threading.Lock()
 
 
 @contextmanager
