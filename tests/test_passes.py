@@ -4,9 +4,12 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
+import pytest
 import torch
 from architectures import tiny_model
+from transformers import DynamicCache, PreTrainedModel
 
+from common.generation import generate, sample
 from common.hooking import uncompiled
 from common.passes import in_evaluation_mode
 
@@ -58,3 +61,35 @@ def test_compiled_code_is_left_out_as_long_as_any_thread_needs_it():
         assert not ran
     compiled(torch.ones(2))
     assert ran == ["compiled"]
+
+
+# Bart numbers the columns: rows of different lengths are run by themselves.
+BATCH = {
+    "input_ids": torch.tensor([[5, 9, 3, 7, 8, 4], [0, 0, 0, 3, 4, 11], [0, 0, 0, 6, 9, 2]]),
+    "attention_mask": torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1], [0, 0, 0, 1, 1, 1]]),
+}
+
+
+def bart() -> PreTrainedModel:
+    """A decoder that does not end by itself."""
+    model = tiny_model("BART decoder", 50)
+    model.generation_config.eos_token_id = None
+    return model
+
+
+@pytest.mark.parametrize("run", [generate, lambda model, inputs, **options: sample(model, inputs, [0, 1, 2], **options)])
+def test_what_ended_early_in_a_part_is_padded_with_the_end_that_was_asked_for(run):
+    model = bart()
+    end = run(model, BATCH, max_new_tokens=6)[0, 8].item()
+    found = run(model, BATCH, max_new_tokens=6, eos_token_id=end)[0, 6:].tolist()
+    assert end in found[:3] and set(found[3:]) == {end}
+
+
+@pytest.mark.parametrize(
+    "option", [{"past_key_values": DynamicCache()}, {"prefix_allowed_tokens_fn": lambda row, ids: [row]}, {"num_return_sequences": 2}]
+)
+@pytest.mark.parametrize("run", [generate, lambda model, inputs, **options: sample(model, inputs, [0, 1, 2], **options)])
+def test_what_belongs_to_the_rows_of_a_batch_is_refused_where_they_are_run_by_themselves(run, option):
+    with pytest.raises(ValueError, match=f"with {next(iter(option))} give one prompt at a time"):
+        run(bart(), BATCH, max_new_tokens=3, **option)
+    run(bart(), BATCH, max_new_tokens=3, num_return_sequences=1)
