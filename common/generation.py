@@ -144,15 +144,18 @@ def _joined(inputs: Mapping[str, Tensor], found: Sequence[tuple[Tensor, Tensor, 
     return torch.cat([prompts, whole], dim=1)
 
 
-def completions(tokenizer: PreTrainedTokenizerBase, inputs: Mapping[str, Tensor], ids: Tensor) -> list[str]:
-    """Return the new text of every row: what comes after the prompt, up to the end of text.
+def completions(tokenizer: PreTrainedTokenizerBase, inputs: Mapping[str, Tensor], ids: Tensor, real: Tensor | None = None) -> list[str]:
+    """Return the new text of every row: what comes after the prompt, up to the end of text, without special tokens.
 
     Args:
         tokenizer: the model's tokenizer.
         inputs: the prompts as given to `generate`, [batch, pos].
         ids: what `generate` returned, [batch, pos + new].
+        real: which of them belong to the texts (`real_tokens`): needed where what a text ends with is no special token of
+            the tokenizer, since rows that ended early are filled up.
     """
-    new = ids[:, inputs["input_ids"].shape[1] :]
+    start = inputs["input_ids"].shape[1]
+    new = ids[:, start:].tolist() if real is None else [row[kept].tolist() for row, kept in zip(ids[:, start:], real[:, start:])]
     return tokenizer.batch_decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
@@ -410,5 +413,6 @@ def sample(
         processors.append(SeededSampling(seeds))
     with progress_bar(max_new_tokens, "Generating", "token", show_progress) as bar:
         processors.append(_Bar(bar))
-        own = {**neutral_options(), "max_new_tokens": max_new_tokens, **options}
+        # Checkpoints name tokens to pad with that do not exist (-1), or that are words.
+        own = {**neutral_options(), "pad_token_id": _end_of_text(model, options), "max_new_tokens": max_new_tokens, **options}
         return generate(model, inputs, logits_processor=processors, **own)

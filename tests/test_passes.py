@@ -7,11 +7,15 @@ from contextlib import AbstractContextManager
 import pytest
 import torch
 from architectures import tiny_model
+from odd_tokenizers import gpt2
 from transformers import DynamicCache, PreTrainedModel
 
+from common.comparisons import complete
 from common.generation import generate, sample
 from common.hooking import uncompiled
 from common.passes import in_evaluation_mode
+from common.steering_vector import SteeringVector
+from common.sweeps import sweep
 
 
 def left_by_another_thread(block: Callable[[], AbstractContextManager]) -> Callable[[], None]:
@@ -93,3 +97,22 @@ def test_what_belongs_to_the_rows_of_a_batch_is_refused_where_they_are_run_by_th
     with pytest.raises(ValueError, match=f"with {next(iter(option))} give one prompt at a time"):
         run(bart(), BATCH, max_new_tokens=3, **option)
     run(bart(), BATCH, max_new_tokens=3, num_return_sequences=1)
+
+
+@pytest.mark.parametrize("pad", [-1, 5, None, 10**6])
+def test_a_text_that_ends_early_is_the_same_in_a_batch_whatever_the_checkpoint_pads_with(pad):
+    tokenizer = gpt2()
+    model = tiny_model("GPT-2", len(tokenizer))
+    prompts = ["I love you", "The quick brown fox", "My neighbour hates"]
+    inputs = tokenizer(prompts[0], return_tensors="pt")
+    model.generation_config.eos_token_id = generate(model, inputs, max_new_tokens=4)[0, -1].item()  # no special token
+    model.generation_config.pad_token_id = pad
+    vector = {"zero": SteeringVector({0: torch.zeros(32)})}
+
+    def swept(prompts: list[str]) -> list[str]:
+        rows = sweep(model, tokenizer, vector, [0], [1.0], prompts, max_new_tokens=8, show_progress=False)
+        return rows[rows.kind == "steering"].completion.tolist()
+
+    assert swept(prompts) == [swept([prompt])[0] for prompt in prompts]
+    whole = complete(model, tokenizer, prompts, tokens_to_generate=8, temperature=0.0).completions.tolist()
+    assert whole == [complete(model, tokenizer, [prompt], tokens_to_generate=8, temperature=0.0).completions[0] for prompt in prompts]
