@@ -150,6 +150,8 @@ def hook_passes(model: nn.Module, tracker: PositionTracker) -> PassHandle:
         if tracker.selection.everything:
             return handle
         handle.stack.callback(holder.register_forward_hook(hook.finish).remove)
+        if model is not holder:
+            handle.stack.callback(model.register_forward_pre_hook(hook.note_mask, with_kwargs=True).remove)
         for owner in model.modules():
             if isinstance(owner, GenerationMixin) and any(part is holder for part in owner.modules()):
                 for name, instead in WATCHED.items():
@@ -179,6 +181,13 @@ class _PassHook:
         """Before a pass."""
         if not is_suspended():
             self.tracker(args, kwargs)
+
+    @torch.compiler.disable
+    def note_mask(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Before a pass of the whole model."""
+        if not is_suspended():
+            names = list(inspect.signature(type(module).forward).parameters)[1:]
+            self.tracker.note_mask({**dict(zip(names, args)), **kwargs}.get("attention_mask"))
 
     @torch.compiler.disable
     def finish(self, module: nn.Module, args: tuple, output: Any) -> None:

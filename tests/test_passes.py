@@ -6,12 +6,12 @@ from contextlib import AbstractContextManager
 
 import pytest
 import torch
-from architectures import tiny_model
+from architectures import WIDE, tiny_model
 from odd_tokenizers import gpt2
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, Gemma3Config, Gemma3ForConditionalGeneration, PreTrainedModel
 
 from common.comparisons import complete
-from common.generation import generate, sample
+from common.generation import generate, left_padded, logits, sample
 from common.hooking import uncompiled
 from common.passes import in_evaluation_mode
 from common.steering_vector import SteeringVector
@@ -116,3 +116,17 @@ def test_a_text_that_ends_early_is_the_same_in_a_batch_whatever_the_checkpoint_p
     assert swept(prompts) == [swept([prompt])[0] for prompt in prompts]
     whole = complete(model, tokenizer, prompts, tokens_to_generate=8, temperature=0.0).completions.tolist()
     assert whole == [complete(model, tokenizer, [prompt], tokens_to_generate=8, temperature=0.0).completions[0] for prompt in prompts]
+
+
+def test_positions_in_a_model_that_hands_its_blocks_a_mask_of_its_own():
+    """Gemma 3 with images makes the masks of its attention above the text model."""
+    torch.manual_seed(0)
+    text = {**WIDE, "vocab_size": 60, "head_dim": 8, "sliding_window": 4, "pad_token_id": 0}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+    tokens = {"image_token_id": 59, "boi_token_index": 58, "eoi_token_index": 57}
+    model = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, **tokens)).eval()
+    rows = [[5, 9, 3, 7, 8, 4], [3, 4, 11]]
+    with SteeringVector({1: 3 * torch.randn(32)}).apply(model, token_indices=[-1, -3]):
+        whole = logits(model, left_padded(gpt2(), rows))
+        for found, row in zip(whole, rows):
+            torch.testing.assert_close(found[-len(row) :], logits(model, left_padded(gpt2(), [row]))[0], atol=1e-4, rtol=1e-4)
