@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from common.arguments import finite_number, finite_product, is_integer
 from common.blocks import get_hidden
-from common.hooking import EndOfPass, SteeringHook, holder_of_blocks, hook_input, hook_output, hook_passes, unsteered
+from common.hooking import EndOfPass, SteeringHook, holder_of_blocks, hook_input, hook_output, hook_passes, uncompiled, unsteered
 from common.passes import in_evaluation_mode, input_device
 from common.positions import PositionTracker, TokenSpan
 from common.prompts import Prompt, is_prompt, prompt_ids
@@ -199,7 +199,7 @@ def read_sites(model: nn.Module, rows: Sequence[Sequence[int]], sites: Sequence[
     with ExitStack() as stack:
         stack.enter_context(unsteered())
         stack.enter_context(in_evaluation_mode(model))
-        stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code does not see the hooks
+        stack.enter_context(uncompiled())  # compiled code does not see the hooks
         for site, (module, side) in places.items():
             if side == "input":
                 handle = module.register_forward_pre_hook(

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from common.arguments import is_integer
 from common.blocks import get_hidden
-from common.hooking import EndOfPass
+from common.hooking import EndOfPass, uncompiled
 from common.passes import in_evaluation_mode, input_device
 from common.progress import bar_options
 from common.prompts import Prompt, check_prompts, prompt_ids
@@ -231,7 +231,7 @@ def _hooks(by_module: dict[nn.Module, Callable]) -> Iterator[None]:
     try:
         for module, hook in by_module.items():
             handles.append(module.register_forward_hook(hook))
-        with torch.compiler.set_stance("force_eager"):
+        with uncompiled():
             yield
     finally:
         for handle in handles:

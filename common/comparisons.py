@@ -83,7 +83,7 @@ def complete(
     real = real_tokens(model, inputs, ids)
     loss = mean_losses(logits, ids, real)
     texts = [prompt_text(tokenizer, prompt) for prompt in prompts]
-    frame = pd.DataFrame({"prompts": texts, "completions": completions(tokenizer, inputs, ids), "loss": loss})
+    frame = pd.DataFrame({"prompts": texts, "completions": completions(tokenizer, inputs, ids, real), "loss": loss})
     frame["unsteered_loss"] = loss if steering is None else mean_losses(text_logits(model, inputs, ids), ids, real)
     frame["is_modified"] = steering is not None
     if include_logits:

@@ -109,34 +109,53 @@ def generate(model: PreTrainedModel, inputs: Mapping[str, Tensor], **options: An
     """
     if not (parts := separate_parts(model, inputs)):
         return model.generate(**inputs, **generation_options(**options))
-    if whole := [name for name in WHOLE_BATCH if options.get(name)]:
-        raise ValueError(f"in a batch, rows of {type(model).__name__} disturb each other: with {whole[0]} give one prompt at a time")
-    return _joined(model, inputs, [(rows, columns, generate(model, part_of(inputs, rows, columns), **options)) for rows, columns in parts])
+    _refuse_for_parts(model, options)
+    found = [(rows, columns, generate(model, part_of(inputs, rows, columns), **options)) for rows, columns in parts]
+    return _joined(inputs, found, _end_of_text(model, options))
 
 
-WHOLE_BATCH = ("logits_processor", "past_key_values", "return_dict_in_generate", "num_return_sequences")
+WHOLE_BATCH = (
+    "logits_processor", "past_key_values", "return_dict_in_generate", "num_return_sequences", "prefix_allowed_tokens_fn", "negative_prompt_ids",
+    "negative_prompt_attention_mask",
+)  # fmt: skip
 
 
-def _joined(model: PreTrainedModel, inputs: Mapping[str, Tensor], found: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+def _refuse_for_parts(model: PreTrainedModel, options: Mapping[str, Any]) -> None:
+    """Refuse options that know the rows of a batch, where these have to be run by themselves."""
+    given = (name for name in WHOLE_BATCH if options.get(name) is not None)
+    if name := next((name for name in given if options[name] not in (False, 1, [])), None):
+        raise ValueError(f"in a batch, rows of {type(model).__name__} disturb each other: with {name} give one prompt at a time")
+
+
+def _end_of_text(model: PreTrainedModel, options: Mapping[str, Any]) -> int | None:
+    """The first token that ends a text under some options of `generate`, if there is one."""
+    end = options.get("eos_token_id")
+    end = model.generation_config.eos_token_id if end is None else end
+    return end if end is None or isinstance(end, int) else next(iter(end), None)
+
+
+def _joined(inputs: Mapping[str, Tensor], found: Sequence[tuple[Tensor, Tensor, Tensor]], end: int | None) -> Tensor:
     """Put texts of parts, (rows, columns, ids [n, pos + new]), behind their padded prompts; those that ended early are padded."""
     prompts, new = inputs["input_ids"], [ids[:, int(columns.sum()) :] for _, columns, ids in found]
-    end = model.generation_config.eos_token_id
-    fill = 0 if end is None else end if isinstance(end, int) else end[0]
+    fill = 0 if end is None else end
     whole = prompts.new_full((len(prompts), max(ids.shape[1] for ids in new)), fill)
     for (rows, _, _), ids in zip(found, new):
         whole[rows, : ids.shape[1]] = ids
     return torch.cat([prompts, whole], dim=1)
 
 
-def completions(tokenizer: PreTrainedTokenizerBase, inputs: Mapping[str, Tensor], ids: Tensor) -> list[str]:
-    """Return the new text of every row: what comes after the prompt, up to the end of text.
+def completions(tokenizer: PreTrainedTokenizerBase, inputs: Mapping[str, Tensor], ids: Tensor, real: Tensor | None = None) -> list[str]:
+    """Return the new text of every row: what comes after the prompt, up to the end of text, without special tokens.
 
     Args:
         tokenizer: the model's tokenizer.
         inputs: the prompts as given to `generate`, [batch, pos].
         ids: what `generate` returned, [batch, pos + new].
+        real: which of them belong to the texts (`real_tokens`): needed where what a text ends with is no special token of
+            the tokenizer, since rows that ended early are filled up.
     """
-    new = ids[:, inputs["input_ids"].shape[1] :]
+    start = inputs["input_ids"].shape[1]
+    new = ids[:, start:].tolist() if real is None else [row[kept].tolist() for row, kept in zip(ids[:, start:], real[:, start:])]
     return tokenizer.batch_decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
@@ -373,8 +392,9 @@ def sample(
             sample, model, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, freq_penalty=freq_penalty,
             repetition_penalty=repetition_penalty, show_progress=show_progress, **options,
         )
+        _refuse_for_parts(model, options)
         found = [alone(part_of(inputs, *part), [seeds[row] for row in part[0].tolist()]) for part in parts]
-        return _joined(model, inputs, [(*part, ids) for part, ids in zip(parts, found)])
+        return _joined(inputs, [(*part, ids) for part, ids in zip(parts, found)], _end_of_text(model, options))
     mask = inputs["attention_mask"]
 
     def counting(processor: LogitsProcessor) -> LogitsProcessor:
@@ -393,5 +413,6 @@ def sample(
         processors.append(SeededSampling(seeds))
     with progress_bar(max_new_tokens, "Generating", "token", show_progress) as bar:
         processors.append(_Bar(bar))
-        own = {**neutral_options(), "max_new_tokens": max_new_tokens, **options}
+        # Checkpoints name tokens to pad with that do not exist (-1), or that are words.
+        own = {**neutral_options(), "pad_token_id": _end_of_text(model, options), "max_new_tokens": max_new_tokens, **options}
         return generate(model, inputs, logits_processor=processors, **own)

@@ -18,6 +18,7 @@ from transformers import GenerationMixin
 from common.blocks import get_blocks, get_hidden, with_hidden
 from common.positions import PACKED, PositionTracker, Text, being_generated, generating
 
+_changing = threading.Lock()
 _suspended: ContextVar[bool] = ContextVar("steering_is_suspended", default=False)
 
 
@@ -28,6 +29,30 @@ def forget_compiled() -> None:
     """
     if torch._dynamo.convert_frame.input_codes.seen:
         torch.compiler.reset()
+
+
+_eager = ExitStack()  # what is undone when the last block of `uncompiled` ends
+_uncompiled = 0
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run what is compiled as it is while the block is open: compiled code does not see hooks that come and go.
+
+    torch has one stance for all threads, so it comes back when the last block ends, in any thread.
+    """
+    global _uncompiled
+    with _changing:
+        if not _uncompiled:
+            _eager.enter_context(torch.compiler.set_stance("force_eager"))
+        _uncompiled += 1
+    try:
+        yield
+    finally:
+        with _changing:
+            _uncompiled -= 1
+            if not _uncompiled:
+                _eager.close()
 
 
 class EndOfPass(Exception):
@@ -125,6 +150,8 @@ def hook_passes(model: nn.Module, tracker: PositionTracker) -> PassHandle:
         if tracker.selection.everything:
             return handle
         handle.stack.callback(holder.register_forward_hook(hook.finish).remove)
+        if model is not holder:
+            handle.stack.callback(model.register_forward_pre_hook(hook.note_mask, with_kwargs=True).remove)
         for owner in model.modules():
             if isinstance(owner, GenerationMixin) and any(part is holder for part in owner.modules()):
                 for name, instead in WATCHED.items():
@@ -156,6 +183,13 @@ class _PassHook:
             self.tracker(args, kwargs)
 
     @torch.compiler.disable
+    def note_mask(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Before a pass of the whole model."""
+        if not is_suspended():
+            names = list(inspect.signature(type(module).forward).parameters)[1:]
+            self.tracker.note_mask({**dict(zip(names, args)), **kwargs}.get("attention_mask"))
+
+    @torch.compiler.disable
     def finish(self, module: nn.Module, args: tuple, output: Any) -> None:
         """After it."""
         if not is_suspended():
@@ -173,9 +207,6 @@ class _Watched:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.instead(self, *args, **kwargs)
-
-
-_changing = threading.Lock()
 
 
 @contextmanager

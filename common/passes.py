@@ -7,6 +7,7 @@ share a batch is not looked up in a list of names but measured on the model, onc
 """
 
 import copy
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -41,17 +42,27 @@ def input_device(model: nn.Module) -> torch.device:
     return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
 
 
+_changing = threading.Lock()
+_evaluating: dict[nn.Module, int] = {}  # modules that train, and how many blocks hold them in evaluation mode
+
+
 @contextmanager
 def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and each module's own mode again afterwards."""
-    training = [module for module in model.modules() if module.training]
-    try:
+    """Evaluation mode, and each module's own mode again afterwards: when the last block that is open for it, in any thread, ends."""
+    with _changing:
+        training = [module for module in model.modules() if module.training or module in _evaluating]
         for module in training:
+            _evaluating[module] = _evaluating.get(module, 0) + 1
             module.training = False
+    try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        with _changing:
+            for module in training:
+                _evaluating[module] -= 1
+                if not _evaluating[module]:
+                    del _evaluating[module]
+                    module.training = True
 
 
 def evaluating(function: Callable) -> Callable:

@@ -264,6 +264,7 @@ class _OfThisThread(threading.local):
 
     now: Pass | None = None
     cache: Any = None
+    mask: Tensor | None = None  # what the whole model was given, [batch, pos]
 
     def __reduce__(self) -> tuple:
         return _OfThisThread, ()
@@ -323,6 +324,10 @@ class PositionTracker:
             )
         return self._own.now or self._latest
 
+    def note_mask(self, mask: Any) -> None:
+        """Note what attention mask the whole model was given, which may hand its blocks another one (Gemma 3 with images)."""
+        self._own.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
     def __call__(self, args: tuple, kwargs: dict) -> None:
         """Note the positions of a pass that begins, from its arguments.
 
@@ -350,7 +355,8 @@ class PositionTracker:
         count = entries.shape[1]
         attention = given.get("attention_mask")
         if not isinstance(attention, Tensor) or attention.dim() != 2:
-            attention = None  # or one that was made for the attention already
+            # None, or one that was made for the attention already.
+            attention = self._own.mask if attention is not None else None
         if self.selection.everything:
             # A token behind others is real. There nothing is asked: a GPU would wait for the answer.
             generated = attention is not None and attention.shape[1] > count == 1

@@ -16,7 +16,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from common.activation_additions import SpanHook
 from common.blocks import get_blocks, get_hidden, stream_dtype, with_hidden
 from common.generation import ReservedLayer, reserved_cache
-from common.hooking import SteeringHook, holder_of_blocks, hook_input, hook_output, hook_passes
+from common.hooking import SteeringHook, holder_of_blocks, hook_input, hook_output, hook_passes, uncompiled
 from common.passes import first_logits, input_device, pass_inputs, same_logits, unhooked
 from common.positions import PositionTracker, TokenSpan
 from common.sites import Site, find_site
@@ -283,5 +283,5 @@ def can_prefill(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> bool:
 def _logits(model: PreTrainedModel, inputs: Mapping[str, Tensor], last_only: bool, cache: Cache | None = None) -> Tensor:
     """The logits of a pass; the head is run on what is asked for."""
     more = {"use_cache": False} if cache is None else {"use_cache": True, "past_key_values": cache}
-    with torch.compiler.set_stance("force_eager"):  # compiled code does not see what was changed around the blocks
+    with uncompiled():  # compiled code does not see what was changed around the blocks
         return model(**pass_inputs(inputs), **more, logits_to_keep=1 if last_only else 0).logits

@@ -28,7 +28,7 @@ from common.arguments import finite_number, finite_product, layer_list
 from common.blocks import get_blocks, get_hidden, stream_dtype
 from common.effects import effect_by_cell, plot_effect
 from common.embedded import grammar
-from common.generation import check_sampling, completions, encode, sample
+from common.generation import check_sampling, completions, encode, real_tokens, sample
 from common.identity import hash_of_tensors, identity_of_metric, identity_of_model, identity_of_tokens
 from common.metrics import Metric, kl_divergence, measure, tone_sign
 from common.models import LoadError, load_model
@@ -220,7 +220,7 @@ def sweep(
                         temperature=temperature, top_p=top_p, freq_penalty=freq_penalty, repetition_penalty=repetition_penalty,
                         past_key_values=cache,
                     )
-                texts = completions(tokenizer, inputs, ids)
+                texts = completions(tokenizer, inputs, ids, real_tokens(model, inputs, ids))
                 store.add(
                     (number, {**cell.keys(), "prompt": texts_of[prompt], "sample": index, "completion": text})
                     for number, (cell, prompt, index), text in zip(batch, rows, texts, strict=True)
