@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from architectures import ARCHITECTURES, tiny_model
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from common.identity import hash_of_tensors, identity_of_metric, identity_of_model, identity_of_tokens
@@ -220,3 +221,26 @@ def test_what_has_no_content_is_refused(thing, tmp_path):
     thing = open(tmp_path / "file", "w") if thing is open else thing
     with pytest.raises(ValueError, match="the metric 'm' reaches .* which cannot be told from another one"):
         identity_of_metric(closure([thing]), "m")
+
+
+def test_an_adapter_that_is_switched_is_another_model(model):
+    """Its weights are the same; whether it acts, and how strongly, stands on its modules."""
+
+    class Adapter(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer, self.scaling, self.active = layer, {"default": 2.0}, ["default"]
+            self.cache = object()  # says nothing of what it computes
+
+    steered = copy.deepcopy(model)
+    first = identity_of_model(steered)
+    block = steered.transformer.h[1]
+    block.mlp.c_fc = Adapter(block.mlp.c_fc)
+    found = [first, identity_of_model(steered)]
+    block.mlp.c_fc.scaling["default"] = 3.0
+    found.append(identity_of_model(steered))
+    block.mlp.c_fc.active.clear()
+    found.append(identity_of_model(steered))
+    assert len({one["modules"] for one in found}) == 4
+    block.mlp.c_fc.cache = object()
+    assert identity_of_model(steered) == found[-1]
