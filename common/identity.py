@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 NO_PART = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype"}
 _INSTALLED = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")]
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type(...), range, slice, torch.dtype, torch.device, torch.Size)
+_OPEN = dict, list, tuple
 
 
 def identity_of_model(model: PreTrainedModel) -> dict[str, Any]:
@@ -152,9 +153,11 @@ class _Content:
         return self.known[id(thing)][1]
 
     def _parts(self, thing: Any) -> Any:
-        for kinds, read in self._READERS:
-            if isinstance(thing, kinds):
-                return read(self, thing)
+        # A dict, list or tuple of another class may hold more than its items: a default, a state, methods.
+        if not isinstance(thing, _OPEN) or type(thing) in _OPEN:
+            for kinds, read in self._READERS:
+                if isinstance(thing, kinds):
+                    return read(self, thing)
         return self._object(thing)
 
     def _named(self, thing: Any) -> str:
@@ -226,7 +229,7 @@ class _Content:
         (PreTrainedTokenizerBase, lambda self, tokenizer: [identity_of_tokens(tokenizer), sorted(tokenizer.get_vocab().items())]),
         (re.Pattern, lambda self, pattern: [pattern.pattern, pattern.flags]),
         ((dict, types.MappingProxyType), _items),
-        ((set, frozenset), lambda self, found: sorted(json.dumps(self.of(value)) for value in found)),
+        ((set, frozenset), lambda self, found: [self.of(type(found)), sorted(json.dumps(self.of(value)) for value in found)]),
         ((tuple, list), _each),
     )
 

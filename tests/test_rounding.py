@@ -126,6 +126,8 @@ def test_honest_pairs_with_a_short_mean_pass(dtype):
     share = 0.02 if dtype == torch.bfloat16 else 0.005  # in bfloat16 a step is already 0.8 % of a number
     faint = (common + share * torch.randn(2, 1, 64, generator=generator)).to(dtype)
     assert aggregate_activations({0: [faint[0]]}, {0: [faint[1]]})[0].norm() > 0.03
+    one, other = many[:, :1]  # sets of different sizes that share a row
+    assert aggregate_activations({0: [torch.cat([one, other])]}, {0: [one]}, mean_centred_aggregator())[0].norm() > 1
     tiny = aggregate_activations({0: [many[0]]}, {0: [many[1]]}, lambda p, n: 1e-9 * (p - n).float().mean(0))[0]
     assert 0 < tiny.norm() < 1e-8
 
