@@ -135,7 +135,7 @@ def get_x_vector(
         act_name: where, as for `ActivationAddition`.
         model: needed only if it brings the tokenizer, as models of TransformerLens do (`model.tokenizer`).
         tokenizer: needed for padding.
-        pad_method: how two prompts of different lengths are made equal: "tokens_right" puts padding behind the shorter,
+        pad_method: how two prompts of different lengths are made equal: "tokens_right" puts padding after the shorter,
             "tokens_left" in front of it, after BOS where there is one. None leaves them as they are; the difference of
             prompts of different lengths then holds, from the end of the shorter on, the longer one alone, which is rarely
             what is wanted.

@@ -81,7 +81,7 @@ def read_activations(
 
     A prompt that occurs more than once is computed once, and of prompts that are the same up to the token that is read only
     the first is: no token looks ahead, so their activations there are equal, to the last bit. Prompts of like length share a
-    batch, the pass ends behind the last layer that is wanted, and only the tokens that are read are kept. Dropout is off
+    batch, the pass ends after the last layer that is wanted, and only the tokens that are read are kept. Dropout is off
     while it reads, whatever the mode of the model; the mode is put back afterwards. A compiled model runs uncompiled.
 
     Args:

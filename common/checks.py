@@ -130,7 +130,7 @@ def assert_adds(
 
     Args:
         model, tokenizer, steering, logits: see above.
-        layer: the block behind which it is added, counted from 0.
+        layer: the block after which it is added, counted from 0.
         vector: other than 0, of any floating-point dtype.
         positions: the tokens that are meant, as absolute positions, negative ones from the end of the prompt; all by default.
         prompts: one or more, run as one batch.
@@ -244,7 +244,7 @@ def _places(model: nn.Module) -> list[Place]:
 
 
 def _find(model: nn.Module, name: int | str | Site) -> int:
-    """A name, or our layer, as the number of the block that reads there; as many as there are blocks is behind the last one."""
+    """A name, or our layer, as the number of the block that reads there; as many as there are blocks is after the last one."""
     if isinstance(name, int):
         get_block(model, name)
         return name + 1
@@ -358,7 +358,7 @@ def assert_beats_random(
         steer: a vector [d_model] -> a context manager, for example `lambda v: my_steer(model, v)`.
         vector: with its coefficient.
         measure: a number, taken once unsteered and once under each vector; the effect is how far it moves. By default the
-            divergence of the next token behind `prompts` from unsteered, in nats, which says how much happens, and not what.
+            divergence of the next token after `prompts` from unsteered, in nats, which says how much happens, and not what.
         controls: how many random directions, drawn from `seed`.
         margin: by which factor the effect must be larger than the largest effect of a control.
     """
@@ -428,7 +428,7 @@ def _batch(model: Any, tokenizer: PreTrainedTokenizerBase, steering: Steering | 
 
 @contextmanager
 def _recording(model: Any) -> Iterator[list[list[Tensor]]]:
-    """Record what each block reads and what the last one gives, behind all hooks that are open; by place, one tensor a pass."""
+    """Record what each block reads and what the last one gives, after all hooks that are open; by place, one tensor a pass."""
     _, blocks = get_blocks(_module(model))
     places: list[list[Tensor]] = [[] for _ in range(len(blocks) + 1)]
 
@@ -496,7 +496,7 @@ def _generated(
                 cause = "token indices of the prompt, applied to a pass of length 1, as each new token is with a cache"
                 raise AssertionError(f"steered generation, use_cache={use_cache}, fails with {error!r}. Usual cause: {cause}.") from error
         if ids.shape[1] < length + 2:
-            raise ValueError(f"the text ended at once behind {list(prompts)}: expected prompts that the model continues")
+            raise ValueError(f"the text ended at once after {list(prompts)}: expected prompts that the model continues")
         # With a cache all passes together are the text; without one the last pass is.
         steered = [passes[-1] if passes[-1].shape[1] == ids.shape[1] - 1 else torch.cat(passes, dim=1) for passes in places]
         mask = torch.cat([batch["attention_mask"], torch.ones_like(ids[:, length:-1])], dim=1)
@@ -522,7 +522,7 @@ def _assert_same(cached: _Generated, uncached: _Generated) -> None:
 
 @torch.no_grad()
 def _divergence(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> Callable[[], float]:
-    """A measure: the mean divergence of the next token behind the prompts from what it is now."""
+    """A measure: the mean divergence of the next token after the prompts from what it is now."""
     batch = _batch(model, tokenizer, None, prompts)
     unsteered = generation.logits(model, batch)[:, -1].float()
     return lambda: kl_divergence(generation.logits(model, batch)[:, -1].float(), unsteered).mean().item()

@@ -56,7 +56,7 @@ class CorpusStats:
 
 
 def split_sentences(text: str) -> list[str]:
-    """Cut a text behind full stops, question and exclamation marks that a space follows; closing quotes stay with them."""
+    """Cut a text after full stops, question and exclamation marks that a space follows; closing quotes stay with them."""
     ends = [match.end() for match in re.finditer(r"[.!?][\"'\u2019\u201d)\]]*(?=\s)", text)]
     parts = [text[start:end].strip() for start, end in zip([0, *ends], [*ends, len(text)])]
     return [part for part in parts if part]
@@ -132,7 +132,7 @@ def get_stats_over_corpus(
         split_method: see `split_corpus`.
         mask_len: positions of each piece in front that do not count, BOS (if any) being the first: the length of an
             addition. What is predicted at these positions is left out, as in the post, since vectors were added right there:
-            the first token that counts is the one behind the first token that follows them. Pieces that end before it drop
+            the first token that counts is the one after the first token that follows them. Pieces that end before it drop
             out.
         window: see `split_corpus`.
         stride: likewise.

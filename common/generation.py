@@ -133,7 +133,7 @@ def _end_of_text(model: PreTrainedModel, options: Mapping[str, Any]) -> int | No
 
 
 def _joined(inputs: Mapping[str, Tensor], found: Sequence[tuple[Tensor, Tensor, Tensor]], end: int | None) -> Tensor:
-    """Put texts of parts, (rows, columns, ids [n, pos + new]), behind their padded prompts; those that ended early are padded."""
+    """Put texts of parts, (rows, columns, ids [n, pos + new]), after their padded prompts; those that ended early are padded."""
     prompts, new = inputs["input_ids"], [ids[:, int(columns.sum()) :] for _, columns, ids in found]
     fill = 0 if end is None else end
     whole = prompts.new_full((len(prompts), max(ids.shape[1] for ids in new)), fill)
@@ -184,7 +184,7 @@ def text_logits(model: PreTrainedModel, inputs: Mapping[str, Tensor], ids: Tenso
 
 
 def real_tokens(model: PreTrainedModel, inputs: Mapping[str, Tensor], ids: Tensor) -> Tensor:
-    """Return which tokens belong to the texts, [batch, pos + new], bool: no padding, and nothing behind the first end of text."""
+    """Return which tokens belong to the texts, [batch, pos + new], bool: no padding, and nothing after the first end of text."""
     rest = ids[:, inputs["input_ids"].shape[1] :]
     ends = torch.tensor(model.generation_config.eos_token_id if model.generation_config.eos_token_id is not None else [], device=ids.device)
     is_end = torch.isin(rest, ends)

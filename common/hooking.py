@@ -56,7 +56,7 @@ def uncompiled() -> Iterator[None]:
 
 
 class EndOfPass(Exception):
-    """Raised in a hook to end a forward pass behind the last place that is wanted; whoever ran the pass suppresses it."""
+    """Raised in a hook to end a forward pass after the last place that is wanted; whoever ran the pass suppresses it."""
 
 
 @contextmanager
@@ -106,7 +106,7 @@ class SteeringHook(ABC):
 
 
 def hook_output(module: nn.Module, hook: SteeringHook) -> RemovableHandle:
-    """Register a hook that runs behind the steering hooks that are there, and before all others.
+    """Register a hook that runs after the steering hooks that are there, and before all others.
 
     transformers collects `hidden_states` by hooks of its own, which have to see the steering.
     """
@@ -119,7 +119,7 @@ def hook_output(module: nn.Module, hook: SteeringHook) -> RemovableHandle:
 
 
 def hook_input(module: nn.Module, hook: SteeringHook) -> RemovableHandle:
-    """Register a hook that changes what a module gets, behind the hooks that are there."""
+    """Register a hook that changes what a module gets, after the hooks that are there."""
     hook.home = id(module)
     forget_compiled()
     return module.register_forward_pre_hook(hook.on_input, with_kwargs=True)

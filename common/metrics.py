@@ -84,7 +84,7 @@ def add_metric_cols(
     metrics: Mapping[str, Metric],
     cols_to_use: str | Sequence[str] = ("prompts", "completions"),
 ) -> pd.DataFrame:
-    """Return a table with one or more columns for each metric added behind; the table given is not changed.
+    """Return a table with one or more columns for each metric added at the end; the table given is not changed.
 
     Args:
         data: for example completions.

@@ -43,7 +43,7 @@ class TokenSelection:
     Args:
         min_token_index: this token and all later ones.
         token_indices: a list of positions; a slice; or a mask of 0 and 1, [pos] or [batch, pos], in which entry i stands for
-            the i-th real token of the row (what lies behind its end is not selected, and neither is padding).
+            the i-th real token of the row (what lies after its end is not selected, and neither is padding).
             With several sequences per prompt (`num_return_sequences`, `num_beams`) a row of the mask holds for all of
             its prompt's.
 
@@ -303,7 +303,7 @@ class PositionTracker:
     """Follows the passes of a model and says which of their entries are selected.
 
     A pass need not be a text: with a cache it sees only new tokens, without one all of them again, generation may cut the
-    prompt into chunks or put guesses behind it, and padding shifts everything. The absolute positions come from the
+    prompt into chunks or put guesses after it, and padding shifts everything. The absolute positions come from the
     attention mask and the length of the cache. Where the prompt ends is known while `generating` is open; in a pass by
     hand, all that it reads is the prompt, and passes with the cache that it leaves continue it. Caches of state-space
     models do not count their tokens, so the tracker does, for those that it saw filled.
@@ -387,7 +387,7 @@ class PositionTracker:
             # None, or one that was made for the attention already.
             attention = self._own.mask if attention is not None else None
         if self.selection.everything:
-            # A token behind others is real. There nothing is asked: a GPU would wait for the answer.
+            # A token after others is real. There nothing is asked: a GPU would wait for the answer.
             generated = attention is not None and attention.shape[1] > count == 1
             if attention is None or generated or bool(attention[:, -count:].all()):
                 return Pass()

@@ -31,7 +31,7 @@ def next_token_probs(
     steering: Steering | None = None,
     prepend_bos: bool | None = True,
 ) -> Tensor:
-    """Return the probabilities of the next token behind every token of a prompt, [pos, vocab], in fp32 on the CPU.
+    """Return the probabilities of the next token after every token of a prompt, [pos, vocab], in fp32 on the CPU.
 
     Args:
         model: a causal language model.
@@ -76,7 +76,7 @@ def top_changed_tokens(
     min_probability: float = 1e-4,
     prepend_bos: bool | None = True,
 ) -> pd.DataFrame:
-    """Show which next tokens behind a prompt steering changed most.
+    """Show which next tokens after a prompt steering changed most.
 
     Args:
         model: a causal language model.
@@ -118,7 +118,7 @@ def effectiveness_and_disruption(
     mask_len: int = 0,
     prepend_bos: bool | None = True,
 ) -> pd.DataFrame:
-    """Measure, behind every token of a prompt, what steering does to the next token.
+    """Measure, after every token of a prompt, what steering does to the next token.
 
     With P the unsteered and Q the steered probabilities, A the aligned tokens and B all others: effectiveness is
     log Q(A) - log P(A); disruption is Q(A) KL(Q|A || P|A) + Q(B) KL(Q|B || P|B), where |A means given that the token is of A.

@@ -115,7 +115,7 @@ class RatingSession:
     def undo(self) -> tuple[str, str] | None:
         """Take the last rating back, also one of an earlier session; return prompt and completion, or None if there is none.
 
-        The file is cut behind the row before, so that a crash can touch no other rating.
+        The file is cut after the row before, so that a crash can touch no other rating.
 
         Raises:
             ValueError: another session wrote to the file meanwhile. Then nothing was taken back.
@@ -127,7 +127,7 @@ class RatingSession:
         return self._texts[last]
 
     def _write(self, keep: int, data: bytes) -> None:
-        """Cut the file behind its first bytes, append, and wait for the disk. What is kept is never written again."""
+        """Cut the file after its first bytes, append, and wait for the disk. What is kept is never written again."""
         if (self.path.stat().st_size if self.path.exists() else 0) != self._size:
             self._load()
             raise ValueError(f"another session wrote to {str(self.path)!r}; it was read again, and nothing else was done")

@@ -1,4 +1,4 @@
-"""Steer every row of a batch by a vector of its own, and start a pass behind a block.
+"""Steer every row of a batch by a vector of its own, and start a pass after a block.
 
 Both make sweeps fast: each (layer, coefficient, prompt) is a row of one batch, and blocks below the steered place are not
 computed again.
@@ -121,7 +121,7 @@ def logits_from(
     model: PreTrainedModel, inputs: Mapping[str, Tensor], layer: int, output: Any, hidden: Tensor, last_only: bool = False,
     cache: Cache | None = None,
 ) -> Tensor:
-    """Run the blocks behind `layer` as if it had given `hidden`, and return the logits.
+    """Run the blocks after `layer` as if it had given `hidden`, and return the logits.
 
     The blocks below do nothing meanwhile; the model is as it was afterwards.
 
@@ -234,7 +234,7 @@ def prefilled_cache(model: PreTrainedModel, inputs: Mapping[str, Tensor], rows: 
 
 
 def can_skip_blocks(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> bool:
-    """Return whether passes may start behind a block (`logits_from`): whether that gives what a whole pass gives.
+    """Return whether passes may start after a block (`logits_from`): whether that gives what a whole pass gives.
 
     It does not where blocks hand on more than the residual stream, such as the keys that later blocks of Gemma 4 share. It
     is measured, at the tokens of these prompts.

@@ -315,7 +315,7 @@ class SteeringVector:
     def save_gguf(self, path: str | os.PathLike, overwrite: bool = False) -> None:
         """Write the vector as a control vector that llama.cpp and repeng read.
 
-        There "direction.N" is added behind block N, counted from 0, in float32; block 0 cannot be steered.
+        There "direction.N" is added after block N, counted from 0, in float32; block 0 cannot be steered.
 
         Args:
             path: where to, for example "love.gguf".
@@ -426,6 +426,6 @@ def _versions() -> dict[str, str]:
 
 
 def _layer_of(name: str, prefix: str) -> int | None:
-    """The number behind a prefix, or None."""
+    """The number after a prefix, or None."""
     number = name.removeprefix(prefix)
     return int(number) if name.startswith(prefix) and number.lstrip("-").isdigit() else None

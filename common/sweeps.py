@@ -250,7 +250,7 @@ def sweep_logits(
     max_memory: int = MEMORY,
     show_progress: bool = True,
 ) -> pd.DataFrame:
-    """Measure the prediction of the next token behind prompts at every layer and coefficient, unsteered beside it.
+    """Measure the prediction of the next token after prompts at every layer and coefficient, unsteered beside it.
 
     Args:
         metrics: by name; each takes steered and unsteered logits [row, vocab] in float32 and returns one number a row. By
@@ -424,7 +424,7 @@ class _PassSweep:
 
     @torch.no_grad()
     def _steered(self, rows: list[tuple[int, int]], layer: int, index: Tensor, inputs: dict[str, Tensor], outputs: Mapping[int, Any]) -> Tensor:
-        """The logits of rows that are steered behind one block."""
+        """The logits of rows that are steered after one block."""
         steering = [self.cells[cell].row for cell, _ in rows]
         if layer < 0 or not self.skips:
             with steering_rows(self.model, steering):
