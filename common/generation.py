@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
     BatchEncoding,
+    Cache,
     DynamicCache,
     LogitsProcessor,
     LogitsProcessorList,
@@ -109,7 +110,8 @@ def generate(model: PreTrainedModel, inputs: Mapping[str, Tensor], **options: An
     """
     if not (parts := separate_parts(model, inputs)):
         return model.generate(**inputs, **generation_options(**options))
-    if whole := [name for name in WHOLE_BATCH if options.get(name)]:
+    # An empty cache counts as false.
+    if whole := [name for name in WHOLE_BATCH if options.get(name) or isinstance(options.get(name), Cache)]:
         raise ValueError(f"in a batch, rows of {type(model).__name__} disturb each other: with {whole[0]} give one prompt at a time")
     return _joined(model, inputs, [(rows, columns, generate(model, part_of(inputs, rows, columns), **options)) for rows, columns in parts])
 
