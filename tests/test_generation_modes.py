@@ -314,14 +314,14 @@ def test_each_cache_is_a_text_of_its_own(model, tokenizer):
 @torch.no_grad()
 def test_a_text_that_begins_unsteered(model, tokenizer):
     """What was read while steering was suspended is no prompt: the text begins with the pass that is steered."""
-    one, other = (encode(tokenizer, [text])["input_ids"] for text in TEXTS[:2])
+    ids = encode(tokenizer, TEXTS[:1])["input_ids"]
     with steering(model, "the last"):
-        model(one)
+        model(ids[:, :2])
         with unsteered():
-            cache = model(other[:, :3], use_cache=True).past_key_values
-        found = model(other[:, 3:4], past_key_values=cache).logits
-    with SteeringVector({1: direction(128)[0]}).apply(model, token_indices=[3]):
-        torch.testing.assert_close(found, model(other[:, :4]).logits[:, 3:], atol=1e-4, rtol=1e-4)
+            cache = model(ids[:, :6], use_cache=True).past_key_values
+        found = model(ids[:, 6:7], past_key_values=cache).logits
+    with SteeringVector({1: direction(128)[0]}).apply(model, token_indices=[6]):
+        torch.testing.assert_close(found, model(ids[:, :7]).logits[:, 6:], atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -426,6 +426,14 @@ def test_a_model_that_cannot_be_watched_is_left_as_it_was(model, monkeypatch):
     with pytest.raises(AttributeError, match="a method that it lacks"):
         hooking.hook_passes(model, PositionTracker(model.transformer, TokenSelection(-1)))
     assert_pristine(model, before)
+
+
+def test_a_model_within_a_model_is_not_watched(model, tokenizer):
+    """Its `generate` reads texts of its own, with other blocks."""
+    own = copy_sharing_weights(model)
+    own.drafter = tiny_model("Llama", len(tokenizer))
+    with steering(own, "the last"):
+        assert "generate" in vars(own) and "generate" not in vars(own.drafter)
 
 
 def test_another_method_in_the_place_of_generate_stays(model, tokenizer):
