@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import signal
 import statistics
 import subprocess
@@ -242,7 +243,8 @@ def lab(tmp_path_factory) -> Iterator[tuple[str, Path]]:
     installed = folder / ".installed"
     installed.touch()  # nothing is installed then
     arguments = f"--no-browser --port=0 --IdentityProvider.token=secret --ServerApp.root_dir={folder}"
-    command = ["make", "-C", str(ROOT), "lab", f"RUN={sys.executable} -m", f"STAMP={installed}", f"ARGS={arguments}"]
+    python = shlex.quote(sys.executable)  # `make` hands it to a shell, and the clone may stand in a folder with a space
+    command = ["make", "-C", str(ROOT), "lab", f"RUN={python} -m", f"STAMP={installed}", f"ARGS={arguments}"]
     home = {name: str(folder / ".home") for name in ("HOME", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR")}
     server = subprocess.Popen(
         command, env=os.environ | home, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
