@@ -26,7 +26,7 @@ from common import (
 from common.activation_additions import with_bos
 from common.corpus import _interval, split_corpus, split_sentences
 from common.demonstrations import topic_vector
-from common.embedded import grammar, vocabulary
+from common.embedded import grammar
 from common.pristine import assert_pristine, snapshot
 from common.steering_vector import SteeringVector
 

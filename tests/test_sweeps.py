@@ -506,7 +506,7 @@ def test_however_often_it_was_stopped(model, tokenizer, tmp_path_factory, stops,
     calls, stop, seen = 0, iter([*stops, None]), []
 
     def metric(texts):
-        nonlocal calls, limit
+        nonlocal calls
         if list(texts) == prompts:  # it is tried on the prompts
             return [0] * len(texts)
         if calls == limit:
