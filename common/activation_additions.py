@@ -24,7 +24,7 @@ from common.arguments import finite_number, finite_product, is_integer
 from common.blocks import get_hidden
 from common.hooking import EndOfPass, SteeringHook, holder_of_blocks, hook_input, hook_output, hook_passes, uncompiled, unsteered
 from common.passes import in_evaluation_mode, input_device
-from common.positions import PositionTracker, TokenSpan
+from common.positions import PositionTracker, TokenSpan, of_rows
 from common.prompts import Prompt, is_prompt, prompt_ids
 from common.sites import Site, find_site, parse_site
 
@@ -256,7 +256,11 @@ class SpanHook(SteeringHook):
             return hidden
         offsets = span.offsets(now.positions, now.lengths).clamp(0, span.count - 1).to(hidden.device)
         vectors = self.vectors.to(hidden)
-        delta = vectors[offsets] if vectors.dim() == 2 else vectors[torch.arange(len(offsets), device=offsets.device)[:, None], offsets]
+        if vectors.dim() == 2:
+            delta = vectors[offsets]
+        else:
+            vectors = of_rows(vectors, len(offsets), "the steering")
+            delta = vectors[torch.arange(len(offsets), device=offsets.device)[:, None], offsets]
         return hidden + delta if mask is None else torch.where(mask.to(hidden.device), hidden + delta, hidden)
 
 

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from common.hooking import prompts_of
-from common.passes import evaluating, neutral_options, part_of, pass_inputs, separate_parts
+from common.passes import evaluating, neutral_options, part_of, pass_inputs, run_parts, separate_parts
 from common.progress import progress_bar
 from common.prompts import Prompt, prompt_ids
 
@@ -63,9 +63,7 @@ def logits(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
     Each row gets what it gets alone: models that padding disturbs (Bart, RecurrentGemma) run each length by itself, RWKV each row.
     Dropout is off, whatever the mode of the model.
     """
-    found = [
-        (rows, columns, model(**part_of(inputs, rows, columns)).logits) for rows, columns in separate_parts(model, inputs)
-    ]
+    found = run_parts(separate_parts(model, inputs), lambda *part: model(**part_of(inputs, *part)).logits)
     return _in_place(inputs, found) if found else model(**pass_inputs(inputs)).logits
 
 
@@ -110,7 +108,7 @@ def generate(model: PreTrainedModel, inputs: Mapping[str, Tensor], **options: An
     if not (parts := separate_parts(model, inputs)):
         return model.generate(**inputs, **generation_options(**options))
     _refuse_for_parts(model, options)
-    found = [(rows, columns, generate(model, part_of(inputs, rows, columns), **options)) for rows, columns in parts]
+    found = run_parts(parts, lambda *part: generate(model, part_of(inputs, *part), **options))
     return _joined(inputs, found, _end_of_text(model, options))
 
 
@@ -174,9 +172,12 @@ def text_logits(model: PreTrainedModel, inputs: Mapping[str, Tensor], ids: Tenso
     given = inputs["attention_mask"]
     if parts := separate_parts(model, inputs):
         new = torch.ones_like(ids[0, given.shape[1] :], dtype=torch.bool)
-        columns = [torch.cat([kept, new]) for _, kept in parts]
-        found = [text_logits(model, part_of(inputs, *part), ids[part[0]][:, every]) for part, every in zip(parts, columns)]
-        return _in_place({"input_ids": ids}, [(part[0], every, values) for part, every, values in zip(parts, columns, found)])
+
+        def of_part(rows: Tensor, columns: Tensor) -> Tensor:
+            return text_logits(model, part_of(inputs, rows, columns), ids[rows][:, torch.cat([columns, new])])
+
+        found = [(rows, torch.cat([columns, new]), values) for rows, columns, values in run_parts(parts, of_part)]
+        return _in_place({"input_ids": ids}, found)
     mask = nn.functional.pad(given, (0, ids.shape[1] - given.shape[1]), value=1)
     with prompts_of(model, given):
         return model(**pass_inputs({"input_ids": ids, "attention_mask": mask}), use_cache=False).logits
@@ -393,8 +394,8 @@ def sample(
             repetition_penalty=repetition_penalty, show_progress=show_progress, **options,
         )
         _refuse_for_parts(model, options)
-        found = [alone(part_of(inputs, *part), [seeds[row] for row in part[0].tolist()]) for part in parts]
-        return _joined(inputs, [(*part, ids) for part, ids in zip(parts, found)], _end_of_text(model, options))
+        found = run_parts(parts, lambda *part: alone(part_of(inputs, *part), [seeds[row] for row in part[0].tolist()]))
+        return _joined(inputs, found, _end_of_text(model, options))
     mask = inputs["attention_mask"]
 
     def counting(processor: LogitsProcessor) -> LogitsProcessor:

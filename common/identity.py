@@ -25,17 +25,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 NO_PART = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype"}
 _INSTALLED = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")]
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type(...), range, slice, torch.dtype, torch.device, torch.Size)
+_OPEN = dict, list, tuple
 
 
 def identity_of_model(model: PreTrainedModel) -> dict[str, Any]:
     """Identify a model by its parameters and persistent buffers, all of them, its modules and its config.
 
     All bytes are hashed (SHA-256), whatever the dtype, shared weights once: the 6.2 GB of GPT2-XL in float32 take about
-    4 seconds on one core. Weights that were offloaded are read from where they lie. What is set by hand on a module, and
-    stands neither in its weights nor in the config (another `eps`, a hook), is not seen.
+    4 seconds on one core. Weights that were offloaded are read from where they lie. Of modules of other libraries (adapters)
+    the attributes count, too: which one is switched on, and how strongly. What is set by hand on a module of torch or
+    transformers, and stands neither in its weights nor in the config (another `eps`, a hook), is not seen.
 
     Returns:
-        `weights`, a hash; `modules`, a hash of their names and classes; `config`, without paths and versions.
+        `weights`, a hash; `modules`, a hash of their names, classes and switches; `config`, without paths and versions.
 
     Raises:
         ValueError: a weight that cannot be read, by its name.
@@ -43,7 +45,7 @@ def identity_of_model(model: PreTrainedModel) -> dict[str, Any]:
     config = {name: value for name, value in model.config.to_diff_dict().items() if name not in NO_PART}
     return {
         "weights": _hash_of_state(model),
-        "modules": _short([f"{name} {type(module).__name__}" for name, module in model.named_modules()]),
+        "modules": _short([[name, type(module).__name__, _switches(module)] for name, module in model.named_modules()]),
         "config": json.loads(json.dumps(config, default=str, sort_keys=True)),
     }
 
@@ -86,6 +88,22 @@ class _Unknown(Exception):
 
 def _short(content: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _switches(module: nn.Module) -> list:
+    """The plain attributes of a module that is neither of torch nor of transformers."""
+    if type(module).__module__.startswith(("torch.", "transformers.")):
+        return []
+    common = vars(nn.Module()).keys()
+    own = {name: value for name, value in vars(module).items() if name not in common and not name.startswith(("_hf", "_is_hf"))}
+    return [[name, repr(value)] for name, value in sorted(own.items()) if _is_plain(value)]
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a number, a text, or made of such: its `repr` says all of it."""
+    if isinstance(value, dict):
+        return all(map(_is_plain, [*value, *value.values()]))
+    return all(map(_is_plain, value)) if isinstance(value, list | tuple) else isinstance(value, bool | int | float | str | None)
 
 
 def _hash_of_state(model: nn.Module) -> str:
@@ -135,9 +153,11 @@ class _Content:
         return self.known[id(thing)][1]
 
     def _parts(self, thing: Any) -> Any:
-        for kinds, read in self._READERS:
-            if isinstance(thing, kinds):
-                return read(self, thing)
+        # A dict, list or tuple of another class may hold more than its items: a default, a state, methods.
+        if not isinstance(thing, _OPEN) or type(thing) in _OPEN:
+            for kinds, read in self._READERS:
+                if isinstance(thing, kinds):
+                    return read(self, thing)
         return self._object(thing)
 
     def _named(self, thing: Any) -> str:
@@ -209,7 +229,7 @@ class _Content:
         (PreTrainedTokenizerBase, lambda self, tokenizer: [identity_of_tokens(tokenizer), sorted(tokenizer.get_vocab().items())]),
         (re.Pattern, lambda self, pattern: [pattern.pattern, pattern.flags]),
         ((dict, types.MappingProxyType), _items),
-        ((set, frozenset), lambda self, found: sorted(json.dumps(self.of(value)) for value in found)),
+        ((set, frozenset), lambda self, found: [self.of(type(found)), sorted(json.dumps(self.of(value)) for value in found)]),
         ((tuple, list), _each),
     )
 

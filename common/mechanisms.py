@@ -65,9 +65,13 @@ def run_cells(sources: list[str], name: str) -> dict:
     return namespace
 
 
-@cache
 def notebook_namespace(name: str, folder: Path = ROOT) -> dict:
     """Run the tagged cells of one notebook, once, and return all that they define."""
+    return _run_once(name, folder)
+
+
+@cache  # with and without the default it has to be one entry
+def _run_once(name: str, folder: Path) -> dict:
     return run_cells(mechanism_cells(name, folder), name)
 
 

@@ -9,7 +9,7 @@ share a batch is not looked up in a list of names but measured on the model, onc
 import copy
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from common.hooking import WATCHED, unsteered
-from common.positions import with_position_ids
+from common.positions import reading_part, with_position_ids
 
 Batching = Literal["any", "equal", "alone"]
 PROBE, PADDING = 8, 3  # tokens of the row on which batches are tried, and padding in front of it
@@ -203,3 +203,16 @@ def separate_parts(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[tuple
 def part_of(inputs: Mapping[str, Tensor], rows: Tensor, columns: Tensor) -> dict[str, Tensor]:
     """Return some rows of a batch without their padding, as `separate_parts` names them."""
     return {name: values[rows][:, columns] for name, values in inputs.items()}
+
+
+def run_parts(parts: Sequence[tuple[Tensor, Tensor]], run: Callable[[Tensor, Tensor], Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Run a batch in its parts (`separate_parts`), each steered as its rows of the batch are.
+
+    Returns:
+        For each part its rows, its columns, and what `run` of both gives.
+    """
+    total, found = sum(len(rows) for rows, _ in parts), []
+    for rows, columns in parts:
+        with reading_part(rows, total):
+            found.append((rows, columns, run(rows, columns)))
+    return found

@@ -113,12 +113,7 @@ class TokenSelection:
 
     def _by_mask(self, positions: Tensor) -> Tensor:
         mask = self.spec.to(positions.device)
-        if mask.dim() == 1:
-            mask = mask.expand(len(positions), -1)
-        elif len(positions) % len(mask):
-            raise ValueError(f"the mask has {len(mask)} rows and the batch has {len(positions)}")
-        else:
-            mask = mask.repeat_interleave(len(positions) // len(mask), dim=0)
+        mask = mask.expand(len(positions), -1) if mask.dim() == 1 else of_rows(mask, len(positions), "the mask")
         inside = positions < mask.shape[1]
         return mask.gather(1, positions.clamp(max=mask.shape[1] - 1)) & inside
 
@@ -150,8 +145,8 @@ class TokenSpan:
         Raises:
             ValueError: a prompt has fewer tokens than there are vectors.
         """
-        meant = lengths if self.rows is None else lengths[self.rows.to(lengths.device)]
-        if (shortest := int(meant.min())) < self.count:
+        meant = lengths if self.rows is None else lengths[of_rows(self.rows, len(lengths), "the steering").to(lengths.device)]
+        if len(meant) and (shortest := int(meant.min())) < self.count:
             raise ValueError(f"the addition has {self.count} tokens and a prompt only {shortest}: expected a prompt that is as long")
         start = {"front": 0 * lengths, "back": lengths - self.count, "mid": lengths // 2 - self.count // 2}[self.location]
         return positions - start[:, None]
@@ -160,7 +155,41 @@ class TokenSpan:
         """Return to which entries a vector is added, [batch, pos], bool."""
         offsets = self.offsets(positions, lengths)
         chosen = (offsets >= 0) & (offsets < self.count)
-        return chosen if self.rows is None else chosen & self.rows.to(chosen.device)[:, None]
+        return chosen if self.rows is None else chosen & of_rows(self.rows, len(chosen), "the steering").to(chosen.device)[:, None]
+
+
+_part: ContextVar[tuple[Tensor, int] | None] = ContextVar("part_of_a_batch", default=None)
+
+
+@contextmanager
+def reading_part(rows: Tensor, total: int) -> Iterator[None]:
+    """Say that the passes in the block read these rows [n] of a batch of `total` rows, which is run in parts."""
+    token = _part.set((rows, total))
+    try:
+        yield
+    finally:
+        _part.reset(token)
+
+
+def of_rows(values: Tensor, batch: int, what: str) -> Tensor:
+    """Return for each row of a pass what belongs to it.
+
+    Args:
+        values: one for each row of the batch or for each prompt of it, [prompt, ...]. Rows of one prompt stand side by side.
+        batch: how many rows the pass has; those of a part where `reading_part` is open.
+        what: has the values, for the error.
+
+    Returns:
+        [batch, ...].
+
+    Raises:
+        ValueError: the rows cannot be shared out evenly among the values.
+    """
+    rows, total = _part.get() or (None, batch)
+    if total % len(values) or rows is not None and batch % len(rows):
+        raise ValueError(f"{what} has {len(values)} rows and the batch has {total}")
+    values = values.repeat_interleave(total // len(values), dim=0)
+    return values if rows is None else values[rows.to(values.device)].repeat_interleave(batch // len(rows), dim=0)
 
 
 LOCATIONS = ("front", "mid", "back")

@@ -29,6 +29,9 @@ def prompt_ids(
       begin at the first token of a text, and nothing predicts that token: its loss does not count.
     - `False`: nothing.
 
+    An end of text that the tokenizer puts behind a text by itself is left out: what is read or
+    goes on is the text.
+
     Ids are put together, never strings: many tokenizers make another first word of BOS and text
     glued together. A text that begins with BOS, as one from a chat template does, keeps its own
     and never gets a second one.
@@ -42,7 +45,8 @@ def prompt_ids(
         One list of ids for each prompt; that of an empty text without BOS is empty.
 
     Raises:
-        ValueError: no list of prompts, or something else in it; a prompt that begins with two BOS;
+        ValueError: no list of prompts, or something else in it; a prompt that begins with two BOS, or is no
+            UTF-8;
             messages that the chat template refuses, or a tokenizer without one.
     """
     check_prompts(prompts)
@@ -52,7 +56,10 @@ def prompt_ids(
             f"{prepend_bos!r}"
         )
     texts = list(dict.fromkeys(prompt for prompt in prompts if isinstance(prompt, str)))
-    rows = tokenizer(texts, add_special_tokens=prepend_bos is None)["input_ids"] if texts else []
+    try:
+        rows = tokenizer(texts, add_special_tokens=prepend_bos is None)["input_ids"] if texts else []
+    except TypeError:  # half of a surrogate pair: no tokenizer takes it
+        raise ValueError(f"expected texts that can be written as UTF-8, got {texts!a}") from None
     by_text = {
         text: _with_one_bos(tokenizer, text, row, prepend_bos) for text, row in zip(texts, rows)
     }
@@ -115,14 +122,18 @@ def _is_messages(prompt: Any) -> bool:
 def _with_one_bos(
     tokenizer: PreTrainedTokenizerBase, text: str, row: list[int], prepend_bos: bool | None
 ) -> list[int]:
-    """The ids of a text with BOS where it is wanted, and no second where the text has its own."""
-    bos = tokenizer.bos_token_id
+    """The ids of a text with BOS where it is wanted, no second one, and no end of text behind it."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if prepend_bos and bos is not None and row[:1] != [bos]:
         return [bos, *row]
-    if prepend_bos is None and bos is not None and row[:2] == [bos, bos]:
-        own = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if own[:1] == [bos] and row[1 : len(own) + 1] == own:
-            return row[1:]
+    if prepend_bos is not None or not (row[-1:] == [eos] or bos is not None and row[:2] == [bos] * 2):
+        return row
+    own = tokenizer(text, add_special_tokens=False)["input_ids"]
+    front = len(row) - len(own) - 1
+    if row[-1:] == [eos] and row[front:-1] == own and (front > 0 or row[:1] != [bos]):
+        row = row[:-1]
+    if bos is not None and row[:2] == [bos, bos] and own[:1] == [bos] and row[1 : len(own) + 1] == own:
+        row = row[1:]
     return row
 
 

@@ -18,7 +18,7 @@ from common.blocks import get_blocks, get_hidden, stream_dtype, with_hidden
 from common.generation import ReservedLayer, reserved_cache
 from common.hooking import SteeringHook, holder_of_blocks, hook_input, hook_output, hook_passes, uncompiled
 from common.passes import first_logits, input_device, pass_inputs, same_logits, unhooked
-from common.positions import PositionTracker, TokenSpan
+from common.positions import PositionTracker, TokenSpan, of_rows
 from common.sites import Site, find_site
 
 
@@ -41,7 +41,7 @@ class _EverywhereHook(SteeringHook):
         self.vectors = vectors
 
     def steer(self, hidden: Tensor) -> Tensor:
-        return hidden + self.vectors.to(hidden)
+        return hidden + of_rows(self.vectors, len(hidden), "the steering").to(hidden)
 
 
 class _PromptHook(SteeringHook):

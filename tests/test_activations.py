@@ -142,6 +142,7 @@ def test_bfloat16_and_move_to_cpu(tokenizer):
         ({"prompts": ["You " * 300]}, "has [3-6][0-9][0-9] tokens; expected 1 to 256"),
         ({"read_token_index": 1}, r"cannot read token 1 of 'You': it has 1 tokens, so expected -1 to 0"),
         ({"read_token_index": -2}, "cannot read token -2 of 'You'"),
+        ({"read_token_index": torch.tensor(0)}, r"cannot read token tensor\(0\) of 'You'"),
         ({"read_token_index": lambda prompt: None}, "cannot read token None"),
         ({"read_token_index": [0, 0]}, "one read index for each of 1 prompts, got 2"),
         ({"batch_size": 0}, "batch size of 1 or more, got 0"),

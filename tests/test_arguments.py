@@ -71,7 +71,7 @@ def test_an_addition_outside_the_dtype_is_refused(half, tokenizer):
     assert torch.isfinite(next(iter(addition_vectors(half, tokenizer, [ActivationAddition(10, 2, "You")]).values()))).all()
 
 
-def test_a_product_inside_the_dtype_is_added(half):
+def test_a_product_inside_the_dtype_is_added(half, tokenizer):
     """At the edge of fp16; and a vector in fp16, whose product only float32 holds, in a model of float32."""
     assert torch.isfinite(logits(half)).all()
     with vector(60000).apply(half):
@@ -81,6 +81,12 @@ def test_a_product_inside_the_dtype_is_added(half):
         found = logits(own)
     with vector(1e5).apply(own):
         assert torch.equal(logits(own), found)
+    own = tiny_model("GPT-2", len(tokenizer))
+    one, other = (
+        sweep_logits(own, tokenizer, {"v": given}, [1], [coeff], ["You"], **QUIET)["kl"].tolist()
+        for given, coeff in ((vector(10, torch.float16), 1e4), (vector(1e5), 1.0))
+    )
+    assert one == other and one[-1] > 0
 
 
 # --- numbers of numpy are numbers ---

@@ -250,6 +250,8 @@ def test_a_cell_must_hold_with_both_signs(sign, what):
         changed = {cell: [math.nan] * 4}
     found = window(changed, ratios)
     assert works(found) == ALL - {(3, 1.0)}
+    (cell,) = found.cells[(found.cells["layer"] == 3) & (found.cells["coeff"] == 1.0)].to_dict("records")
+    assert math.isnan(cell["wrong way"]) == (what == "nan")  # it could be larger than that of the other sign
 
 
 def test_limits_are_those_that_are_given():
@@ -376,6 +378,13 @@ def test_heat_maps_of_nothing():
     moved = {cell: good(np.sign(cell[3])) for cell in cells} | {("Love", "steering", 4, 1.0): [math.nan] * 4}
     figure = plot_heat_map(working_window(rows_of(moved), costs_of({cell: 1.0 for cell in cells}), "tone"))
     assert [len(axes.texts) for axes in figure.axes] == [4, 5] and "nan" not in {text.get_text() for axes in figure.axes for text in axes.texts}
+
+
+def test_colours_of_a_heat_map_are_those_of_finite_numbers():
+    """A cell without bounds leaves the others their colours."""
+    found = window()
+    found.cells.loc[0, ["effect", "ratio"]] = np.inf
+    assert [axes.images[0].get_clim() for axes in plot_heat_map(found).axes] == [(-2.0, 2.0), (1.0, 2.0)]
 
 
 def test_plot_effect():

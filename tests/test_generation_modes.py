@@ -11,11 +11,14 @@ from architectures import RECURRENT, tiny_model
 from torch import Tensor
 from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessor, TextIteratorStreamer, pipeline
 
+from common import hooking
 from common.activation_additions import adding_spans
 from common.activations import record_activations
 from common.comparisons import complete
 from common.generation import encode, text_logits
+from common.hooking import unsteered
 from common.models import copy_sharing_weights
+from common.positions import PositionTracker, TokenSelection
 from common.pristine import assert_pristine, differences, snapshot
 from common.sites import Site
 from common.steering_vector import SteeringVector
@@ -23,6 +26,7 @@ from common.steering_vector import SteeringVector
 TEXTS = ["The old library is on the hill. The old library is on", "My neighbour went", "I think dogs are"]
 OPTIONS = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
 PLACES = {
+    "everywhere": {},
     "from the last but one": {"min_token_index": -2},
     "the last": {"token_indices": [-1]},
     "all but the last": {"token_indices": slice(0, -1)},
@@ -157,6 +161,8 @@ def test_other_texts_while_generating(model, tokenizer):
         assert all(torch.equal(found, other.found[0]) for found in other.found)
         guided = [model.generate(**inputs, **OPTIONS, guidance_scale=1.5, **more) for more in ({}, {"prefill_chunk_size": 2})]
         assert torch.equal(*guided) and not torch.equal(guided[0], wanted)
+        unguided = {"guidance_scale": 1.0, "use_cache": False}  # it reads one text
+        assert torch.equal(model.generate(**inputs, **OPTIONS, **unguided), wanted)
         with pytest.raises(ValueError, match="guidance_scale=1.5 reads two texts in turn.*use_cache=True"):
             model.generate(**inputs, **OPTIONS, guidance_scale=1.5, use_cache=False)
     assert by_hand is None
@@ -306,6 +312,19 @@ def test_each_cache_is_a_text_of_its_own(model, tokenizer):
 
 
 @torch.no_grad()
+def test_a_text_that_begins_unsteered(model, tokenizer):
+    """What was read while steering was suspended is no prompt: the text begins with the pass that is steered."""
+    ids = encode(tokenizer, TEXTS[:1])["input_ids"]
+    with steering(model, "the last"):
+        model(ids[:, :2])
+        with unsteered():
+            cache = model(ids[:, :6], use_cache=True).past_key_values
+        found = model(ids[:, 6:7], past_key_values=cache).logits
+    with SteeringVector({1: direction(128)[0]}).apply(model, token_indices=[6]):
+        torch.testing.assert_close(found, model(ids[:, :7]).logits[:, 6:], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
 def test_rows_of_a_cache_that_was_repeated(model, tokenizer):
     """Prompts of one length have it in every row; of different lengths it is not known whose a row is."""
     inputs = encode(tokenizer, TEXTS[:1] * 2)
@@ -400,12 +419,32 @@ def test_generate_is_put_back(model, tokenizer):
         assert vars(model).keys() == vars(copy_sharing_weights(model)).keys() and "generate" not in vars(model)
 
 
+def test_a_model_that_cannot_be_watched_is_left_as_it_was(model, monkeypatch):
+    """Whatever fails while the hooks are set."""
+    before = snapshot(model)
+    monkeypatch.setitem(hooking.WATCHED, "a method that it lacks", None)
+    with pytest.raises(AttributeError, match="a method that it lacks"):
+        hooking.hook_passes(model, PositionTracker(model.transformer, TokenSelection(-1)))
+    assert_pristine(model, before)
+
+
+def test_a_model_within_a_model_is_not_watched(model, tokenizer):
+    """Its `generate` reads texts of its own, with other blocks."""
+    own = copy_sharing_weights(model)
+    own.drafter = tiny_model("Llama", len(tokenizer))
+    with steering(own, "the last"):
+        assert "generate" in vars(own) and "generate" not in vars(own.drafter)
+
+
 def test_another_method_in_the_place_of_generate_stays(model, tokenizer):
-    """What a user set on the model before is called, and is there again afterwards."""
+    """What a user set on the model before is called, and is there again afterwards; what is set meanwhile stays."""
     own, calls = copy_sharing_weights(model), []
     own.generate = mine = lambda *args, **kwargs: calls.append(1) or type(own).generate(own, *args, **kwargs)
     assert_same_text(own, encode(tokenizer, TEXTS), "the last", prefill_chunk_size=2)
     assert own.generate is mine and len(calls) == 3
+    with steering(own, "the last"):
+        own.generate = other = lambda *args, **kwargs: None
+    assert own.generate is other
 
 
 def test_a_deep_copy_counts_for_itself(model, tokenizer):

@@ -2,12 +2,17 @@
 
 import copy
 import functools
+import re
+import sys
 import threading
+import types
+from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
 
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from architectures import ARCHITECTURES, tiny_model
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from common.identity import hash_of_tensors, identity_of_metric, identity_of_model, identity_of_tokens
@@ -137,6 +142,41 @@ def closure(value):
     return lambda steered, plain: steered[:, value]
 
 
+class Lexicon(dict):
+    """A dict with a state."""
+
+    def __init__(self, words, weight=1):
+        super().__init__(words)
+        self.weight = weight
+
+
+class Words(set):
+    """A set with a method."""
+
+    def score(self):
+        return len(self)
+
+
+def failing(steered, plain):
+    try:
+        return helper(steered)
+    except ValueError:
+        return 0
+
+
+def without_its_try(function):
+    """The same code, which no exception leaves for its `except`."""
+    return types.FunctionType(function.__code__.replace(co_exceptiontable=b""), function.__globals__, function.__name__)
+
+
+def ring(through: int) -> list:
+    """A list in a list, which holds itself (1) or the outer one (2)."""
+    outer, inner = [], []
+    outer.append(inner)
+    inner.append([inner, outer][through - 1])
+    return outer
+
+
 def test_equal_metrics_have_one_identity():
     """Written twice, made twice, copied."""
     one, two = (lambda steered, plain: helper(steered).sum(-1) + tensor for tensor in (torch.ones(2), torch.ones(2)))
@@ -144,6 +184,8 @@ def test_equal_metrics_have_one_identity():
     assert identity_of_metric(closure(3), "m") == identity_of_metric(closure(3), "m")
     assert identity_of_metric(Scaled(2), "m") == identity_of_metric(copy.deepcopy(Scaled(2)), "m")
     assert identity_of_metric(kl_divergence, "m") == identity_of_metric(kl_divergence, "m")
+    for thing in (Lexicon({"a": 1}, 2), Words("ab"), defaultdict(int, a=1), OrderedDict(a=1), Counter("abb"), deque([1]), namedtuple("Pair", "a b")(1, 2)):
+        assert identity_of_metric(closure(thing), "m") == identity_of_metric(closure(copy.deepcopy(thing)), "m")
     linear = torch.nn.Linear(2, 2)
     assert identity_of_metric(linear, "m") == identity_of_metric(copy.deepcopy(linear), "m")
 
@@ -159,6 +201,17 @@ def test_equal_metrics_have_one_identity():
         (closure(torch.zeros(3)), closure(torch.tensor([0.0, 0.0, 1e-30]))),
         (closure([1, (2, {"a": {3}})]), closure([1, (2, {"a": {4}})])),
         (closure(True), closure(1)),
+        (closure(ring(1)), closure(ring(2))),
+        (failing, without_its_try(failing)),
+        (closure(defaultdict(int, a=1)), closure(defaultdict(int, a=2))),
+        (closure(defaultdict(lambda: 1)), closure(defaultdict(lambda: 2))),
+        (closure(Lexicon({"a": 1})), closure(Lexicon({"a": 1}, weight=2))),
+        (closure(Lexicon({"a": 1})), closure(Lexicon({"a": 2}))),
+        (closure(Words("ab")), closure(type("Words", (set,), {"score": sum})("ab"))),
+        (closure(namedtuple("Pair", "a b")(1, 2)), closure(namedtuple("Pair", "b a")(1, 2))),
+        (closure(deque([1])), closure(deque([2]))),
+        (closure(type("Own", (Lexicon,), {})), closure(type("Own", (Words,), {}))),
+        (closure(re.compile("love")), closure(re.compile("love", re.IGNORECASE))),
         (lambda s, p: [row for row in s], lambda s, p: [-row for row in s]),
         (functools.partial(helper, 1), functools.partial(helper, 2)),
         (Scaled(1), Scaled(2)),
@@ -171,7 +224,7 @@ def test_equal_metrics_have_one_identity():
     ],
 )
 def test_metrics_that_differ(one, other):
-    """In a constant, a name, a default, what they enclose, an inner function, an argument, a state, a method, a weight."""
+    """In a constant, a name, a default, what they enclose, an inner function, an argument, a state, a method, a class, a weight."""
     assert identity_of_metric(one, "m") != identity_of_metric(other, "m")
 
 
@@ -181,7 +234,7 @@ def test_what_a_metric_calls_belongs_to_it(monkeypatch):
     def recursive(steered, plain):
         return helper(steered) if steered.dim() == 1 else recursive(steered[0], plain)
 
-    metrics = [recursive, lambda steered, plain: helper(steered), Scaled(1)]
+    metrics = [recursive, lambda steered, plain: helper(steered), lambda steered, plain: sum(helper(row) for row in steered), Scaled(1)]
     before = [identity_of_metric(metric, "m") for metric in metrics]
     monkeypatch.setattr(f"{__name__}.FACTOR", 2.0)
     monkeypatch.setattr(Scaled, "_scaled", lambda self, scores: scores)
@@ -189,6 +242,27 @@ def test_what_a_metric_calls_belongs_to_it(monkeypatch):
     assert all(one != other for one, other in zip(before, found, strict=True))
     monkeypatch.undo()
     assert [identity_of_metric(metric, "m") for metric in metrics] == before
+
+
+def test_a_metric_of_a_notebook(monkeypatch):
+    """Its module is `__main__`, whose file lies in an installed package: the kernel's."""
+    main = types.ModuleType("__main__")
+    main.__file__ = torch.__file__
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    metrics = [lambda steered, plain: steered, lambda steered, plain: plain]
+    for metric in metrics:
+        metric.__module__ = metric.__name__ = metric.__qualname__ = "__main__"
+    one, other = (identity_of_metric(metric, "m") for metric in metrics)
+    assert one != other
+
+
+def test_tokens_that_are_written_as_nothing(tokenizer):
+    """Special ones count where a metric encodes by their names."""
+    own = [copy.deepcopy(tokenizer) for _ in range(3)]
+    for each, token in zip(own, ("<a>", "<b>", "<a>")):
+        each.add_special_tokens({"additional_special_tokens": [token]})
+    one, other, again = (identity_of_metric(closure(each), "m") for each in own)
+    assert one == again != other
 
 
 def test_a_module_that_a_metric_reads(monkeypatch, tmp_path):
@@ -220,3 +294,26 @@ def test_what_has_no_content_is_refused(thing, tmp_path):
     thing = open(tmp_path / "file", "w") if thing is open else thing
     with pytest.raises(ValueError, match="the metric 'm' reaches .* which cannot be told from another one"):
         identity_of_metric(closure([thing]), "m")
+
+
+def test_an_adapter_that_is_switched_is_another_model(model):
+    """Its weights are the same; whether it acts, and how strongly, stands on its modules."""
+
+    class Adapter(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer, self.scaling, self.active = layer, {"default": 2.0}, ["default"]
+            self.cache = object()  # says nothing of what it computes
+
+    steered = copy.deepcopy(model)
+    first = identity_of_model(steered)
+    block = steered.transformer.h[1]
+    block.mlp.c_fc = Adapter(block.mlp.c_fc)
+    found = [first, identity_of_model(steered)]
+    block.mlp.c_fc.scaling["default"] = 3.0
+    found.append(identity_of_model(steered))
+    block.mlp.c_fc.active.clear()
+    found.append(identity_of_model(steered))
+    assert len({one["modules"] for one in found}) == 4
+    block.mlp.c_fc.cache = object()
+    assert identity_of_model(steered) == found[-1]

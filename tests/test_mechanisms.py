@@ -4,6 +4,7 @@ import ast
 import copy
 import pickle
 import re
+import sys
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
@@ -327,6 +328,12 @@ def test_wrapper_hands_on_attributes(model, plus):
             wrapper.telepathy  # noqa: B018
 
 
+def test_cells_run_once(bias_editing):
+    """Whoever asks: what stands in `sys.modules` would be another module else, and nothing of the first could be pickled."""
+    assert load_mechanism("bias_editing").steer is bias_editing["steer"]
+    assert sys.modules["notebook_bias_editing"].steer is bias_editing["steer"]
+
+
 # Bias editing: what it gives, takes away, and refuses.
 
 
@@ -377,6 +384,13 @@ def test_bias_refuses_unknown_architectures(llama, bias_editing):
         bias_editing["steer_ln_1"](llama, 1, vector),
     ):
         raise AssertionError("steered all the same")
+
+
+def test_a_frozen_bias_is_frozen_while_it_steers(gpt_neox, bias_editing):
+    """Gradient descent may change what it could change before."""
+    own = copy.deepcopy(gpt_neox).requires_grad_(False)
+    with bias_editing["steer"](own, 1, torch.ones(32)):
+        assert not _trained(own)
 
 
 def test_bias_of_a_gpt_neox(gpt_neox, tokenizer, bias_editing):
@@ -494,7 +508,8 @@ def test_saved_llama_is_steered_without_code(llama, batch, bias_editing, tmp_pat
         assert not torch.allclose(steered, unsteered)
         assert torch.equal(_saved_and_loaded(llama, batch, tmp_path / "steered"), steered)
         # the zeros that the config asks for are nothing that gradient descent could find
-        assert {name for name, _ in _trained(llama)} - {*trained} <= {f"model.layers.{layer}.mlp.down_proj.bias" for layer in layers}
+        added, steered = {name for name, _ in _trained(llama)} - {*trained}, [f"model.layers.{layer}.mlp.down_proj.bias" for layer in layers]
+        assert steered[0] in added and added <= {*steered}
     assert_pristine(llama, before)
     assert llama.config.mlp_bias is False
     assert torch.equal(_saved_and_loaded(llama, batch, tmp_path / "after"), unsteered)

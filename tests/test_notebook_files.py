@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -22,7 +23,7 @@ from jupyter_client.kernelspec import get_kernel_spec
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from common import notebooks
+from common import notebooks, progress
 from common.mechanisms import MECHANISMS, ROOT
 from common.notebooks import IGNORED, WIDGET, is_compared, notebook_paths, problems, store
 
@@ -298,6 +299,30 @@ def test_lab_with_another_python_writes_what_was_stored(lab):
     assert save().cells[2].source == "changed"
     notebook.metadata.language_info.update(name="R", version="4.4")  # the reader's own choice is kept
     assert save().metadata.language_info.version == "4.4"
+
+
+def test_what_is_saved_beside_notebooks_or_over_one_without_a_version(tmp_path):
+    """Another file stays as it is. A version that was not stored is taken from the one that saves."""
+    folder, text = SimpleNamespace(root_dir=tmp_path), {"type": "file", "content": "x = 1"}
+    notebooks.before_saving(text, "a.py", folder)
+    assert text == {"type": "file", "content": "x = 1"}
+    notebook = small_notebook()
+    del notebook.metadata.language_info["version"]
+    (tmp_path / "a.ipynb").write_text(nbformat.writes(notebook), encoding="utf-8")
+    notebook.metadata.language_info.version = "3.99.0"
+    notebooks.before_saving({"type": "notebook", "content": notebook}, "a.ipynb", folder)
+    assert notebook.metadata.language_info.version == "3.99.0"
+
+
+def test_a_bar_without_text_makes_no_output(monkeypatch):
+    """The first thing that is written may be a blank line; an output without anything in it would stay."""
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda *args, **kwargs: shown.append(args))
+    for text in ("\r", "   ", "\n"):
+        progress._Output().write(text)
+    assert not shown
+    progress._Output().write("\r 1 of 2")
+    assert shown == [({"text/plain": "1 of 2"},)]
 
 
 def test_bars_leave_nothing_in_a_notebook(tmp_path, monkeypatch):

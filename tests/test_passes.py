@@ -14,6 +14,8 @@ from common.comparisons import complete
 from common.generation import generate, left_padded, logits, sample
 from common.hooking import uncompiled
 from common.passes import in_evaluation_mode
+from common.row_steering import RowSteering, steering_rows
+from common.sites import Site
 from common.steering_vector import SteeringVector
 from common.sweeps import sweep
 
@@ -130,3 +132,44 @@ def test_positions_in_a_model_that_hands_its_blocks_a_mask_of_its_own():
         whole = logits(model, left_padded(gpt2(), rows))
         for found, row in zip(whole, rows):
             torch.testing.assert_close(found[-len(row) :], logits(model, left_padded(gpt2(), [row]))[0], atol=1e-4, rtol=1e-4)
+
+
+ROWS = [[5, 9, 3, 7], [3, 4, 11], [6, 8, 2, 12, 30], [14, 4, 11]]
+
+
+def per_row(model: PreTrainedModel) -> dict[str, tuple[AbstractContextManager, list[AbstractContextManager]]]:
+    """Steering that is another one in each row: of a whole batch, and of each row alone."""
+    draw = torch.Generator().manual_seed(0)
+    vector = SteeringVector({1: 5 * torch.randn(32, generator=draw)})
+    mask = torch.tensor([[0, 1, 1, 0, 0], [1, 0, 0, 0, 0], [0, 0, 0, 1, 1], [0, 1, 0, 0, 0]])
+    found = {"mask": (vector.apply(model, token_indices=mask), [vector.apply(model, token_indices=row[None]) for row in mask])}
+    for location, count in ((None, 1), ("front", 2), ("back", 3)):
+        rows = [RowSteering(Site(1, "resid_post"), 5 * torch.randn(count, 32, generator=draw), location) for _ in ROWS]
+        rows[1] = None
+        found[str(location)] = steering_rows(model, rows), [steering_rows(model, [row]) for row in rows]
+    return found
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "BART decoder", "RWKV"])
+@pytest.mark.parametrize("kind", ["mask", "None", "front", "back"])
+def test_steering_by_rows_stays_with_its_row(name, kind):
+    """Also where the rows of a batch are run in parts: logits and greedy ids are those of each row alone."""
+    model, inputs = tiny_model(name, 50), left_padded(gpt2(), ROWS)
+    options = {"max_new_tokens": 3, "eos_token_id": None, "forced_eos_token_id": None}
+    whole, alone = per_row(model)[kind]
+    with whole:
+        scores, ids = logits(model, inputs), generate(model, inputs, **options)
+    for number, (row, steering) in enumerate(zip(ROWS, alone)):
+        one = left_padded(gpt2(), [row])
+        with steering:
+            torch.testing.assert_close(scores[number, -len(row) :], logits(model, one)[0], atol=1e-3, rtol=1e-3)
+            assert ids[number, -3:].tolist() == generate(model, one, **options)[0, -3:].tolist()
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "BART decoder"])
+def test_steering_of_other_rows_is_refused(name):
+    """A mask of four rows, and three in the batch."""
+    model, inputs = tiny_model(name, 50), left_padded(gpt2(), ROWS[:3])
+    for whole, _ in per_row(model).values():
+        with whole, pytest.raises(ValueError, match="has 4 rows and the batch has 3"):
+            logits(model, inputs)

@@ -1,16 +1,19 @@
 """Which tokens are selected: absolute positions, whatever the padding, however the text is cut into passes."""
 
 import copy
+import gc
 import threading
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torch import nn
+from torch import Tensor, nn
 
-from common.positions import PositionTracker, Text, TokenSelection, TokenSpan, generating
+from common.positions import PositionTracker, Text, TokenSelection, TokenSpan, being_generated, generating
 
 ends = st.none() | st.integers(-12, 12)
 
@@ -97,6 +100,14 @@ def test_a_mask_of_other_rows_is_refused():
     assert four.tolist() == [[True, False], [True, False], [False, True], [False, True]]
 
 
+def test_rows_that_a_span_does_not_mean_may_be_short():
+    """Only the prompts that vectors are added to have to be as long as they are many."""
+    positions, lengths = torch.arange(4).expand(2, 4), torch.tensor([4, 2])
+    assert TokenSpan(3, "back", torch.tensor([True, False])).select(positions, lengths).tolist() == [[False, True, True, True], [False] * 4]
+    with pytest.raises(ValueError, match="3 tokens and a prompt only 2"):
+        TokenSpan(3, "back", torch.tensor([False, True])).select(positions, lengths)
+
+
 def test_tracker_knows_the_names_of_positional_arguments_under_another_forward():
     """nnsight replaces `forward` on the module by one without names; GPT-2 passes the ids by position."""
 
@@ -118,18 +129,39 @@ class Reader(nn.Module):
         return input_ids
 
 
+class Cache:
+    """Knows how many columns it holds."""
+
+    def __init__(self, length: int = 0):
+        self.get_seq_length = lambda: length
+
+
 IDS = torch.tensor([[7, 5, 6]])
 
 
-@pytest.mark.parametrize("packed", [{"position_ids": torch.tensor([[0, 1, 0]])}, {"cu_seq_lens_q": torch.tensor([0, 3])}])
+def marks(tracker: PositionTracker, *ids: Tensor, **given) -> list[list[bool]]:
+    """What a pass selects."""
+    tracker(ids, given)
+    return (torch.ones_like(ids[0], dtype=torch.bool) if tracker.mask is None else tracker.mask[..., 0]).tolist()
+
+
+@pytest.mark.parametrize(
+    "packed",
+    [
+        {"position_ids": torch.tensor([[0, 1, 0]])},
+        {"cu_seq_lens_q": torch.tensor([0, 3])},
+        {"cu_seq_lens_q": torch.tensor([0, 3]), "position_ids": torch.tensor([[0, 1, 2]])},
+    ],
+)
 def test_texts_in_one_row(packed):
     """Tokens from the front are found by the model's own numbers; where a prompt ends is refused, and whose row it is."""
     places = {"position_ids": torch.tensor([[4, 0, 1]]), **packed}
-    tracker = PositionTracker(Reader(), TokenSelection(token_indices=[1]))
-    tracker((IDS,), places)
-    assert tracker.mask[0, :, 0].tolist() == (places["position_ids"][0] == 1).tolist()
+    for from_the_front in ([1], torch.tensor([0, 1])):
+        tracker = PositionTracker(Reader(), TokenSelection(token_indices=from_the_front))
+        assert marks(tracker, IDS, **places) == (places["position_ids"] == 1).tolist()
     rows = torch.tensor([[1, 0], [0, 1]])
-    for selection in (TokenSelection(-1), TokenSelection(token_indices=rows), TokenSpan(1, "front")):
+    others = [TokenSelection(token_indices=chosen) for chosen in (rows, slice(0, -1), slice(-2, 3))]
+    for selection in (TokenSelection(-1), *others, TokenSpan(1, "front")):
         with pytest.raises(ValueError, match="several texts share one row"):
             PositionTracker(Reader(), selection)((IDS,), places)
 
@@ -139,6 +171,66 @@ def test_a_prompt_that_generate_did_not_tell_is_refused():
     reader = Reader()
     with generating(reader, Text()), pytest.raises(ValueError, match="`generate` has not said how long the prompts are"):
         PositionTracker(reader, TokenSelection(-1))((IDS,), {})
+
+
+def test_padding_has_no_position():
+    """The first token is the first real one; what stands before it is not selected."""
+    padded = torch.tensor([[0, 0, 1]])
+    for first in ([0], slice(0, 1), torch.tensor([1])):
+        assert marks(PositionTracker(Reader(), TokenSelection(token_indices=first)), IDS, attention_mask=padded) == [[False, False, True]]
+
+
+def test_a_pass_after_a_padded_one_need_not_bring_the_mask():
+    """The padding is known from the pass that left the cache, also where that gave a tuple."""
+    padded = torch.tensor([[1, 1, 1], [0, 0, 1]])
+    for leave in (lambda cache: SimpleNamespace(past_key_values=cache), lambda cache: (IDS, cache)):
+        tracker, cache = PositionTracker(Reader(), TokenSelection(token_indices=[-1, 3])), Cache(3)
+        assert marks(tracker, IDS.expand(2, 3), attention_mask=padded) == [[False, False, True]] * 2
+        tracker.finish(leave(cache))
+        assert marks(tracker, IDS[:, :2].expand(2, 2), past_key_values=cache) == [[True, False], [False, False]]
+
+
+def test_rows_that_do_not_fit_the_prompts_of_a_cache():
+    """Tokens from the front are found in any number of them; those from the end only where each prompt has as many rows."""
+    for index, rows in ((-2, 3), (-2, 5), (3, 1), (3, 3), (3, 5)):
+        tracker, cache = PositionTracker(Reader(), TokenSelection(token_indices=[index])), Cache(3)
+        marks(tracker, IDS.expand(2, 3))
+        tracker.finish(SimpleNamespace(past_key_values=cache))
+        if index < 0:
+            with pytest.raises(ValueError, match=f"filled with 2 prompts.*the pass has {rows} rows"):
+                marks(tracker, IDS[:, :1].expand(rows, 1), past_key_values=cache)
+        else:
+            assert marks(tracker, IDS[:, :1].expand(rows, 1), past_key_values=cache) == [[True]] * rows
+
+
+def test_memories_with_which_a_pass_reads_tokens_again():
+    """What XLNet calls `mems` does not say how many tokens it stands for, nor is it known while it generates."""
+
+    class Remembering(Reader):
+        def forward(self, input_ids, mems=None):
+            return input_ids
+
+    reader = Remembering()
+    tracker = PositionTracker(reader, TokenSelection(1))
+    with generating(reader, Text.of(torch.ones(1, 3))):
+        assert marks(tracker, IDS) == [[False, True, True]]
+        tracker.finish(SimpleNamespace(mems=[IDS]))
+        with pytest.raises(ValueError, match="Remembering was given a cache that does not say how many tokens it holds"):
+            tracker((IDS[:, :2],), {"mems": [IDS]})
+
+
+def test_what_was_generated_is_forgotten():
+    """After an exception too: a pass by hand is a text of its own then. The cache, which is large, is kept by nobody."""
+    reader, cache = Reader(), Cache(3)
+    tracker, kept = PositionTracker(reader, TokenSelection(-1)), weakref.ref(cache)
+    with pytest.raises(ZeroDivisionError), generating(reader, Text.of(torch.ones(1, 3))):
+        marks(tracker, IDS)
+        tracker.finish(SimpleNamespace(past_key_values=cache))
+        raise ZeroDivisionError
+    del cache
+    gc.collect()
+    assert kept() is None and being_generated(reader) is None
+    assert marks(tracker, IDS[:, :2]) == [[False, True]]
 
 
 def test_a_thread_without_a_pass_gets_the_latest():
@@ -161,5 +253,8 @@ def test_a_thread_without_a_pass_gets_the_latest():
     in_a_thread(tracker, (IDS[:, :2],), {})
     look()
     in_a_thread(look)
-    assert found[:2] == [[False, True, True]] * 2 and "began no pass, and two threads did" in found[2]
+    tracker((IDS,), {})
+    tracker((IDS,), {})
+    in_a_thread(look)
+    assert found[:2] == [[False, True, True]] * 2 and all("began no pass, and two threads did" in each for each in found[2:])
     assert copy.deepcopy(tracker).selection.spec == slice(1, None)

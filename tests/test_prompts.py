@@ -9,6 +9,7 @@ import pytest
 import torch
 from architectures import D_MODEL, tiny_model
 from odd_tokenizers import CHAT, KINDS
+from tokenizers.processors import TemplateProcessing
 
 import common as c
 from common.activation_additions import read_sites
@@ -743,3 +744,25 @@ def test_a_caller_can_choose(subjects, name):
             assert not any(row[: len(other) - 1] == other[:-1] for row in rows)
             if name == "effectiveness":
                 assert found["token"].tolist() == [tokenizer.decode([one]) for one in expected]
+
+
+@pytest.mark.parametrize("template", ["$A {eos}", "{bos} $A {eos}"])
+@pytest.mark.parametrize("kind", ["Llama 3", "GPT-2"])
+def test_an_end_that_the_tokenizer_adds_is_left_out(kind, template):
+    """It would be read in place of the last word, and ends a text that is to go on; the text's own end stays."""
+    tokenizer = KINDS[kind]()
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    named = [(token, tokenizer.convert_tokens_to_ids(token)) for token in {bos, eos}]
+    processor = TemplateProcessing(single=template.format(bos=bos, eos=eos), special_tokens=named)
+    tokenizer.backend_tokenizer.post_processor = processor
+    front = bos_of(tokenizer) if "{bos}" in template else []
+    texts = [*TEXTS, f"Monday{eos}"]
+    assert all(tokenizer(text)["input_ids"][-1] == tokenizer.eos_token_id for text in texts)
+    assert prompt_ids(tokenizer, texts) == [front + plain_ids(tokenizer, text) for text in texts]
+    assert prompt_ids(tokenizer, texts, True)[0] == bos_of(tokenizer) + plain_ids(tokenizer, texts[0])
+
+
+def test_half_a_surrogate_pair_is_refused(subject):
+    """No tokenizer takes it, and says so in its own words."""
+    with pytest.raises(ValueError, match=r"texts that can be written as UTF-8, got \['\\ud800'\]"):
+        prompt_ids(subject[1], ["\ud800"])

@@ -463,6 +463,7 @@ def test_ratings_that_a_spreadsheet_saved_are_read(tmp_path, name: str):
     session = RatingSession(completions, path, question)
     assert list(session.ratings.items()) == list(before.ratings.items()) and session.current == before.current
     assert path.read_bytes() == data
+    path.with_name(".ratings.csv.unfinished").write_bytes(b"what a crash left" * 99)
     assert session.undo() is not None and list(session.ratings.items()) == list(before.ratings.items())[:10]
     rate(session)
     rate(whole := RatingSession(completions, tmp_path / "whole", question))

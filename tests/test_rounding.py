@@ -1,5 +1,7 @@
 """A vector of nothing but rounding is refused, in every dtype; an honest one never is, however short."""
 
+import copy
+
 import pytest
 import torch
 from architectures import ARCHITECTURES, WIDE, tiny_model
@@ -17,6 +19,7 @@ from common import (
     record_activations,
     train_steering_vector,
 )
+from common.rounding import is_rounding
 
 AGGREGATORS = {
     "mean": mean_aggregator(), "pca": pca_aggregator(), "logistic": logistic_aggregator(), "mean_centred": mean_centred_aggregator(),
@@ -123,6 +126,8 @@ def test_honest_pairs_with_a_short_mean_pass(dtype):
     share = 0.02 if dtype == torch.bfloat16 else 0.005  # in bfloat16 a step is already 0.8 % of a number
     faint = (common + share * torch.randn(2, 1, 64, generator=generator)).to(dtype)
     assert aggregate_activations({0: [faint[0]]}, {0: [faint[1]]})[0].norm() > 0.03
+    one, other = many[:, :1]  # sets of different sizes that share a row
+    assert aggregate_activations({0: [torch.cat([one, other])]}, {0: [one]}, mean_centred_aggregator())[0].norm() > 1
     tiny = aggregate_activations({0: [many[0]]}, {0: [many[1]]}, lambda p, n: 1e-9 * (p - n).float().mean(0))[0]
     assert 0 < tiny.norm() < 1e-8
 
@@ -152,3 +157,27 @@ def test_the_direction_of_very_long_and_very_short_vectors(size):
     vector = torch.randn(64, generator=torch.Generator().manual_seed(0))
     unit = SteeringVector({0: size * vector}).unit().layer_activations[0]
     torch.testing.assert_close(unit, vector / vector.norm())
+
+
+def test_a_faint_difference_far_behind_is_no_rounding(model, tokenizer):
+    """What a word leaves after a hundred others is less than a ten-thousandth of the activation, and means something."""
+    tail = 100 * " and"
+    pair = ("Love" + tail, "Hate" + tail)
+    vector = train_steering_vector(model, tokenizer, [pair], layers=[0]).layer_activations[0]
+    exact = train_steering_vector(copy.deepcopy(model).double(), tokenizer, [pair], layers=[0]).layer_activations[0]
+    assert torch.cosine_similarity(vector.double(), exact, dim=0) > 0.999
+    read = read_activations(model, tokenizer, pair, layers=[0])[0]
+    assert vector.norm() < 1e-4 * read.norm(dim=-1).min()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_huge_dimension_hides_no_difference(dtype):
+    """In some models one dimension is as long as all others a thousand times."""
+    draw = torch.Generator().manual_seed(0)
+    positive = torch.randn(3, 256, generator=draw)
+    negative = positive + 0.3 * torch.randn(3, 256, generator=draw)
+    positive[:, 7] = negative[:, 7] = 1e5
+    again = positive * (1 + 0.02 * torch.finfo(dtype).eps)  # what rounds otherwise here and there
+    positive, negative, again = (part.to(dtype) for part in (positive, negative, again))
+    assert not is_rounding((positive - negative).float().mean(0), positive, negative)
+    assert is_rounding((again - positive).float().mean(0), again, positive)

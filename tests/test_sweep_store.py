@@ -80,7 +80,7 @@ def test_other_values_are_refused(tmp_path, value):
 def test_metrics_may_be_others_when_a_file_is_opened_again(tmp_path):
     """Those of the last call stand in it; a file whose metrics are the same is not touched; rows without metrics have gaps."""
     path = tmp_path / "a.sweep"
-    for metrics in ({"m": [1, float("nan")]}, {"m": [True, None], "n": ["a", 2**70]}, {}, {"m": [1, 2]}):
+    for metrics in ({"m": [1, float("nan")]}, {"m": [True, None], "n": ["a", 2**70]}, {}, {"n": [1, 2]}, {"m": [1, 2]}):
         rows = [(number, {name: column[number] for name, column in metrics.items()}) for number in range(2)]
         for attempt in range(2):
             content = path.read_bytes() if attempt else b""

@@ -615,6 +615,29 @@ def test_a_file_of_other_settings_is_left_alone(model, tokenizer, vector, tmp_pa
 # --- metrics ---
 
 
+def test_ends_in_another_form_are_the_same(model, tokenizer, vector, tmp_path):
+    """An id or a list of ids, in any order."""
+    given = {"steering": {"v": vector}, "layers": [1], "coeffs": [1.0], "prompts": PROMPTS[:1], "max_new_tokens": 1}
+    for number, (one, other) in enumerate(((3, [3]), ([0, 3], [3, 0, 3]))):
+        path = tmp_path / f"{number}.sweep"
+        sweep(ending_at(model, one), tokenizer, path=path, **given)
+        with passes(model) as count:
+            sweep(ending_at(model, other), tokenizer, path=path, **given)
+        assert not count
+        with pytest.raises(ValueError, match=r"other settings \(ends\)"):
+            sweep(ending_at(model, [3, 4]), tokenizer, path=path, **given)
+
+
+def test_a_metric_with_other_columns_than_at_its_trial_is_refused(model, tokenizer, vector):
+    """By their names, whether they are as many or not."""
+    for columns in (["b"], ["a", "b"], []):
+        def metric(texts):
+            return pd.DataFrame({name: [1] * len(texts) for name in (["a"] if texts == PROMPTS[:1] else columns)}, index=range(len(texts)))
+
+        with pytest.raises(ValueError, match="returned the columns .* when they were tried on the prompts: expected the same"):
+            sweep(model, tokenizer, {"v": vector}, [1], [1.0], PROMPTS[:1], {"m": metric}, max_new_tokens=1)
+
+
 FEW = ["I think", "My neighbour"]  # as long as each other: their rows come in the order of the table
 
 

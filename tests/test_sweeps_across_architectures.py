@@ -3,6 +3,7 @@
 import copy
 import weakref
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import accelerate
 import pandas as pd
@@ -15,11 +16,13 @@ from transformers import (
     BartConfig,
     BartForConditionalGeneration,
     BertConfig,
+    DynamicCache,
     Gemma3nTextConfig,
     HYV4Config,
     ProphetNetConfig,
     T5Config,
     T5ForConditionalGeneration,
+    TopPLogitsWarper,
     XLNetConfig,
 )
 
@@ -30,6 +33,7 @@ from common import (
     complete,
     get_stats_over_corpus,
     next_token_probs,
+    passes,
     read_activations,
     sweep,
     sweep_logits,
@@ -38,7 +42,7 @@ from common import (
 )
 from common.activation_additions import read_sites
 from common.blocks import get_blocks
-from common.generation import completions, encode, generate, logits, sample
+from common.generation import _joined, completions, encode, generate, logits, sample
 from common.metrics import token_logprobs
 from common.passes import batching, input_device
 from common.pristine import assert_pristine, snapshot
@@ -141,6 +145,8 @@ def test_batches_outside_sweeps_are_single_runs(models, tokenizer, name):
             alone = encode(tokenizer, [prompt])
             count, plain = alone["input_ids"].shape[1], model(**alone).logits[0]
             torch.testing.assert_close(found[number, -count:], plain, atol=1e-3, rtol=1e-4)
+            padded = logits(model, {name: values[number : number + 1] for name, values in inputs.items()})
+            torch.testing.assert_close(padded[0, -count:], plain, atol=1e-3, rtol=1e-4)
             expected = plain.log_softmax(-1)[:-1].gather(-1, alone["input_ids"][0, 1:, None])[:, 0]
             torch.testing.assert_close(logprobs[number], expected, atol=1e-3, rtol=1e-4)
             one, other = model.generate(**alone, max_new_tokens=NEW, do_sample=False), sample(model, alone, [number], max_new_tokens=NEW)
@@ -170,17 +176,64 @@ def test_which_rows_share_a_batch_is_measured_unseen(models, tokenizer, name):
     """Once, whatever the mode of the model; neither its hooks nor its steering see it."""
     model, inputs = tiny_model(name, len(tokenizer), seed=1), encode(tokenizer, PROMPTS)
     seen, before = [], snapshot(model.train())
-    get_blocks(model)[1][0].register_forward_hook(lambda *_: seen.append(1))
+    handles = [
+        register(lambda *_: seen.append(1))
+        for block in get_blocks(model)[1][:1] for register in (block.register_forward_hook, block.register_forward_pre_hook)
+    ]
     with SteeringVector({0: torch.full((D_MODEL,), 9.0)}).apply(model, token_indices=[-1]):
         assert batching(model, inputs) == TOGETHER.get(name, "any") and not seen
-    get_blocks(model)[1][0]._forward_hooks.clear()
+    for handle in handles:
+        handle.remove()
     assert_pristine(model, before)
 
 
-def test_options_of_a_whole_batch_are_refused_where_rows_disturb_each_other(models, tokenizer):
+def test_a_compiled_model_and_one_of_16_bit_are_measured(tokenizer):
+    """Nothing is compiled for the trial; rounding in 16 bit is no disturbance."""
+    compiled, inputs = [], encode(tokenizer, PROMPTS)
+    fast = torch.compile(tiny_model("Llama", len(tokenizer)), backend=lambda graph, _: compiled.append(1) or graph)
+    assert batching(fast, inputs) == "any" and not compiled
+    assert batching(tiny_model("Llama", len(tokenizer)).bfloat16(), inputs) == "any"
+
+
+def test_the_trial_is_made_once_and_steered_by_nothing(tokenizer, monkeypatch):
+    """Not even where the model is offloaded, and cannot be copied without its hooks: this steering is for three rows."""
+    model, inputs = accelerate.cpu_offload(tiny_model("Llama", len(tokenizer))), encode(tokenizer, PROMPTS[:3])
+    mask = torch.ones(3, 1, dtype=torch.long)
+    with SteeringVector({0: torch.full((D_MODEL,), 9.0)}).apply(model, token_indices=mask):
+        assert batching(model, inputs) == "any"
+    monkeypatch.setattr(passes, "_measured_batching", None)
+    assert batching(model, inputs) == "any"
+
+
+def test_the_trial_does_not_end_with_a_text(tokenizer):
+    """Here the text of the one row ends at once, and that beside it goes on."""
+    model, inputs = tiny_model("Llama", len(tokenizer)), encode(tokenizer, ["My neighbour went"])
+    model.generation_config.eos_token_id = int(logits(model, inputs)[0, -1].argmax())
+    assert batching(model, inputs) == "any"
+
+
+def test_ids_go_to_the_processor_where_no_weight_is():
+    assert input_device(tiny_model("Llama", 99).to("meta")) == torch.device("cpu")
+
+
+def test_texts_that_ended_early_are_filled_up_with_their_end():
+    """When the parts of a batch are put together, whose texts are of different lengths."""
+    for end, fill in ((7, 7), ([7, 8], 7), (None, 0)):
+        model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=end))
+        inputs = {"input_ids": torch.tensor([[0, 1], [2, 3]])}
+        parts = [(torch.tensor([1]), torch.tensor([True, True]), torch.tensor([[2, 3, 4, 7]])), (torch.tensor([0]), torch.tensor([False, True]), torch.tensor([[1, 7]]))]
+        assert _joined(model, inputs, parts).tolist() == [[0, 1, 7, fill], [2, 3, 4, 7]]
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("num_return_sequences", 2), ("past_key_values", DynamicCache()), ("logits_processor", [TopPLogitsWarper(0.5)]), ("return_dict_in_generate", True)],
+)
+def test_options_of_a_whole_batch_are_refused_where_rows_disturb_each_other(models, tokenizer, name, value):
+    """An empty cache too: the second part would go on with what the first one left in it."""
     before = snapshot(models["BART decoder"])
-    with pytest.raises(ValueError, match="rows of BartForCausalLM disturb each other: with num_return_sequences"):
-        generate(models["BART decoder"], encode(tokenizer, PROMPTS), num_return_sequences=2, do_sample=True)
+    with pytest.raises(ValueError, match=f"rows of BartForCausalLM disturb each other: with {name} give one prompt"):
+        generate(models["BART decoder"], encode(tokenizer, PROMPTS), do_sample=True, **{name: value})
     assert_pristine(models["BART decoder"], before)
 
 
