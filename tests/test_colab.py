@@ -97,7 +97,7 @@ def on_colab(stub: str, empty: Path, tmp_path: Path) -> Callable[..., subprocess
     return run
 
 
-CHECK = "import common; print(os.path.dirname(os.path.dirname(common.__file__)), os.getcwd(), sys.path.count(os.getcwd()))"
+CHECK = "import common; print(os.path.dirname(os.path.dirname(common.__file__)), os.getcwd(), sys.path.count(os.getcwd()), sep=chr(10))"
 SENTENCE = "RuntimeError: no project here: os.chdir() to it, on Colab set STEERING_REPO"
 
 
@@ -142,13 +142,13 @@ def test_cell_on_colab_clones_what_the_variable_says_and_may_run_twice(on_colab,
     cell, variable = colab.colab_cell("no/address"), {"STEERING_REPO": form.format(path=repository)}
     result = on_colab(cell + "\n" + cell, CHECK, **variable)
     assert result.stderr.removeprefix("warning: --depth is ignored in local clones; use file:// instead.\n") == ""
-    assert result.stdout.split() == went_to(empty / "steering")
+    assert result.stdout.splitlines() == went_to(empty / "steering")
     # After a restart of the kernel Python begins outside again.
     assert on_colab(cell, CHECK).stdout == result.stdout
 
 
 def test_cell_on_colab_clones_the_written_address(on_colab, empty, repository):
-    assert on_colab(colab.colab_cell("owner/steering"), CHECK).stdout.split() == went_to(empty / "steering")
+    assert on_colab(colab.colab_cell("owner/steering"), CHECK).stdout.splitlines() == went_to(empty / "steering")
 
 
 @pytest.mark.parametrize("place", ["uploaded", "drive/MyDrive/steering"])
@@ -156,7 +156,7 @@ def test_cell_on_colab_takes_what_is_there(on_colab, empty, repository, place):
     """Uploaded or on Drive, without a question; the address is not used."""
     shutil.copytree(repository, empty / place)
     result = on_colab(colab.colab_cell("no/address"), CHECK)
-    assert (result.stderr, result.stdout.split()) == ("", went_to(empty / place))
+    assert (result.stderr, result.stdout.splitlines()) == ("", went_to(empty / place))
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_cell_on_colab_takes_what_is_there(on_colab, empty, repository, place):
 def test_cell_on_colab_asks_colab(on_colab, empty, repository, path):
     with colab_server(session(path)) as server:
         result = on_colab(colab.colab_cell(None), CHECK, server=server)
-    assert (result.stderr, result.stdout.split()) == ("", went_to(empty / "steering"))
+    assert (result.stderr, result.stdout.splitlines()) == ("", went_to(empty / "steering"))
 
 
 NOTHING = {
@@ -188,7 +188,7 @@ NOTHING = {
 def test_cell_on_colab_asks_the_reader_where_colab_does_not_know(on_colab, empty, repository, answer):
     with colab_server(NOTHING[answer]) as server:
         result = on_colab(colab.colab_cell(None), CHECK, server=server, answers=" owner/steering \n")
-    assert result.stdout.removeprefix("Its GitHub owner/name: ").split() == went_to(empty / "steering"), result.stderr
+    assert result.stdout.removeprefix("Its GitHub owner/name: ").splitlines() == went_to(empty / "steering"), result.stderr
 
 
 @pytest.mark.parametrize("answers", ["", "\n", "  \n"], ids=["nobody there", "empty", "blank"])
@@ -218,9 +218,9 @@ def test_cell_waits_for_colab_for_a_second(on_colab):
 def test_cell_elsewhere_goes_to_the_root_above(flags, where):
     """It prints nothing, installs nothing, and in the root it changes nothing."""
     cell = colab.colab_cell("owner/name")
-    check = "print(os.getcwd(), os.path.isfile('common/colab.py'), 'common' in sys.modules)"
+    check = "print(os.getcwd(), os.path.isfile('common/colab.py'), 'common' in sys.modules, sep=chr(10))"
     result = run_python(f"{cell}\n{cell}\n{check}", ROOT / where, *flags)
-    assert (result.returncode, result.stdout.split(), result.stderr) == (0, [str(ROOT), "True", "False"], "")
+    assert (result.returncode, result.stdout.splitlines(), result.stderr) == (0, [str(ROOT), "True", "False"], "")
 
 
 def test_cell_on_colab_installs_the_requirements(stub, empty, repository):
@@ -232,7 +232,7 @@ def test_cell_on_colab_installs_the_requirements(stub, empty, repository):
 
 def test_cell_elsewhere_takes_the_project_on_the_path(empty):
     result = run_python(f"{colab.colab_cell(None)}\n{CHECK}", empty, PYTHONPATH=str(ROOT))
-    assert (result.stdout.split(), result.stderr) == (went_to(ROOT), "")
+    assert (result.stdout.splitlines(), result.stderr) == (went_to(ROOT), "")
 
 
 @pytest.mark.parametrize("repo", [None, "owner/name"])
