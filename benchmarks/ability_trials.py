@@ -161,6 +161,7 @@ def expect_from_the_end(subject: Subject, inputs: BatchEncoding, passes: Callabl
 
     `passes` says whether the passes, by their numbers of tokens, are those that were asked for.
     """
+    subject.mechanism.generate(subject.wrapped, inputs, max_new_tokens=1)  # the first one tries what may share a batch
     widths: list[int] = []
     counting = get_block(subject.module, subject.layer).register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
     try:
