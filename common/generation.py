@@ -120,8 +120,8 @@ WHOLE_BATCH = (
 
 def _refuse_for_parts(model: PreTrainedModel, options: Mapping[str, Any]) -> None:
     """Refuse options that know the rows of a batch, where these have to be run by themselves."""
-    given = (name for name in WHOLE_BATCH if options.get(name) is not None)
-    if name := next((name for name in given if options[name] not in (False, 1, [])), None):
+    harmless = {"num_return_sequences": (None, 1), "return_dict_in_generate": (None, False), "logits_processor": (None, [])}
+    if name := next((name for name in WHOLE_BATCH if options.get(name) not in harmless.get(name, (None,))), None):
         raise ValueError(f"in a batch, rows of {type(model).__name__} disturb each other: with {name} give one prompt at a time")
 
 

@@ -42,7 +42,7 @@ from common import (
 )
 from common.activation_additions import read_sites
 from common.blocks import get_blocks
-from common.generation import _joined, completions, encode, generate, logits, sample
+from common.generation import _end_of_text, _joined, completions, encode, generate, logits, sample
 from common.metrics import token_logprobs
 from common.passes import batching, input_device
 from common.pristine import assert_pristine, snapshot
@@ -222,7 +222,7 @@ def test_texts_that_ended_early_are_filled_up_with_their_end():
         model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=end))
         inputs = {"input_ids": torch.tensor([[0, 1], [2, 3]])}
         parts = [(torch.tensor([1]), torch.tensor([True, True]), torch.tensor([[2, 3, 4, 7]])), (torch.tensor([0]), torch.tensor([False, True]), torch.tensor([[1, 7]]))]
-        assert _joined(model, inputs, parts).tolist() == [[0, 1, 7, fill], [2, 3, 4, 7]]
+        assert _joined(inputs, parts, _end_of_text(model, {})).tolist() == [[0, 1, 7, fill], [2, 3, 4, 7]]
 
 
 @pytest.mark.parametrize(
