@@ -23,36 +23,36 @@ help: ## list the targets
 	@awk -F ': .*## ' '/^[a-z0-9-]+: .*## / { printf "make %-22s %s\n", $$1, $$2 }' Makefile
 
 run: $(STAMP) ## steer by all six mechanisms and compare (another model: MODEL=gpt2-xl)
-	$(RUN) common.love_hate
+	$(RUN) repository.agreement
 
 # A worker for each core; the cells of a notebook depend on each other, so a file stays with one worker.
 test: $(STAMP) ## run the tests and every notebook
 	$(RUN) pytest --nbval --numprocesses logical --maxprocesses 8 --dist loadfile
 
 notebooks: $(STAMP) ## execute the notebooks again and store their outputs
-	$(RUN) common.notebooks
+	$(RUN) repository.notebooks
 
 lab: $(STAMP) ## open the notebooks in JupyterLab (another model: MODEL=gpt2-xl; another port: ARGS="--port 9999")
 	JUPYTER_CONFIG_PATH="$(CURDIR)/.jupyter$${JUPYTER_CONFIG_PATH:+:$$JUPYTER_CONFIG_PATH}" \
 	  $(RUN) jupyterlab $$([ "$$(id -u)" -ne 0 ] || echo --allow-root) $(ARGS)
 
 colab: $(STAMP) ## write badge and first cell into the notebooks (REPO=owner/name, else the remote `origin`)
-	$(RUN) common.colab $(if $(REPO),'$(REPO)')
+	$(RUN) repository.colab $(if $(REPO),'$(REPO)')
 
 embedded: $(STAMP) ## train the embedded model again, into the folder OUT (default: embedded-again)
-	$(RUN) common.embedded.train --out '$(OUT)'
+	$(RUN) embedded_model.train --out '$(OUT)'
 
 evaluate-embedded: $(STAMP) ## measure how well the embedded model can be steered
-	$(RUN) common.embedded.evaluate
+	$(RUN) embedded_model.evaluate
 
 full-size: $(STAMP) ## check that the six agree at the size of GPT2-XL (random weights, 16 GB of memory)
-	$(RUN) pytest -m full_size tests/test_full_size.py
+	$(RUN) pytest -m full_size tests/mechanisms/test_full_size.py
 
 gpt2-xl: $(STAMP) ## check the published figures on the real GPT2-XL (downloads 6 GB)
-	$(RUN) common.figures gpt2-xl
+	$(RUN) repository.published gpt2-xl
 
 picture: $(STAMP) ## draw the picture of the README again
-	$(RUN) common.sweeps
+	$(RUN) repository.readme
 
 benchmark-extraction: $(STAMP) $(PEERS)/.installed ## measure what training a vector costs, beside steering-vectors (16 GB of memory)
 	$(RUN) benchmarks.extraction --peer $(PEERS)/bin/python
@@ -65,7 +65,8 @@ benchmark-mechanisms: $(STAMP) $(PEERS)/.installed ## measure what the six mecha
 	$(RUN) benchmarks.mechanisms --peer $(PEERS)/bin/python
 
 clean: ## remove the environment and the caches, nothing else
-	rm -rf $(VENV) $(PEERS) .pytest_cache .hypothesis __pycache__ */__pycache__ common/*/__pycache__
+	rm -rf $(VENV) $(PEERS) .pytest_cache .hypothesis .ruff_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last, so that an installation that failed or was interrupted is done again.
 $(STAMP): requirements.txt constraints.txt

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from common.notebooks import clean_environment
+from repository.notebooks import clean_environment
 
 ROOT = Path(__file__).resolve().parent
 
@@ -14,7 +14,11 @@ def pytest_configure() -> None:
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    """Collect tests/ and the notebooks of the root: no environment, no library, no copy in another folder."""
-    if collection_path.is_dir() and collection_path.parent == ROOT and collection_path.name != "tests":
+    """Collect tests/, guides/ and the notebooks of the root: no environment, no library, no copy in another folder."""
+    if (
+        collection_path.is_dir()
+        and collection_path.parent == ROOT
+        and collection_path.name not in ("tests", "guides")
+    ):
         return True
     return None  # the other plugins decide

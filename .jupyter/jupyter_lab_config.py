@@ -2,7 +2,9 @@
 
 import warnings
 
-from common.notebooks import before_saving
+from repository.notebooks import before_saving
 
-warnings.filterwarnings("ignore", "Overriding existing pre_save_hook", UserWarning)  # Jupyter sets it twice
+warnings.filterwarnings(
+    "ignore", "Overriding existing pre_save_hook", UserWarning
+)  # Jupyter sets it twice
 c.ContentsManager.pre_save_hook = before_saving  # noqa: F821 - Jupyter gives `c`

@@ -2,8 +2,8 @@
 
     python -m benchmarks.abilities
 
-runs all trials on the embedded model, prints the matrix and writes `results/abilities.json` and `results/abilities.png`.
-The tests run the same trials and compare them with the file.
+runs all trials on the embedded model, prints the matrix and writes `results/abilities.json` and
+`results/abilities.png`. The tests run the same trials and compare them with the file.
 """
 
 import json
@@ -22,7 +22,7 @@ from benchmarks.ability_matrix import RESULTS, load_matrix, matrix_table, plot_m
 from benchmarks.ability_subject import Elsewhere, Silently, Subject, embedded_subject
 from benchmarks.ability_trials import TRIALS
 from benchmarks.timing import machine
-from common.mechanisms import MECHANISMS
+from repository.mechanisms import MECHANISMS
 
 
 class Cell(NamedTuple):
@@ -43,8 +43,12 @@ def attempt(trial: Callable[[Subject], None], subject: Subject) -> tuple[str, st
         return "silently no", str(failure)
     except Exception as error:  # whatever a library raises: that is the result
         line = next((line for line in str(error).splitlines() if line.strip()), "")
-        line = re.sub(r" ?\(?(/|<eval_)\S+", "", line)  # paths of this machine, and numbers of generated code
-        return "error", textwrap.shorten(line if isinstance(error, Elsewhere) else f"{type(error).__name__}: {line}", 160)
+        line = re.sub(
+            r" ?\(?(/|<eval_)\S+", "", line
+        )  # paths of this machine, and numbers of generated code
+        return "error", textwrap.shorten(
+            line if isinstance(error, Elsewhere) else f"{type(error).__name__}: {line}", 160
+        )
     return "yes", ""
 
 
@@ -75,7 +79,11 @@ def main() -> None:
     for mechanism in MECHANISMS:
         print()
         print_limits(mechanism, cells)
-    found = {"measured": date.today().isoformat(), "machine": machine("transformer-lens", "nnsight", "accelerate"), "cells": cells.to_dict("records")}
+    found = {
+        "measured": date.today().isoformat(),
+        "machine": machine("transformer-lens", "nnsight", "accelerate"),
+        "cells": cells.to_dict("records"),
+    }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "abilities.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     plot_matrix(load_matrix()).savefig(RESULTS / "abilities.png", dpi=120)

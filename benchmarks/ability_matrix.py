@@ -37,23 +37,44 @@ def matrix_table(cells: pd.DataFrame) -> pd.DataFrame:
 def plot_matrix(cells: pd.DataFrame) -> Figure:
     """Draw the matrix, coloured by outcome, with the outcome written into each cell."""
     table = matrix_table(cells)
-    figure = Figure(figsize=(1.35 * len(table.columns) + 3.2, 0.34 * len(table) + 1.7), layout="constrained")
+    figure = Figure(
+        figsize=(1.35 * len(table.columns) + 3.2, 0.34 * len(table) + 1.7), layout="constrained"
+    )
     axes = figure.subplots()
     for row, ability in enumerate(table.index):
         for column, mechanism in enumerate(table.columns):
             outcome = table.loc[ability, mechanism]
-            axes.add_patch(Rectangle((column, row), 1, 1, facecolor=COLOURS[outcome], edgecolor="white", linewidth=2))
+            axes.add_patch(
+                Rectangle(
+                    (column, row), 1, 1, facecolor=COLOURS[outcome], edgecolor="white", linewidth=2
+                )
+            )
             dark = outcome in ("yes", "silently no")
-            axes.text(column + 0.5, row + 0.5, outcome, ha="center", va="center", fontsize=8, color="white" if dark else "0.15")
+            axes.text(
+                column + 0.5,
+                row + 0.5,
+                outcome,
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="white" if dark else "0.15",
+            )
     axes.set(xlim=(0, len(table.columns)), ylim=(len(table), 0))
-    axes.set_xticks([place + 0.5 for place in range(len(table.columns))], [name.replace("_", "\n") for name in table.columns], fontsize=8)
+    axes.set_xticks(
+        [place + 0.5 for place in range(len(table.columns))],
+        [name.replace("_", "\n") for name in table.columns],
+        fontsize=8,
+    )
     axes.set_yticks([place + 0.5 for place in range(len(table))], table.index, fontsize=8)
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     if "provenance" in cells.attrs:
         axes.set_xlabel(cells.attrs["provenance"], fontsize=7)
-    legend = [Patch(color=COLOURS[outcome], label=f"{outcome}: {meaning}") for outcome, meaning in OUTCOMES.items()]
+    legend = [
+        Patch(color=COLOURS[outcome], label=f"{outcome}: {meaning}")
+        for outcome, meaning in OUTCOMES.items()
+    ]
     figure.legend(handles=legend, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     return figure
 
@@ -67,7 +88,14 @@ def print_limits(mechanism: str, cells: pd.DataFrame | None = None) -> None:
     cells = load_matrix() if cells is None else cells
     mine = cells[cells["mechanism"] == mechanism]
     if mine.empty:
-        raise ValueError(f"unknown mechanism {mechanism!r}: expected one of {', '.join(cells['mechanism'].unique())}")
+        raise ValueError(
+            f"unknown mechanism {mechanism!r}: expected one of"
+            f" {', '.join(cells['mechanism'].unique())}"
+        )
     print(f"{mechanism}: {(mine['outcome'] == 'yes').sum()} of {len(mine)} abilities")
     for cell in mine[mine["outcome"] != "yes"].itertuples():
-        print(f"{cell.outcome:11}  {cell.ability}", *textwrap.wrap(cell.says, 105, initial_indent=" " * 17, subsequent_indent=" " * 17), sep="\n")
+        print(
+            f"{cell.outcome:11}  {cell.ability}",
+            *textwrap.wrap(cell.says, 105, initial_indent=" " * 17, subsequent_indent=" " * 17),
+            sep="\n",
+        )

@@ -26,14 +26,16 @@ def parallel(folder: Path) -> None:
     """Steer a model that is split between the processes, by each mechanism; the first process writes the logits."""
     import torch.distributed as dist
 
-    from common.mechanisms import load_mechanism
+    from repository.mechanisms import load_mechanism
 
     given = json.loads((folder / "given.json").read_text())
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     inputs = tokenizer(given["prompts"], return_tensors="pt", padding=True)
     vector, answers = torch.tensor(given["vector"]), {}
     for name in given["mechanisms"]:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, tp_plan="auto").eval()
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, tp_plan="auto"
+        ).eval()
         mechanism = load_mechanism(name)
         try:
             wrapped = mechanism.wrap(model, tokenizer)

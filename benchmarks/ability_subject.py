@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from common.generation import logits
-from common.mechanisms import Mechanism, load_mechanism
-from common.models import Loaded, copy_sharing_weights, load_model
+from common.loading import Loaded, copy_sharing_weights, load_model
+from common.texts.generation import logits
+from repository.mechanisms import Mechanism, load_mechanism
 
 PROMPTS = ["I think dogs are ", "My neighbour", "The old library is on the"]
 TOLERANCE = 1e-4  # logits; steering moves them by units
@@ -32,11 +32,17 @@ class Subject:
     Attributes:
         plain: another copy of the model, which nobody touches but the reference.
         wrapped: what the mechanism works with.
-        vector: [d_model], twice as long as the hidden states at `layer`, so that it changes whatever is written.
+        vector: [d_model], twice as long as the hidden states at `layer`, so that it changes
+            whatever is written.
     """
 
     def __init__(
-        self, mechanism: Mechanism, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layer: int, prompts: Sequence[str] = PROMPTS
+        self,
+        mechanism: Mechanism,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        layer: int,
+        prompts: Sequence[str] = PROMPTS,
     ):
         self.mechanism, self.model, self.tokenizer, self.layer = mechanism, model, tokenizer, layer
         self.inputs = tokenizer(list(prompts), return_tensors="pt", padding=True)
@@ -54,7 +60,9 @@ class Subject:
     @property
     def module(self) -> PreTrainedModel:
         """The Hugging Face model inside: what one hands to code that knows nothing of the mechanism."""
-        return getattr(self.wrapped, "original_model", getattr(self.wrapped, "_module", self.wrapped))
+        return getattr(
+            self.wrapped, "original_model", getattr(self.wrapped, "_module", self.wrapped)
+        )
 
     @property
     def _reference(self) -> Mechanism:
@@ -64,11 +72,15 @@ class Subject:
         """Steer by the mechanism."""
         return self.mechanism.steer(self.wrapped, self.layer, self.vector)
 
-    def intervene(self, change: Callable[[Tensor], Tensor], vector: Tensor | None = None, **wish) -> AbstractContextManager:
+    def intervene(
+        self, change: Callable[[Tensor], Tensor], vector: Tensor | None = None, **wish
+    ) -> AbstractContextManager:
         """Change hidden states by the mechanism; one without `intervene` is asked by its `steer`, and says why not."""
         if self.mechanism.intervene:
             return self.mechanism.intervene(self.wrapped, self.layer, change)
-        return self.mechanism.steer(self.wrapped, self.layer, self.vector if vector is None else vector, **wish)
+        return self.mechanism.steer(
+            self.wrapped, self.layer, self.vector if vector is None else vector, **wish
+        )
 
     def logits(self) -> Tensor:
         """Logits of the real tokens by the mechanism, as it is now."""
@@ -107,13 +119,17 @@ def embedded_subject(mechanism: str) -> Subject:
 def expect(found: Tensor, expected: Tensor, silently: str) -> None:
     """Fail with what silently happened, unless two tensors are the same (ids) or close (numbers)."""
     same = found.shape == expected.shape and (
-        torch.allclose(found, expected, rtol=0, atol=TOLERANCE) if found.is_floating_point() else torch.equal(found, expected)
+        torch.allclose(found, expected, rtol=0, atol=TOLERANCE)
+        if found.is_floating_point()
+        else torch.equal(found, expected)
     )
     if not same:
         raise Silently(silently)
 
 
-def expect_steered(subject: Subject, found: Tensor, silently: str = "steered otherwise than by the vector") -> None:
+def expect_steered(
+    subject: Subject, found: Tensor, silently: str = "steered otherwise than by the vector"
+) -> None:
     """Fail unless logits [tokens, vocab] are the steered ones; say so if they are the unsteered ones."""
     if torch.allclose(found, subject.unsteered_logits(), rtol=0, atol=TOLERANCE):
         raise Silently("unsteered, and no error")

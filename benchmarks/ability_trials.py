@@ -1,6 +1,7 @@
 """The trials behind the matrix of abilities: each runs one mechanism and fails with what happened instead.
 
-A trial gets a `Subject` and raises `Silently` where something else happened without an error. The truth it compares with comes
+A trial gets a `Subject` and raises `Silently` where something else happened without an error. The
+truth it compares with comes
 from elsewhere: the plain hook on another copy of the model, or the library in `common`.
 """
 
@@ -21,19 +22,36 @@ from typing import NamedTuple
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BatchEncoding, GPTNeoXConfig, LlamaConfig, PreTrainedModel, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    BatchEncoding,
+    GPTNeoXConfig,
+    LlamaConfig,
+    PreTrainedModel,
+    pipeline,
+)
 
-from benchmarks.ability_subject import NEW, PROMPTS, Elsewhere, Silently, Subject, embedded_model, embedded_subject, expect, expect_steered
+from benchmarks.ability_subject import (
+    NEW,
+    PROMPTS,
+    Elsewhere,
+    Silently,
+    Subject,
+    embedded_model,
+    embedded_subject,
+    expect,
+    expect_steered,
+)
 from common import embedded
-from common.activation_additions import SpanHook, adding_spans
-from common.blocks import get_block
-from common.generation import generate, logits
-from common.hooking import holder_of_blocks, hook_passes
-from common.mechanisms import MECHANISMS, ROOT, load_mechanism
-from common.operators import ablation_operator
-from common.positions import PositionTracker, TokenSelection, TokenSpan, with_position_ids
-from common.sites import Site
-from common.steering_vector import SteeringVector
+from common.passes.hooks import holder_of_blocks, hook_passes
+from common.places.blocks import get_block
+from common.places.positions import PositionTracker, TokenSelection, TokenSpan, with_position_ids
+from common.places.sites import Site
+from common.texts.generation import generate, logits
+from common.vectors.activation_additions import SpanHook, adding_spans
+from common.vectors.operators import ablation_operator
+from common.vectors.steering_vector import SteeringVector
+from repository.mechanisms import MECHANISMS, ROOT, load_mechanism
 
 FIRST = 2  # the first token that is steered where only later ones are
 LAST = -2  # likewise, counted from the end of the prompt
@@ -47,7 +65,11 @@ def all_positions(subject: Subject) -> None:
     with subject.steer():
         expect_steered(subject, subject.logits())
         ids = subject.generate()
-    expect(ids, subject.steered(lambda model: generate(model, subject.inputs, max_new_tokens=NEW)), "other tokens are generated")
+    expect(
+        ids,
+        subject.steered(lambda model: generate(model, subject.inputs, max_new_tokens=NEW)),
+        "other tokens are generated",
+    )
     expect(subject.logits(), subject.unsteered_logits(), "still steered afterwards")
 
 
@@ -63,7 +85,9 @@ def following(subject: Subject, selection: TokenSelection | TokenSpan) -> Iterat
 
 
 @contextmanager
-def steered_from(subject: Subject, first: int, waits: Callable[[], object] = lambda: None) -> Iterator[None]:
+def steered_from(
+    subject: Subject, first: int, waits: Callable[[], object] = lambda: None
+) -> Iterator[None]:
     """Steer one token of the prompt and all later ones; `waits` is called where a pass has reached the layer."""
 
     def change(hidden: Tensor) -> Tensor:
@@ -71,7 +95,10 @@ def steered_from(subject: Subject, first: int, waits: Callable[[], object] = lam
         moved = hidden + subject.vector
         return moved if tracker.mask is None else torch.where(tracker.mask, moved, hidden)
 
-    with following(subject, TokenSelection(first)) as tracker, subject.intervene(change, positions=slice(first, None)):
+    with (
+        following(subject, TokenSelection(first)) as tracker,
+        subject.intervene(change, positions=slice(first, None)),
+    ):
         yield
 
 
@@ -81,28 +108,55 @@ def later_positions(subject: Subject) -> None:
     with steered_from(subject, FIRST):
         scores, ids = subject.logits(), subject.generate()
     with vector.apply(subject.plain, min_token_index=FIRST):
-        expect(scores, logits(subject.plain, subject.inputs)[subject.real], "other positions are steered")
-        expect(ids, generate(subject.plain, subject.inputs, max_new_tokens=NEW), "other tokens are generated")
+        expect(
+            scores,
+            logits(subject.plain, subject.inputs)[subject.real],
+            "other positions are steered",
+        )
+        expect(
+            ids,
+            generate(subject.plain, subject.inputs, max_new_tokens=NEW),
+            "other tokens are generated",
+        )
 
 
 def front_additions(subject: Subject) -> None:
     """One vector for each of the first tokens of every row, as activation additions do."""
     vectors = torch.stack([subject.vector, -subject.vector])
     span = TokenSpan(len(vectors), "front")
-    with following(subject, span) as tracker, subject.intervene(SpanHook(vectors, tracker).steer, positions=[0, 1]):
+    with (
+        following(subject, span) as tracker,
+        subject.intervene(SpanHook(vectors, tracker).steer, positions=[0, 1]),
+    ):
         scores, ids = subject.logits(), subject.generate()
-    with adding_spans(subject.plain, {(Site(subject.layer, "resid_post"), len(vectors)): vectors}, "front"):
-        expect(scores, logits(subject.plain, subject.inputs)[subject.real], "other positions are steered")
-        expect(ids, generate(subject.plain, subject.inputs, max_new_tokens=NEW), "other tokens are generated")
+    with adding_spans(
+        subject.plain, {(Site(subject.layer, "resid_post"), len(vectors)): vectors}, "front"
+    ):
+        expect(
+            scores,
+            logits(subject.plain, subject.inputs)[subject.real],
+            "other positions are steered",
+        )
+        expect(
+            ids,
+            generate(subject.plain, subject.inputs, max_new_tokens=NEW),
+            "other tokens are generated",
+        )
 
 
 def ablation(subject: Subject) -> None:
     """The component along the vector is taken away."""
     operator = ablation_operator()
-    with subject.intervene(lambda hidden: hidden + operator(hidden, subject.vector), operator="ablate"):
+    with subject.intervene(
+        lambda hidden: hidden + operator(hidden, subject.vector), operator="ablate"
+    ):
         scores = subject.logits()
     with SteeringVector({subject.layer: subject.vector}).apply(subject.plain, operator=operator):
-        expect(scores, logits(subject.plain, subject.inputs)[subject.real], "something else than ablation")
+        expect(
+            scores,
+            logits(subject.plain, subject.inputs)[subject.real],
+            "something else than ablation",
+        )
 
 
 def coefficient_for_each_row(subject: Subject) -> None:
@@ -114,7 +168,11 @@ def coefficient_for_each_row(subject: Subject) -> None:
     for row, coeff in enumerate(coeffs):
         with SteeringVector({subject.layer: coeff * subject.vector}).apply(subject.plain):
             alone = logits(subject.plain, subject.inputs)[row]
-        expect(scores[row][subject.real[row]], alone[subject.real[row]], "a row has the coefficient of another")
+        expect(
+            scores[row][subject.real[row]],
+            alone[subject.real[row]],
+            "a row has the coefficient of another",
+        )
 
 
 def two_vectors(subject: Subject) -> None:
@@ -124,7 +182,11 @@ def two_vectors(subject: Subject) -> None:
         for layer, vector in places:
             mine.enter_context(subject.mechanism.steer(subject.wrapped, layer, vector))
             theirs.enter_context(SteeringVector({layer: vector}).apply(subject.plain))
-        expect(subject.logits(), logits(subject.plain, subject.inputs)[subject.real], "the vectors do not add up")
+        expect(
+            subject.logits(),
+            logits(subject.plain, subject.inputs)[subject.real],
+            "the vectors do not add up",
+        )
     expect(subject.logits(), subject.unsteered_logits(), "still steered afterwards")
 
 
@@ -136,9 +198,22 @@ def beam_search(subject: Subject) -> None:
     options = {"max_new_tokens": 2 * NEW, "num_beams": 3}
     with subject.steer():
         ids = subject.mechanism.generate(subject.wrapped, subject.inputs, **options)
-    beams, greedy = (subject.steered(lambda model: generate(model, subject.inputs, **options | {"num_beams": count})) for count in (3, 1))
+    beams, greedy = (
+        subject.steered(
+            lambda model: generate(model, subject.inputs, **options | {"num_beams": count})
+        )
+        for count in (3, 1)
+    )
     assert beams.tolist() != greedy.tolist(), "these prompts do not tell beams from greedy decoding"
-    expect(ids, beams, "greedy decoding, and no error" if ids.tolist() == greedy.tolist() else "other tokens than by a hook")
+    expect(
+        ids,
+        beams,
+        (
+            "greedy decoding, and no error"
+            if ids.tolist() == greedy.tolist()
+            else "other tokens than by a hook"
+        ),
+    )
 
 
 def assisted_decoding(subject: Subject) -> None:
@@ -147,51 +222,78 @@ def assisted_decoding(subject: Subject) -> None:
     drafts: list[int] = []
     counting = subject.plain.register_forward_pre_hook(lambda module, args: drafts.append(1))
     with subject.steer():
-        ids = subject.mechanism.generate(subject.wrapped, one, max_new_tokens=NEW, assistant_model=subject.plain)
+        ids = subject.mechanism.generate(
+            subject.wrapped, one, max_new_tokens=NEW, assistant_model=subject.plain
+        )
     counting.remove()
     if not drafts:
         raise Silently("the assistant is ignored, and no error")
-    steered, unsteered = subject.steered(lambda model: generate(model, one, max_new_tokens=NEW)), generate(subject.plain, one, max_new_tokens=NEW)
-    assert steered.tolist() != unsteered.tolist(), "this prompt does not tell steered from unsteered"
+    steered, unsteered = (
+        subject.steered(lambda model: generate(model, one, max_new_tokens=NEW)),
+        generate(subject.plain, one, max_new_tokens=NEW),
+    )
+    assert steered.tolist() != unsteered.tolist(), (
+        "this prompt does not tell steered from unsteered"
+    )
     expect(ids, steered, "other tokens than the steered model's own")
 
 
-def expect_from_the_end(subject: Subject, inputs: BatchEncoding, passes: Callable[[list[int]], bool], **options) -> None:
+def expect_from_the_end(
+    subject: Subject, inputs: BatchEncoding, passes: Callable[[list[int]], bool], **options
+) -> None:
     """The last two tokens of the prompt and all later ones: in the given way as in passes over a prompt and single tokens.
 
     `passes` says whether the passes, by their numbers of tokens, are those that were asked for.
     """
-    subject.mechanism.generate(subject.wrapped, inputs, max_new_tokens=1)  # the first one tries what may share a batch
+    subject.mechanism.generate(
+        subject.wrapped, inputs, max_new_tokens=1
+    )  # the first one tries what may share a batch
     widths: list[int] = []
-    counting = get_block(subject.module, subject.layer).register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
+    counting = get_block(subject.module, subject.layer).register_forward_pre_hook(
+        lambda _, args: widths.append(args[0].shape[1])
+    )
     try:
         with steered_from(subject, LAST):
-            ids = subject.mechanism.generate(subject.wrapped, inputs, max_new_tokens=2 * NEW, **options)
+            ids = subject.mechanism.generate(
+                subject.wrapped, inputs, max_new_tokens=2 * NEW, **options
+            )
     finally:
         counting.remove()
     if not passes(widths):
         raise Silently("the option is ignored, and no error")
     with SteeringVector({subject.layer: subject.vector}).apply(subject.plain, min_token_index=LAST):
         expected = generate(subject.plain, inputs, max_new_tokens=2 * NEW)
-    assert expected.tolist() != generate(subject.plain, inputs, max_new_tokens=2 * NEW).tolist(), "nothing of it is felt"
+    assert expected.tolist() != generate(subject.plain, inputs, max_new_tokens=2 * NEW).tolist(), (
+        "nothing of it is felt"
+    )
     expect(ids, expected, "other tokens than with the prompt in one pass")
 
 
 def chunked_prefill(subject: Subject) -> None:
     """The last two tokens of the prompt and all later ones, `prefill_chunk_size=1`."""
-    expect_from_the_end(subject, subject.inputs, lambda widths: set(widths) == {1}, prefill_chunk_size=1)
+    expect_from_the_end(
+        subject, subject.inputs, lambda widths: set(widths) == {1}, prefill_chunk_size=1
+    )
 
 
 def prompt_lookup(subject: Subject) -> None:
     """The last two tokens of the prompt and all later ones, `prompt_lookup_num_tokens=4`: guesses go with the prompt."""
     one = subject.tokenizer(f"{PROMPTS[2]} hill. {PROMPTS[2]}", return_tensors="pt")
-    expect_from_the_end(subject, one, lambda widths: widths[0] > one["input_ids"].shape[1], prompt_lookup_num_tokens=4)
+    expect_from_the_end(
+        subject,
+        one,
+        lambda widths: widths[0] > one["input_ids"].shape[1],
+        prompt_lookup_num_tokens=4,
+    )
 
 
 def text_generation_pipeline(subject: Subject) -> None:
     """`transformers.pipeline("text-generation", model=...)`."""
+
     def write(model: nn.Module) -> str:
-        generator = pipeline("text-generation", model=model, tokenizer=subject.tokenizer, device="cpu")
+        generator = pipeline(
+            "text-generation", model=model, tokenizer=subject.tokenizer, device="cpu"
+        )
         return generator(PROMPTS[0], max_new_tokens=NEW, do_sample=False)[0]["generated_text"]
 
     expected, unsteered = subject.steered(write), write(subject.plain)
@@ -199,7 +301,9 @@ def text_generation_pipeline(subject: Subject) -> None:
     with subject.steer():
         found = write(subject.module)
     if found != expected:
-        raise Silently("unsteered, and no error" if found == unsteered else "another text than by a hook")
+        raise Silently(
+            "unsteered, and no error" if found == unsteered else "another text than by a hook"
+        )
 
 
 # --- training, compiling, exporting ---
@@ -209,7 +313,9 @@ def _gradient_by_hook(subject: Subject) -> Tensor:
     """The gradient of a loss by the vector [d_model], through a plain hook."""
     vector = subject.vector.clone().requires_grad_()
     with load_mechanism("custom_wrapper").steer(subject.plain, subject.layer, vector):
-        subject.plain(**with_position_ids(subject.inputs)).logits[:, -1].logsumexp(-1).sum().backward()
+        subject.plain(**with_position_ids(subject.inputs)).logits[:, -1].logsumexp(
+            -1
+        ).sum().backward()
     return vector.grad
 
 
@@ -217,7 +323,9 @@ def gradient(subject: Subject) -> None:
     """The gradient of a loss by the vector, so that it can be learned by gradient descent."""
     vector = subject.vector.clone().requires_grad_()
     with subject.mechanism.steer(subject.wrapped, subject.layer, vector):
-        scores = subject.mechanism.logits.__wrapped__(subject.wrapped, subject.inputs)  # without torch.no_grad
+        scores = subject.mechanism.logits.__wrapped__(
+            subject.wrapped, subject.inputs
+        )  # without torch.no_grad
         scores[:, -1].logsumexp(-1).sum().backward()
     if vector.grad is None:
         raise Silently("the vector gets no gradient, and no error")
@@ -228,7 +336,9 @@ def gradient_of_the_bias(subject: Subject) -> None:
     """the gradient that the edited bias gets, `mlp.c_proj.bias.grad`, is that of the vector"""
     with subject.steer():
         bias = get_block(subject.module, subject.layer).mlp.c_proj.bias
-        subject.module(**with_position_ids(subject.inputs)).logits[:, -1].logsumexp(-1).sum().backward()
+        subject.module(**with_position_ids(subject.inputs)).logits[:, -1].logsumexp(
+            -1
+        ).sum().backward()
     expect(bias.grad, _gradient_by_hook(subject), "another gradient")
 
 
@@ -262,10 +372,16 @@ def compile_in_parts(subject: Subject) -> None:
 def steer_what_is_compiled(subject: Subject) -> None:
     """A model that was compiled and has run, steered afterwards, and no longer when the block ends."""
     with compiled(subject.module) as fast:
-        expect(_compiled_logits(subject, fast), subject.unsteered_logits(), "wrong before it is steered")
+        expect(
+            _compiled_logits(subject, fast),
+            subject.unsteered_logits(),
+            "wrong before it is steered",
+        )
         with subject.steer():
             expect_steered(subject, _compiled_logits(subject, fast))
-        expect(_compiled_logits(subject, fast), subject.unsteered_logits(), "still steered afterwards")
+        expect(
+            _compiled_logits(subject, fast), subject.unsteered_logits(), "still steered afterwards"
+        )
 
 
 def compile_with_guards(subject: Subject) -> None:
@@ -303,8 +419,12 @@ def _saved_and_loaded() -> dict[str, Tensor | str]:
             except Exception as error:
                 found[saved] = f"{type(error).__name__}: {error}"
         command = [sys.executable, "-m", "benchmarks.ability_processes", "load", folder]
-        given = json.dumps({key: value.tolist() for key, value in with_position_ids(subject.inputs).items()})
-        answer = subprocess.run(command, input=given, capture_output=True, text=True, cwd=ROOT, check=True)
+        given = json.dumps(
+            {key: value.tolist() for key, value in with_position_ids(subject.inputs).items()}
+        )
+        answer = subprocess.run(
+            command, input=given, capture_output=True, text=True, cwd=ROOT, check=True
+        )
         for saved, scores in json.loads(answer.stdout.splitlines()[-1]).items():
             found.setdefault(saved, scores if isinstance(scores, str) else torch.tensor(scores))
     return found
@@ -320,7 +440,11 @@ def saved_and_loaded(subject: Subject, which: str = "") -> None:
     scores = _saved_and_loaded()[subject.mechanism.name + which]
     if isinstance(scores, str):
         raise Elsewhere(scores)
-    expect_steered(subject, scores[subject.real], "the weights of the steered block are missing and were drawn at random")
+    expect_steered(
+        subject,
+        scores[subject.real],
+        "the weights of the steered block are missing and were drawn at random",
+    )
 
 
 def deep_copy(subject: Subject) -> None:
@@ -348,7 +472,13 @@ def _tiny(config: transformers.PretrainedConfig) -> PreTrainedModel:
     return model
 
 
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "initializer_range": 0.2}
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "initializer_range": 0.2,
+}
 
 
 @cache
@@ -386,8 +516,11 @@ def _quantized(module: nn.Module) -> nn.Module:
 
 def quantized(subject: Subject) -> None:
     """A model of dynamic int8 linear layers, steered."""
-    # One prompt: these layers round by the range of the whole batch, so that rows disturb each other.
-    expect_quantized_steered(Subject(subject.mechanism, _quantized(tiny_llama()), subject.tokenizer, 1, PROMPTS[:1]))
+    # One prompt: these layers round by the range of the whole batch, so that rows disturb each
+    # other.
+    expect_quantized_steered(
+        Subject(subject.mechanism, _quantized(tiny_llama()), subject.tokenizer, 1, PROMPTS[:1])
+    )
 
 
 def expect_quantized_steered(subject: Subject) -> None:
@@ -411,14 +544,28 @@ def steered_then_quantized(subject: Subject) -> None:
 
 def offloaded_to_disk(subject: Subject) -> None:
     """`device_map` puts the steered block and another on the disk; accelerate loads them when they run."""
-    device_map = {"transformer.wte": "cpu", "transformer.wpe": "cpu", "transformer.ln_f": "cpu", "lm_head": "cpu"}
-    device_map |= {f"transformer.h.{layer}": "disk" if layer in (subject.layer, 0) else "cpu" for layer in range(6)}
+    device_map = {
+        "transformer.wte": "cpu",
+        "transformer.wpe": "cpu",
+        "transformer.ln_f": "cpu",
+        "lm_head": "cpu",
+    }
+    device_map |= {
+        f"transformer.h.{layer}": "disk" if layer in (subject.layer, 0) else "cpu"
+        for layer in range(6)
+    }
     with tempfile.TemporaryDirectory() as folder:
-        model = AutoModelForCausalLM.from_pretrained(embedded.FOLDER, dtype=torch.float32, device_map=device_map, offload_folder=folder).eval()
+        model = AutoModelForCausalLM.from_pretrained(
+            embedded.FOLDER, dtype=torch.float32, device_map=device_map, offload_folder=folder
+        ).eval()
         wrapped = subject.mechanism.wrap(model, subject.tokenizer)
         with subject.mechanism.steer(wrapped, subject.layer, subject.vector):
             expect_steered(subject, subject.mechanism.logits(wrapped, subject.inputs)[subject.real])
-        expect(subject.mechanism.logits(wrapped, subject.inputs)[subject.real], subject.unsteered_logits(), "still steered afterwards")
+        expect(
+            subject.mechanism.logits(wrapped, subject.inputs)[subject.real],
+            subject.unsteered_logits(),
+            "still steered afterwards",
+        )
 
 
 @cache
@@ -428,13 +575,28 @@ def _in_two_processes() -> dict[str, Tensor | str]:
     with tempfile.TemporaryDirectory() as folder:
         tiny_llama().save_pretrained(folder)
         subject.tokenizer.save_pretrained(folder)
-        torch_run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        torch_run = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+        ]
         command = [*torch_run, "-m", "benchmarks.ability_processes", "parallel", folder]
-        given = {"layer": 1, "vector": subject.vector.tolist(), "prompts": PROMPTS, "mechanisms": MECHANISMS}
+        given = {
+            "layer": 1,
+            "vector": subject.vector.tolist(),
+            "prompts": PROMPTS,
+            "mechanisms": MECHANISMS,
+        }
         Path(folder, "given.json").write_text(json.dumps(given))
         subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True, timeout=300)
         answers = json.loads(Path(folder, "answers.json").read_text())
-    return {name: scores if isinstance(scores, str) else torch.tensor(scores) for name, scores in answers.items()}
+    return {
+        name: scores if isinstance(scores, str) else torch.tensor(scores)
+        for name, scores in answers.items()
+    }
 
 
 def tensor_parallel(subject: Subject) -> None:
@@ -442,7 +604,9 @@ def tensor_parallel(subject: Subject) -> None:
     scores = _in_two_processes()[subject.mechanism.name]
     if isinstance(scores, str):
         raise Elsewhere(scores)
-    expect_steered(Subject(load_mechanism("pytorch_hooks"), tiny_llama(), subject.tokenizer, 1), scores)
+    expect_steered(
+        Subject(load_mechanism("pytorch_hooks"), tiny_llama(), subject.tokenizer, 1), scores
+    )
 
 
 # --- threads ---
@@ -482,7 +646,10 @@ def a_copy_for_each_thread(subject: Subject) -> None:
         with which.steer() if label == "steered" else ExitStack():
             found[label] += [which.logits() for _ in range(5)]
 
-    threads = [threading.Thread(target=run, args=item) for item in (("steered", subject), ("unsteered", other))]
+    threads = [
+        threading.Thread(target=run, args=item)
+        for item in (("steered", subject), ("unsteered", other))
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -517,8 +684,14 @@ def two_threads(subject: Subject) -> None:
     for number, scores in found.items():
         if isinstance(scores, Exception):
             raise scores
-        with SteeringVector({subject.layer: subject.vector}).apply(subject.plain, min_token_index=LAST):
-            expect(scores, logits(subject.plain, inputs[number]), "steered at the positions of the other thread")
+        with SteeringVector({subject.layer: subject.vector}).apply(
+            subject.plain, min_token_index=LAST
+        ):
+            expect(
+                scores,
+                logits(subject.plain, inputs[number]),
+                "steered at the positions of the other thread",
+            )
 
 
 class Trial(NamedTuple):
@@ -543,14 +716,18 @@ TRIALS: dict[str, Trial] = {
     "transformers.pipeline": Trial(text_generation_pipeline),
     "gradient through the vector": Trial(gradient, {"bias_editing": gradient_of_the_bias}),
     "torch.compile while steered": Trial(compile_while_steered, {BRIDGE: compile_in_parts}),
-    "steered after torch.compile": Trial(steer_what_is_compiled, dict.fromkeys(HOOKS, compile_with_guards)),
+    "steered after torch.compile": Trial(
+        steer_what_is_compiled, dict.fromkeys(HOOKS, compile_with_guards)
+    ),
     "torch.export": Trial(export),
     "saved, run in a fresh process": Trial(saved_and_loaded),
     "saved, a Llama": Trial(saved_llama),
     "int8 linear layers": Trial(quantized, {"bias_editing": steered_then_quantized}),
     "blocks offloaded to disk": Trial(offloaded_to_disk),
     "two processes (tensor parallel)": Trial(tensor_parallel),
-    "threads: the other unsteered": Trial(one_thread_steers, dict.fromkeys(MECHANISMS, a_copy_for_each_thread)),
+    "threads: the other unsteered": Trial(
+        one_thread_steers, dict.fromkeys(MECHANISMS, a_copy_for_each_thread)
+    ),
     "two threads": Trial(two_threads),
     "a Llama": Trial(other_architecture(tiny_llama)),
     "a GPT-NeoX": Trial(other_architecture(tiny_neox)),

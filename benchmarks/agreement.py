@@ -14,7 +14,14 @@ SMALLEST, LARGEST = 1e-7, 1e-3  # the ends of the scale of colours
 def pairwise(found: dict[str, Tensor]) -> list[dict[str, Any]]:
     """Return the largest difference of every pair of tensors of one shape, as rows of `a`, `b` and `largest difference`."""
     pairs = itertools.combinations(found, 2)
-    return [{"a": a, "b": b, "largest difference": (found[a].float() - found[b].float()).abs().max().item()} for a, b in pairs]
+    return [
+        {
+            "a": a,
+            "b": b,
+            "largest difference": (found[a].float() - found[b].float()).abs().max().item(),
+        }
+        for a, b in pairs
+    ]
 
 
 def plot_agreement(agreements: dict[str, list[dict[str, Any]]]) -> Figure:
@@ -24,18 +31,37 @@ def plot_agreement(agreements: dict[str, list[dict[str, Any]]]) -> Figure:
         agreements: what `pairwise` returned, by title.
     """
     figure = Figure(figsize=(5.6 * len(agreements), 4.4), layout="constrained")
-    colours = colormaps["YlOrRd"].with_extremes(under="#cfe8cf")  # 0, which has no place on a log scale
+    colours = colormaps["YlOrRd"].with_extremes(
+        under="#cfe8cf"
+    )  # 0, which has no place on a log scale
     norm = LogNorm(SMALLEST, LARGEST)
-    for axes, (title, pairs) in zip(figure.subplots(1, len(agreements), squeeze=False)[0], agreements.items()):
+    for axes, (title, pairs) in zip(
+        figure.subplots(1, len(agreements), squeeze=False)[0], agreements.items()
+    ):
         names = list(dict.fromkeys(name for pair in pairs for name in (pair["a"], pair["b"])))
         grid = [[float("nan")] * (len(names) - 1) for _ in names[1:]]
         for pair in pairs:
-            row, column, value = names.index(pair["b"]) - 1, names.index(pair["a"]), pair["largest difference"]
+            row, column, value = (
+                names.index(pair["b"]) - 1,
+                names.index(pair["a"]),
+                pair["largest difference"],
+            )
             grid[row][column] = max(value, SMALLEST / 10)
-            axes.text(column, row, f"{value:.0e}".replace("e-0", "e-") if value else "0", ha="center", va="center", fontsize=9)
+            axes.text(
+                column,
+                row,
+                f"{value:.0e}".replace("e-0", "e-") if value else "0",
+                ha="center",
+                va="center",
+                fontsize=9,
+            )
         shades = axes.imshow(grid, norm=norm, cmap=colours)
-        axes.set_xticks(range(len(names) - 1), [name.replace("_", "\n") for name in names[:-1]], fontsize=8)
-        axes.set_yticks(range(len(names) - 1), [name.replace("_", "\n") for name in names[1:]], fontsize=8)
+        axes.set_xticks(
+            range(len(names) - 1), [name.replace("_", "\n") for name in names[:-1]], fontsize=8
+        )
+        axes.set_yticks(
+            range(len(names) - 1), [name.replace("_", "\n") for name in names[1:]], fontsize=8
+        )
         axes.set_title(title, fontsize=10)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)

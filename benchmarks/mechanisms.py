@@ -1,10 +1,12 @@
 """What each of the six mechanisms costs: time, memory and lines, beside the same model unsteered and beside two peers.
 
-    python -m benchmarks.mechanisms [--peer PYTHON] [--quick] [--rounds N] [--device cpu|cuda] [--compile]
+    python -m benchmarks.mechanisms [--peer PYTHON] [--quick] [--rounds N] [--device cpu|cuda]
+    [--compile]
 
-prints tables and writes `mechanisms.json` and three pictures (`mechanisms_agreement.png`, `_cost`, `_profile`) into `results/`. PYTHON is the
-interpreter of an environment with `peers.txt`; `make benchmark-mechanisms` makes one. Ratios are round by round against the
-plain Hugging Face call on the same model, in the same process; the peers' against the unsteered model in theirs.
+prints tables and writes `mechanisms.json` and three pictures (`mechanisms_agreement.png`, `_cost`,
+`_profile`) into `results/`. PYTHON is the interpreter of an environment with `peers.txt`; `make
+benchmark-mechanisms` makes one. Ratios are round by round against the plain Hugging Face call on
+the same model, in the same process; the peers' against the unsteered model in theirs.
 `comparison.ipynb` shows what is stored.
 """
 
@@ -27,10 +29,21 @@ from benchmarks.extraction import RESULTS, Peer
 from benchmarks.profiling import NAMES, find_py_spy, plot_profile, profile
 from benchmarks.timing import bars, machine, provenance
 from common import embedded
-from common.mechanisms import MECHANISMS, mechanism_cells
+from repository.mechanisms import MECHANISMS, mechanism_cells
 
-BY_HAND = ("custom_wrapper", "pytorch_hooks", "baukit", "bias_editing")  # what is asked of the time is asked of these
-ASKED = {"forward": 1.02, "per token, batch 1": 1.02, "per token, batch 8": 1.02, "read": 1.1, "memory": 0.05}
+BY_HAND = (
+    "custom_wrapper",
+    "pytorch_hooks",
+    "baukit",
+    "bias_editing",
+)  # what is asked of the time is asked of these
+ASKED = {
+    "forward": 1.02,
+    "per token, batch 1": 1.02,
+    "per token, batch 8": 1.02,
+    "read": 1.1,
+    "memory": 0.05,
+}
 
 
 def lines_of_code(name: str) -> int:
@@ -42,12 +55,29 @@ def count_lines(source: str) -> int:
     """Count the lines of one cell that are neither blank nor comments nor imports, tried ones included."""
 
     def imports(node: ast.AST) -> bool:
-        inner = [*node.body, *(line for handler in node.handlers for line in handler.body)] if isinstance(node, ast.Try) else []
-        return isinstance(node, ast.Import | ast.ImportFrom) or bool(inner) and all(map(imports, inner))
+        inner = (
+            [*node.body, *(line for handler in node.handlers for line in handler.body)]
+            if isinstance(node, ast.Try)
+            else []
+        )
+        return (
+            isinstance(node, ast.Import | ast.ImportFrom)
+            or bool(inner)
+            and all(map(imports, inner))
+        )
 
-    skipped = {number for node in ast.parse(source).body if imports(node) for number in range(node.lineno, node.end_lineno + 1)}
+    skipped = {
+        number
+        for node in ast.parse(source).body
+        if imports(node)
+        for number in range(node.lineno, node.end_lineno + 1)
+    }
     lines = enumerate(source.splitlines(), 1)
-    return sum(bool(line.strip()) and not line.strip().startswith("#") for number, line in lines if number not in skipped)
+    return sum(
+        bool(line.strip()) and not line.strip().startswith("#")
+        for number, line in lines
+        if number not in skipped
+    )
 
 
 def measure(case: Case, device: str, rounds: int, compiled: bool) -> dict[str, Any]:
@@ -56,8 +86,13 @@ def measure(case: Case, device: str, rounds: int, compiled: bool) -> dict[str, A
     torch.set_num_threads(case.threads or threads)
     bench = Bench(case, device)
     found = {
-        "dtype": str(case.dtype).removeprefix("torch."), "threads": torch.get_num_threads(), "rounds": rounds * case.more_rounds,
-        "layer": case.layer, "new tokens": case.new_tokens, "bytes": bench.bytes, "vector": bench.vector.tolist(),
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "rounds": rounds * case.more_rounds,
+        "layer": case.layer,
+        "new tokens": case.new_tokens,
+        "bytes": bench.bytes,
+        "vector": bench.vector.tolist(),
     }
     found["times"] = bench.times(rounds)
     if case.times == TIMES:
@@ -71,8 +106,15 @@ def measure(case: Case, device: str, rounds: int, compiled: bool) -> dict[str, A
 
 def ask_peers(peer: Peer, case: Case, found: dict[str, Any], device: str) -> dict[str, Any]:
     """Let the peers steer the same model by the same vector, in their own environment."""
-    job = {name: found[name] for name in ("dtype", "layer", "new tokens", "threads", "rounds", "vector")}
-    where = {"shape": case.shape} if case.shape else {"shape": "embedded", "folder": str(embedded.FOLDER)}
+    job = {
+        name: found[name]
+        for name in ("dtype", "layer", "new tokens", "threads", "rounds", "vector")
+    }
+    where = (
+        {"shape": case.shape}
+        if case.shape
+        else {"shape": "embedded", "folder": str(embedded.FOLDER)}
+    )
     return peer.ask({"job": "cost", "name": case.name, "device": device, **where, **job})
 
 
@@ -84,8 +126,9 @@ def load_results() -> dict[str, Any]:
 def cost_table(results: dict[str, Any], model: str) -> pd.DataFrame:
     """Return the costs on one model, a row for each mechanism and peer.
 
-    "wrap" and "steer" (switching on and off) count unsteered forward passes; "forward" and "per token" are ratios to the
-    unsteered model, "read" to the bare blocks up to that layer; "memory" is what the peak gains, as a share of the model.
+    "wrap" and "steer" (switching on and off) count unsteered forward passes; "forward" and "per
+    token" are ratios to the unsteered model, "read" to the bare blocks up to that layer; "memory"
+    is what the peak gains, as a share of the model.
     """
     found = results["models"][model]
     rows = {}
@@ -96,13 +139,22 @@ def cost_table(results: dict[str, Any], model: str) -> pd.DataFrame:
             rows[name]["memory"] = found.get("memory", {}).get(name)
             rows[name]["lines"] = results["lines"].get(name)
     table = pd.DataFrame.from_dict(rows, orient="index").convert_dtypes()
-    return table[[name for name in ("wrap, s", *TIMES, "memory", "lines") if name in table and table[name].notna().any()]]
+    return table[
+        [
+            name
+            for name in ("wrap, s", *TIMES, "memory", "lines")
+            if name in table and table[name].notna().any()
+        ]
+    ]
 
 
 def compiled_table(results: dict[str, Any], model: str) -> pd.DataFrame:
     """Return what `torch.compile` leaves of the costs, as ratios to the unsteered model compiled as well; or the error."""
     compiled = results["models"][model]["compiled"]
-    rows = {name: {kind: one.get("median", one.get("error")) for kind, one in row.items()} for name, row in compiled.items()}
+    rows = {
+        name: {kind: one.get("median", one.get("error")) for kind, one in row.items()}
+        for name, row in compiled.items()
+    }
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
@@ -113,8 +165,19 @@ def asked(results: dict[str, Any]) -> pd.DataFrame:
     for what, most in ASKED.items():
         for name in MECHANISMS if what in ("read", "memory") else BY_HAND:
             value = table[what].get(name) if what in table else None
-            verdict = "not measured" if pd.isna(value) else "holds" if value <= most else "does not hold"
-            rows.append({"model": model, "what": what, "mechanism": name, "found": value, "at most": most, "": verdict})
+            verdict = (
+                "not measured" if pd.isna(value) else "holds" if value <= most else "does not hold"
+            )
+            rows.append(
+                {
+                    "model": model,
+                    "what": what,
+                    "mechanism": name,
+                    "found": value,
+                    "at most": most,
+                    "": verdict,
+                }
+            )
     return pd.DataFrame(rows)
 
 
@@ -127,11 +190,24 @@ def plot_cost(results: dict[str, Any]) -> Figure:
     grid = figure.subplots(len(kinds), len(models), sharex="col", sharey=True)
     for (row, kind), (column, model) in itertools.product(enumerate(kinds), enumerate(models)):
         axis, peers = grid[row][column], measured[model].get("peers", {})
-        found = {name: times[kind] for name, times in {**measured[model]["times"], **peers}.items() if name != "unsteered"}
+        found = {
+            name: times[kind]
+            for name, times in {**measured[model]["times"], **peers}.items()
+            if name != "unsteered"
+        }
         colors = ["#b9a36a" if name in peers else "#4878a8" for name in found]
         marks = [ASKED[kind] if name in BY_HAND and model == XL else None for name in found]
         spreads = [(one["low"], one["high"]) for one in found.values()]
-        bars(axis, list(found), [one["median"] for one in found.values()], spreads, marks, colors, start=1, form=".3f")
+        bars(
+            axis,
+            list(found),
+            [one["median"] for one in found.values()],
+            spreads,
+            marks,
+            colors,
+            start=1,
+            form=".3f",
+        )
         axis.axvline(1, color="#333333", linewidth=0.8)
         axis.set_title(f"{kind} ({model})", fontsize=10)
     for column, model in enumerate(models):
@@ -142,9 +218,14 @@ def plot_cost(results: dict[str, Any]) -> Figure:
             grid[-1][column].set_xticks(ticks, labels=[f"{tick:g}" for tick in ticks], minor=False)
             grid[-1][column].minorticks_off()
         lowest = min([0.98, *(axis.get_xlim()[0] for axis in grid[:, column])])
-        grid[-1][column].set_xlim(max(lowest, 0.7), highest * 1.25 if highest > 2 else highest + 0.15 * (highest - lowest))
+        grid[-1][column].set_xlim(
+            max(lowest, 0.7), highest * 1.25 if highest > 2 else highest + 0.15 * (highest - lowest)
+        )
         grid[-1][column].set_xlabel("times as long as unsteered")
-    title = "The cost of steering: medians with quartiles; red marks what was asked for; in the other colour the peers"
+    title = (
+        "The cost of steering: medians with quartiles; red marks what was asked for; in the other"
+        " colour the peers"
+    )
     figure.suptitle(title, fontsize=10)
     figure.supxlabel(provenance(results), fontsize=7)
     return figure
@@ -154,22 +235,42 @@ def report(results: dict[str, Any]) -> None:
     """Print the tables."""
 
     def show(title: str, table: pd.DataFrame, **options: Any) -> None:
-        print(f"\n{title}\n\n{table.to_string(float_format=lambda x: f'{x:.3f}', na_rep='', **options)}")
+        print(
+            f"\n{title}\n\n{table.to_string(float_format=lambda x: f'{x:.3f}', na_rep='', **options)}"
+        )
 
     for model, found in results["models"].items():
         of = f"{found['dtype']}, {found['threads']} threads, {found['rounds']} rounds"
-        show(f"{model} ({of}): ratios to the unsteered model, reading to the bare blocks", cost_table(results, model))
+        show(
+            f"{model} ({of}): ratios to the unsteered model, reading to the bare blocks",
+            cost_table(results, model),
+        )
         if "compiled" in found:
-            show(f"{model}, compiled: ratios to the unsteered model compiled as well", compiled_table(results, model))
+            show(
+                f"{model}, compiled: ratios to the unsteered model compiled as well",
+                compiled_table(results, model),
+            )
         if "agreement" in found:
             naive = found["memory"].get("transformer_lens, deep copy")
             if naive is not None:
-                print(f"\nTransformerLens, given a deep copy of the model instead of its weights: {naive:.2f} of the model added")
+                print(
+                    "\nTransformerLens, given a deep copy of the model instead of its weights:"
+                    f" {naive:.2f} of the model added"
+                )
             worst = max(found["agreement"], key=lambda pair: pair["largest difference"])
-            print(f"\nLargest difference of a logit: {worst['largest difference']:.2g} ({worst['a']} and {worst['b']})")
+            print(
+                f"\nLargest difference of a logit: {worst['largest difference']:.2g} ({worst['a']}"
+                f" and {worst['b']})"
+            )
     if "profile" in results:
-        rows = {name: {"milliseconds": row["milliseconds"], **row["packages"]} for name, row in results["profile"].items()}
-        show("One steered pass of the embedded model: milliseconds, and shares by whose code runs", pd.DataFrame(rows).T)
+        rows = {
+            name: {"milliseconds": row["milliseconds"], **row["packages"]}
+            for name, row in results["profile"].items()
+        }
+        show(
+            "One steered pass of the embedded model: milliseconds, and shares by whose code runs",
+            pd.DataFrame(rows).T,
+        )
     show("What was asked for", asked(results), index=False)
     print("\n" + ", ".join(f"{name} {value}" for name, value in results["machine"].items()))
 
@@ -177,26 +278,44 @@ def report(results: dict[str, Any]) -> None:
 def profiles(py_spy: str, seconds: float, times: dict[str, dict]) -> dict[str, Any]:
     """Profile every mechanism on the embedded model, beside the time that a pass took without a profiler."""
     found = {name: profile(py_spy, name, seconds) for name in NAMES}
-    # By the ratio, which is what was measured in turn: the machine may have been faster or slower for all of them.
+    # By the ratio, which is what was measured in turn: the machine may have been faster or slower
+    # for all of them.
     plain = 1000 * times["unsteered"]["forward"]["seconds"]
-    return {name: {"milliseconds": plain * times[name]["forward"]["median"], **row} for name, row in found.items()}
+    return {
+        name: {"milliseconds": plain * times[name]["forward"]["median"], **row}
+        for name, row in found.items()
+    }
 
 
 def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description="Measure what each mechanism costs.")
-    parser.add_argument("--peer", help="Python of an environment with the peers (benchmarks/peers.txt)")
-    parser.add_argument("--quick", action="store_true", help="only the small models, and 3 rounds; writes nothing")
+    parser.add_argument(
+        "--peer", help="Python of an environment with the peers (benchmarks/peers.txt)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="only the small models, and 3 rounds; writes nothing"
+    )
     parser.add_argument("--rounds", type=int, default=15, help="rounds of each comparison")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="with torch.compile, too (by default on a GPU)")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="with torch.compile, too (by default on a GPU)",
+    )
     options = parser.parse_args()
     quick, device = options.quick, options.device
     rounds = 3 if quick else options.rounds
     compiled = device == "cuda" if options.compile is None else options.compile
     results: dict[str, Any] = {
-        "measured": datetime.date.today().isoformat(), "machine": machine("transformer-lens", "nnsight"), "device": device,
-        "rounds": rounds, "lines": {name: lines_of_code(name) for name in MECHANISMS}, "models": {},
+        "measured": datetime.date.today().isoformat(),
+        "machine": machine("transformer-lens", "nnsight"),
+        "device": device,
+        "rounds": rounds,
+        "lines": {name: lines_of_code(name) for name in MECHANISMS},
+        "models": {},
     }
     if device == "cuda":
         results["machine"]["GPU"] = torch.cuda.get_device_name()
@@ -206,7 +325,9 @@ def main() -> None:
             results["peers"] = peer.versions
         for case in cases(device, quick):
             # On the CPU a large model takes too long to compile.
-            found = measure(case, device, rounds, compiled and (device == "cuda" or case.shape != "gpt2-xl"))
+            found = measure(
+                case, device, rounds, compiled and (device == "cuda" or case.shape != "gpt2-xl")
+            )
             if peer and case.times == TIMES:
                 found["peers"] = ask_peers(peer, case, found, device)
             del found["vector"]
@@ -216,7 +337,9 @@ def main() -> None:
     py_spy = find_py_spy(options.peer)
     if py_spy and device == "cpu":
         try:
-            results["profile"] = profiles(py_spy, 3 if quick else 15, results["models"]["embedded"]["times"])
+            results["profile"] = profiles(
+                py_spy, 3 if quick else 15, results["models"]["embedded"]["times"]
+            )
         except RuntimeError as error:
             print(f"No profile: {error}")
     report(results)
@@ -225,7 +348,11 @@ def main() -> None:
     if not quick:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / "mechanisms.json").write_text(json.dumps(results, indent=1) + "\n")
-        agreements = {model: found["agreement"] for model, found in results["models"].items() if "agreement" in found}
+        agreements = {
+            model: found["agreement"]
+            for model, found in results["models"].items()
+            if "agreement" in found
+        }
         plot_agreement(agreements).savefig(RESULTS / "mechanisms_agreement.png", dpi=120)
         plot_cost(results).savefig(RESULTS / "mechanisms_cost.png", dpi=120)
         if "profile" in results:

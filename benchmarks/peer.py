@@ -1,7 +1,8 @@
 """Runs in the environment of the peers: times steering-vectors and repeng whenever it is told to.
 
-It reads one JSON object a line and answers each with another one. The job "training" is timed once, and `extraction` takes
-turns with it; the job "cost" is all rounds of steering, each peer in turn with its own unsteered model, for `mechanisms`.
+It reads one JSON object a line and answers each with another one. The job "training" is timed once,
+and `extraction` takes turns with it; the job "cost" is all rounds of steering, each peer in turn
+with its own unsteered model, for `mechanisms`.
 """
 
 import json
@@ -26,9 +27,14 @@ def train(case: dict[str, Any], model: transformers.PreTrainedModel) -> float:
     pairs = random_pairs(case["pairs"], case["tokens"])
     tokenizer = word_tokenizer()
     started = time.perf_counter()
-    vector = steering_vectors.train_steering_vector(model, tokenizer, pairs, layers=case["layers"], batch_size=case["batch_size"])
+    vector = steering_vectors.train_steering_vector(
+        model, tokenizer, pairs, layers=case["layers"], batch_size=case["batch_size"]
+    )
     seconds = time.perf_counter() - started
-    save_file({str(layer): found.contiguous() for layer, found in vector.layer_activations.items()}, case["vectors"])
+    save_file(
+        {str(layer): found.contiguous() for layer, found in vector.layer_activations.items()},
+        case["vectors"],
+    )
     return seconds
 
 
@@ -78,7 +84,9 @@ class Repeng(Unsteered):
     def start(self) -> None:
         """Set the vector."""
         directions = {self.layer: self.vector.float().cpu().numpy()}
-        self.control.set_control(repeng.ControlVector(model_type="gpt2", directions=directions), 1.0)
+        self.control.set_control(
+            repeng.ControlVector(model_type="gpt2", directions=directions), 1.0
+        )
 
     def stop(self) -> None:
         """Set none."""
@@ -93,7 +101,11 @@ def cost(case: dict[str, Any], model: transformers.PreTrainedModel) -> dict[str,
     ids = torch.arange(10, 18, device=device)[None]
     one = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     eight = {name: tensor.repeat(8, 1) for name, tensor in one.items()}
-    tokens = {"max_new_tokens": case["new tokens"], "min_new_tokens": case["new tokens"], "do_sample": False}
+    tokens = {
+        "max_new_tokens": case["new tokens"],
+        "min_new_tokens": case["new tokens"],
+        "do_sample": False,
+    }
     vector = torch.tensor(case["vector"], device=device, dtype=model.dtype)
     peers = {"unsteered": Unsteered, "steering-vectors": SteeringVectors, "repeng": Repeng}
     ways = {name: peer(model, layer, vector) for name, peer in peers.items()}
@@ -123,11 +135,16 @@ def cost(case: dict[str, Any], model: transformers.PreTrainedModel) -> dict[str,
         turns = {name: lambda name=name: timed(name, kind) for name in ways}
         seconds = interleaved(turns, rounds, f"{case['name']}, peers, {kind}")
         if kind.startswith("per token"):
-            seconds = {name: [value / case["new tokens"] for value in values] for name, values in seconds.items()}
+            seconds = {
+                name: [value / case["new tokens"] for value in values]
+                for name, values in seconds.items()
+            }
         for name in ways:
             found[name][kind] = summary(seconds[name], seconds["unsteered"])
     for name in ("steering-vectors", "repeng"):
-        assert not torch.allclose(scores[name], scores["unsteered"], atol=1e-2), f"{name} does not steer"
+        assert not torch.allclose(scores[name], scores["unsteered"], atol=1e-2), (
+            f"{name} does not steer"
+        )
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.5
     torch.testing.assert_close(scores["steering-vectors"], scores["repeng"], rtol=0, atol=tolerance)
     del found["steering-vectors"]["wrap"]  # it has no wrapping
@@ -136,7 +153,10 @@ def cost(case: dict[str, Any], model: transformers.PreTrainedModel) -> dict[str,
 
 def main() -> None:
     """Answer until there is no more to answer."""
-    answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not look like an answer
+    answers, sys.stdout = (
+        sys.stdout,
+        sys.stderr,
+    )  # what libraries print must not look like an answer
     torch.set_num_threads(int(sys.argv[1]))
     name, model = "", None
     print(json.dumps(VERSIONS), file=answers, flush=True)
@@ -145,13 +165,20 @@ def main() -> None:
         if case["shape"] != name:
             name, model = case["shape"], None  # the old one goes before the new one comes
             folder = case.get("folder")
-            model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval() if folder else random_gpt2(name)
+            model = (
+                transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+                if folder
+                else random_gpt2(name)
+            )
         if case["job"] == "training":
             answer = train(case, model)
         else:
             torch.set_num_threads(case["threads"])
             answer = cost(case, model)
-            name, model = "", None  # it may have another dtype now, and the memory is wanted elsewhere
+            name, model = (
+                "",
+                None,
+            )  # it may have another dtype now, and the memory is wanted elsewhere
         print(json.dumps(answer), file=answers, flush=True)
 
 

@@ -2,9 +2,10 @@
 
     python -m benchmarks.profiling NAME [SECONDS]
 
-runs steered passes of one mechanism (or "unsteered") until the time is over. `profile` lets py-spy look at that process many
-times a second, C++ included. The passes are not slowed down by bookkeeping as under cProfile, which makes every Python call
-look dearer than it is; how long a pass takes is measured elsewhere, without py-spy.
+runs steered passes of one mechanism (or "unsteered") until the time is over. `profile` lets py-spy
+look at that process many times a second, C++ included. The passes are not slowed down by
+bookkeeping as under cProfile, which makes every Python call look dearer than it is; how long a pass
+takes is measured elsewhere, without py-spy.
 """
 
 import re
@@ -22,17 +23,24 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks.timing import provenance
-from common.generation import logits
-from common.mechanisms import MECHANISMS, ROOT, load_mechanism
-from common.models import load_model
+from common.loading import load_model
+from common.texts.generation import logits
+from repository.mechanisms import MECHANISMS, ROOT, load_mechanism
 
 NAMES = ("unsteered", *MECHANISMS)
 KERNELS, OWN, OTHER = "torch, C++", "notebook and common", "Python and other libraries"
 COLORS = {
-    KERNELS: "#9aa5b1", "torch, Python": "#d0d5db", "transformers": "#e3c36b", "transformer_lens": "#4878a8", "nnsight": "#5a9367",
-    OWN: "#c0392b", OTHER: "#8064a2",
+    KERNELS: "#9aa5b1",
+    "torch, Python": "#d0d5db",
+    "transformers": "#e3c36b",
+    "transformer_lens": "#4878a8",
+    "nnsight": "#5a9367",
+    OWN: "#c0392b",
+    OTHER: "#8064a2",
 }
-FRAME = re.compile(r"(.+) \((.+?)(?::(\d+))?\)")  # Python frames have a line, and so may some of C++
+FRAME = re.compile(
+    r"(.+) \((.+?)(?::(\d+))?\)"
+)  # Python frames have a line, and so may some of C++
 PYTHON_FILE = re.compile(r"\.py$|^<|mechanism cell")
 
 
@@ -46,7 +54,11 @@ def loop(name: str, seconds: float) -> None:
         return passes(lambda: logits(model, inputs), seconds)
     mechanism = load_mechanism(name)
     wrapped = mechanism.wrap(model, tokenizer)
-    with mechanism.steer(wrapped, preset.layer, torch.randn(model.config.n_embd, generator=torch.Generator().manual_seed(0))):
+    with mechanism.steer(
+        wrapped,
+        preset.layer,
+        torch.randn(model.config.n_embd, generator=torch.Generator().manual_seed(0)),
+    ):
         mechanism.logits(wrapped, inputs)  # what happens only once is no part of the picture
         passes(lambda: mechanism.logits(wrapped, inputs), seconds)
 
@@ -79,11 +91,16 @@ def owner_of(stack: list[str]) -> tuple[str, str] | None:
         The owner and the innermost Python function; None for what is outside of `passes`.
     """
     frames = [match.groups() for frame in stack if (match := FRAME.fullmatch(frame))]
-    python = [place for place, (_, path, line) in enumerate(frames) if line and PYTHON_FILE.search(path)]
+    python = [
+        place for place, (_, path, line) in enumerate(frames) if line and PYTHON_FILE.search(path)
+    ]
     if not any(frames[place][0] == "passes" for place in python):
         return None
     function, path, _ = frames[python[-1]]
-    beyond = any("libtorch" in frame_path or "libc10" in frame_path for _, frame_path, _ in frames[python[-1] + 1 :])
+    beyond = any(
+        "libtorch" in frame_path or "libc10" in frame_path
+        for _, frame_path, _ in frames[python[-1] + 1 :]
+    )
     return (KERNELS if beyond else package_of(path)), function
 
 
@@ -91,8 +108,8 @@ def shares(samples: Iterable[str]) -> dict[str, Any]:
     """Add up samples, lines of "frame;frame;… count".
 
     Returns:
-        `"packages"`: the share of each owner; `"functions"`: of each owner but C++ the six functions with the largest shares of
-        their own; `"samples"`: how many there were.
+        `"packages"`: the share of each owner; `"functions"`: of each owner but C++ the six
+        functions with the largest shares of their own; `"samples"`: how many there were.
     """
     packages: Counter[str] = Counter()
     functions: Counter[tuple[str, str]] = Counter()
@@ -104,8 +121,13 @@ def shares(samples: Iterable[str]) -> dict[str, Any]:
             functions[found] += int(count)
     total = packages.total()
     top = {
-        owner: {name: round(count / total, 4) for (whose, name), count in functions.most_common() if whose == owner}
-        for owner in packages if owner != KERNELS
+        owner: {
+            name: round(count / total, 4)
+            for (whose, name), count in functions.most_common()
+            if whose == owner
+        }
+        for owner in packages
+        if owner != KERNELS
     }
     return {
         "samples": total,
@@ -128,7 +150,19 @@ def profile(py_spy: str, name: str, seconds: float) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "samples"
-        command = [py_spy, "record", "--native", "--full-filenames", "--rate", "100", "--format", "raw", "--output", str(raw), "--"]
+        command = [
+            py_spy,
+            "record",
+            "--native",
+            "--full-filenames",
+            "--rate",
+            "100",
+            "--format",
+            "raw",
+            "--output",
+            str(raw),
+            "--",
+        ]
         command += [sys.executable, "-m", "benchmarks.profiling", name, str(seconds)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if done.returncode or not raw.exists():
@@ -152,14 +186,22 @@ def plot_profile(results: dict[str, Any]) -> Figure:
             axis.barh(list(rows), widths, left=list(left.values()), color=color, label=owner)
         left = {name: start + width for (name, start), width in zip(left.items(), widths)}
     for place, row in enumerate(rows.values()):
-        axis.annotate(f"{row['milliseconds']:.3g} ms", (row["milliseconds"], place), (5, 0), textcoords="offset points", va="center")
+        axis.annotate(
+            f"{row['milliseconds']:.3g} ms",
+            (row["milliseconds"], place),
+            (5, 0),
+            textcoords="offset points",
+            va="center",
+        )
     axis.invert_yaxis()
     axis.margins(x=0.12)
     axis.spines[["top", "right"]].set_visible(False)
     axis.set_xlabel("milliseconds of one forward pass, 8 tokens, embedded model, 1 thread")
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=4, frameon=False)
     figure.supxlabel(provenance(results), fontsize=7)
-    figure.suptitle("Whose code runs: total without a profiler, split by samples of py-spy", fontsize=10)
+    figure.suptitle(
+        "Whose code runs: total without a profiler, split by samples of py-spy", fontsize=10
+    )
     return figure
 
 

@@ -10,7 +10,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-SHAPES = {"gpt2-xl": {"n_layer": 48, "n_embd": 1600, "n_head": 25}, "gpt2-small": {"n_layer": 12, "n_embd": 768, "n_head": 12}}
+SHAPES = {
+    "gpt2-xl": {"n_layer": 48, "n_embd": 1600, "n_head": 25},
+    "gpt2-small": {"n_layer": 12, "n_embd": 768, "n_head": 12},
+}
 WORDS = [f"w{number}" for number in range(1000)]
 
 
@@ -31,7 +34,10 @@ def random_gpt2(shape: str) -> GPT2LMHeadModel:
                 weight.normal_(std=0.02, generator=generator)
             else:  # a bias, or the scale of a layer norm
                 weight.fill_(float(name.endswith("weight")))
-        for name, buffer in model.named_buffers():  # transformers 4 keeps the causal mask as a buffer
+        for (
+            name,
+            buffer,
+        ) in model.named_buffers():  # transformers 4 keeps the causal mask as a buffer
             if name.endswith(".bias"):
                 size = buffer.shape[-1]
                 buffer.copy_(torch.tril(torch.ones(size, size, dtype=buffer.dtype)).view_as(buffer))
@@ -41,11 +47,18 @@ def random_gpt2(shape: str) -> GPT2LMHeadModel:
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer in which every word of `WORDS` is one token, so that prompts have known lengths."""
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate([*WORDS, "[PAD]"])}, unk_token="[PAD]"))
+    tokenizer = Tokenizer(
+        models.WordLevel(
+            {word: index for index, word in enumerate([*WORDS, "[PAD]"])}, unk_token="[PAD]"
+        )
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    # Without the names of its inputs, transformers 4 adds token types, which GPT-2 adds to its embeddings.
+    # Without the names of its inputs, transformers 4 adds token types, which GPT-2 adds to its
+    # embeddings.
     inputs = ["input_ids", "attention_mask"]
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[PAD]", model_input_names=inputs)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[PAD]", model_input_names=inputs
+    )
 
 
 def random_pairs(count: int, tokens: int) -> list[tuple[str, str]]:

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 STATUS = "/proc/self/status"
 
 
-def interleaved(ways: dict[str, Callable[[], float | None]], rounds: int, description: str) -> dict[str, list[float]]:
+def interleaved(
+    ways: dict[str, Callable[[], float | None]], rounds: int, description: str
+) -> dict[str, list[float]]:
     """Time several ways of doing something, in turn, after one round that does not count.
 
     Args:
@@ -73,7 +75,8 @@ def seconds_of(work: Callable[[], Any], device: str = "cpu") -> float:
 def peak_memory(work: Callable[[], Any], device: str = "cpu") -> int | None:
     """Return how many bytes more than before were in use at the worst moment of the work.
 
-    On the CPU it is the memory of the process, which only Linux can count from a given moment on; elsewhere it is None.
+    On the CPU it is the memory of the process, which only Linux can count from a given moment on;
+    elsewhere it is None.
     """
     gc.collect()
     if device == "cuda":
@@ -86,7 +89,9 @@ def peak_memory(work: Callable[[], Any], device: str = "cpu") -> int | None:
     if not os.path.exists(STATUS):
         return None
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim:  # what was freed goes back to the system, else it could be used again without being seen
+    if (
+        trim
+    ):  # what was freed goes back to the system, else it could be used again without being seen
         trim(0)
     with open("/proc/self/clear_refs", "w", encoding="utf-8") as file:
         file.write("5")  # the high-water mark begins anew
@@ -123,13 +128,23 @@ def bars(
         start: where the bars begin.
         form: how the figures are written.
     """
-    errors = [[value - low for value, (low, _) in zip(values, spreads)], [high - value for value, (_, high) in zip(values, spreads)]]
+    errors = [
+        [value - low for value, (low, _) in zip(values, spreads)],
+        [high - value for value, (_, high) in zip(values, spreads)],
+    ]
     widths = [value - start for value in values]
     axis.barh(labels, widths, left=start, xerr=errors, color=colors, ecolor="#333333", capsize=3)
     for place, (value, (_, high), mark) in enumerate(zip(values, spreads, marks)):
         if value == value:
             end = max(value, high, start)
-            axis.annotate(f"{value:{form}}", (end, place), (5, 0), textcoords="offset points", va="center", fontsize=9)
+            axis.annotate(
+                f"{value:{form}}",
+                (end, place),
+                (5, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=9,
+            )
         if mark:
             axis.plot([mark] * 2, [place - 0.4, place + 0.4], color="#c0392b", linewidth=2)
     axis.spines[["top", "right"]].set_visible(False)
@@ -142,9 +157,15 @@ def machine(*packages: str) -> dict[str, str]:
     processor = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            processor = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), processor)
+            processor = next(
+                (line.split(":")[1].strip() for line in file if line.startswith("model name")),
+                processor,
+            )
     return {
-        "processor": processor, "cores": str(os.cpu_count()), "threads": str(torch.get_num_threads()), "python": platform.python_version(),
+        "processor": processor,
+        "cores": str(os.cpu_count()),
+        "threads": str(torch.get_num_threads()),
+        "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers", *packages)},
     }
 
@@ -152,5 +173,11 @@ def machine(*packages: str) -> dict[str, str]:
 def provenance(results: dict[str, Any]) -> str:
     """Say in one line when and where stored results were measured: their `measured` and `machine`."""
     there = dict(results["machine"])
-    processor, cores, versions = there.pop("processor"), there.pop("cores"), {name: there[name] for name in there if name not in ("threads", "python")}
-    return f"measured {results['measured']}, {processor}, {cores} cores; " + ", ".join(f"{name} {version}" for name, version in versions.items())
+    processor, cores, versions = (
+        there.pop("processor"),
+        there.pop("cores"),
+        {name: there[name] for name in there if name not in ("threads", "python")},
+    )
+    return f"measured {results['measured']}, {processor}, {cores} cores; " + ", ".join(
+        f"{name} {version}" for name, version in versions.items()
+    )

@@ -35,8 +35,15 @@ def layer_list(layers: Iterable[int]) -> list:
     Raises:
         ValueError: a single number, or a text.
     """
-    if isinstance(layers, str) or not isinstance(layers, Iterable) or getattr(layers, "ndim", 1) != 1:
-        raise ValueError(f"expected a list of layer numbers as layers, got {layers!r}: a single layer is a list too, as in [3]")
+    if (
+        isinstance(layers, str)
+        or not isinstance(layers, Iterable)
+        or getattr(layers, "ndim", 1) != 1
+    ):
+        raise ValueError(
+            f"expected a list of layer numbers as layers, got {layers!r}: a single layer is a list"
+            " too, as in [3]"
+        )
     return list(layers)
 
 
@@ -51,7 +58,10 @@ def function_of_two(function: Any, name: str, example: str) -> Callable:
     except (TypeError, ValueError) as error:
         # Some callables that are built in have no signature: ValueError.
         if not callable(function) or isinstance(error, TypeError):
-            raise ValueError(f"expected a function of two tensors as {name}, for example {example}, got {function!r}") from None
+            raise ValueError(
+                f"expected a function of two tensors as {name}, for example {example}, got"
+                f" {function!r}"
+            ) from None
     return function
 
 
@@ -65,5 +75,8 @@ def finite_product(factor: float, vector: Tensor, dtype: torch.dtype, what: str)
     if not torch.isfinite(product).all():
         largest = abs(factor) * vector.detach().abs().max().item()
         limit, name = torch.finfo(dtype).max, str(dtype).removeprefix("torch.")
-        raise ValueError(f"{what} holds {largest:.3g} after multiplication by {factor:g}: {name}, in which the model runs, ends at {limit:.3g}")
+        raise ValueError(
+            f"{what} holds {largest:.3g} after multiplication by {factor:g}: {name}, in which the"
+            f" model runs, ends at {limit:.3g}"
+        )
     return product

@@ -21,13 +21,18 @@ def bar_options() -> dict:
     kernel = sys.modules.get("ipykernel.iostream")
     if kernel is None or not isinstance(sys.stderr, kernel.OutStream):
         return {}
-    return {"file": _Output(), "leave": False, "position": 0}  # of several bars, each is the first of its output
+    return {
+        "file": _Output(),
+        "leave": False,
+        "position": 0,
+    }  # of several bars, each is the first of its output
 
 
 class _Output:
     """A file for the line of a bar, shown as an output of the cell, which has nothing in it once the bar is gone.
 
-    On stderr a bar that is gone is an empty band, and it is stored; a widget would be stored too. IPython is imported here,
+    On stderr a bar that is gone is an empty band, and it is stored; a widget would be stored too.
+    IPython is imported here,
     where a kernel has loaded it already: nothing else can change an output.
     """
 

@@ -9,9 +9,9 @@ from support import PROMPTS, Bench
 from torch import Tensor
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
-from common.mechanisms import MECHANISMS, load_mechanism
-from common.models import copy_sharing_weights, load_model
-from common.pristine import assert_pristine, snapshot
+from common.checking.pristine import assert_pristine, snapshot
+from common.loading import copy_sharing_weights, load_model
+from repository.mechanisms import MECHANISMS, load_mechanism
 
 SIGNS = {"+": 1.0, "-": -1.0, "0": 0.0}
 
@@ -56,7 +56,10 @@ def hooks(model, tokenizer) -> Bench:
 def batch(tokenizer) -> BatchEncoding:
     """Three prompts of different lengths, padded on the left."""
     inputs = tokenizer(list(PROMPTS), return_tensors="pt", padding=True)
-    assert len(set(inputs["attention_mask"].sum(1).tolist())) == 3 and inputs["attention_mask"][:, -1].all()
+    assert (
+        len(set(inputs["attention_mask"].sum(1).tolist())) == 3
+        and inputs["attention_mask"][:, -1].all()
+    )
     return inputs
 
 
@@ -77,7 +80,9 @@ def plus(loaded, hooks, batch) -> Tensor:
 
     Its direction is random: no mechanism may care which.
     """
-    hidden = hooks.mechanism.read(hooks.wrapped, batch, loaded.preset.layer)[batch["attention_mask"].bool()]
+    hidden = hooks.mechanism.read(hooks.wrapped, batch, loaded.preset.layer)[
+        batch["attention_mask"].bool()
+    ]
     noise = torch.randn(hidden.shape[-1], generator=torch.Generator().manual_seed(0))
     return noise / noise.norm() * hidden.norm(dim=-1).mean()
 

@@ -13,8 +13,14 @@ from transformers import (
 )
 
 TEXTS = [
-    "I think that they are the old garden. You love her; my neighbour hates Monday and the red bride.",
-    "The quick brown fox jumps over the lazy dog: what is this? system user assistant INST /INST [ ]",
+    (
+        "I think that they are the old garden. You love her; my neighbour hates Monday and the red"
+        " bride."
+    ),
+    (
+        "The quick brown fox jumps over the lazy dog: what is this? system user assistant INST"
+        " /INST [ ]"
+    ),
 ]
 MISTRAL_CHAT = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"

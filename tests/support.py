@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from common.mechanisms import Mechanism
+from repository.mechanisms import Mechanism
 
 PROMPTS = ("I think dogs are ", "My neighbour", "The old library is on the")
 

@@ -23,9 +23,9 @@ from common import (
     train_steering_vector,
     working_window,
 )
-from common.blocks import check_vector, get_block
-from common.pristine import assert_pristine, snapshot
-from common.sites import Site, parse_site
+from common.checking.pristine import assert_pristine, snapshot
+from common.places.blocks import check_vector, get_block
+from common.places.sites import Site, parse_site
 
 PAIRS = [("I love you", "I hate you")]
 INPUTS = {"input_ids": torch.tensor([[5, 9, 30, 2, 7]])}
@@ -65,10 +65,14 @@ def test_a_product_outside_the_dtype_is_refused(half, tokenizer, size, multiplie
 
 def test_an_addition_outside_the_dtype_is_refused(half, tokenizer):
     """Its coefficient times the activations that are read."""
-    with pytest.raises(ValueError, match=r"prompt='You'\) holds .* float16, in which the model runs"):
+    with pytest.raises(
+        ValueError, match=r"prompt='You'\) holds .* float16, in which the model runs"
+    ):
         with apply_activation_additions(half, tokenizer, [ActivationAddition(1e5, 2, "You")]):
             pass
-    assert torch.isfinite(next(iter(addition_vectors(half, tokenizer, [ActivationAddition(10, 2, "You")]).values()))).all()
+    assert torch.isfinite(
+        next(iter(addition_vectors(half, tokenizer, [ActivationAddition(10, 2, "You")]).values()))
+    ).all()
 
 
 def test_a_product_inside_the_dtype_is_added(half, tokenizer):
@@ -95,9 +99,15 @@ def test_a_product_inside_the_dtype_is_added(half, tokenizer):
 def test_integers_of_numpy(model, tokenizer):
     """As layers, keys, read indices, batch sizes and blocks: what those of Python give."""
     three, last = np.int64(3), np.int32(-1)
-    wanted = train_steering_vector(model, tokenizer, PAIRS, [3, 5], read_token_index=-1, batch_size=2)
-    found = train_steering_vector(model, tokenizer, PAIRS, np.array([3, -1]), read_token_index=last, batch_size=np.int64(2))
-    assert list(found.layer_activations) == [3, 5] and all(type(layer) is int for layer in found.layer_activations)
+    wanted = train_steering_vector(
+        model, tokenizer, PAIRS, [3, 5], read_token_index=-1, batch_size=2
+    )
+    found = train_steering_vector(
+        model, tokenizer, PAIRS, np.array([3, -1]), read_token_index=last, batch_size=np.int64(2)
+    )
+    assert list(found.layer_activations) == [3, 5] and all(
+        type(layer) is int for layer in found.layer_activations
+    )
     torch.testing.assert_close(found.layer_activations, wanted.layer_activations, atol=0, rtol=0)
     again = SteeringVector({three: wanted.layer_activations[3]})
     assert [type(layer) for layer in again.layer_activations] == [int]
@@ -105,25 +115,48 @@ def test_integers_of_numpy(model, tokenizer):
         found = logits(model)
     with again.apply(model, min_token_index=1, multiplier=0.5):
         assert torch.equal(logits(model), found)
-    read = read_activations(model, tokenizer, ["I love you"], [three], read_token_index=[np.int64(1)])
-    torch.testing.assert_close(read, read_activations(model, tokenizer, ["I love you"], [3], read_token_index=1))
+    read = read_activations(
+        model, tokenizer, ["I love you"], [three], read_token_index=[np.int64(1)]
+    )
+    torch.testing.assert_close(
+        read, read_activations(model, tokenizer, ["I love you"], [3], read_token_index=1)
+    )
     with torch.no_grad(), record_activations(model, layer_nums=[three]) as records:
         model(**INPUTS)
     assert list(records) == [3]
     assert get_block(model, three) is get_block(model, 3)
-    assert parse_site(three) == Site(3, "resid_pre") and type(parse_site((three, "mlp")).layer) is int
+    assert (
+        parse_site(three) == Site(3, "resid_pre") and type(parse_site((three, "mlp")).layer) is int
+    )
     assert ActivationAddition(np.float32(2), three, "You") == ActivationAddition(2, 3, "You")
 
 
 def test_numbers_of_numpy_times_a_vector():
     """In front and behind, and as a divisor."""
-    for product in (np.float32(2) * vector(), vector() * np.int64(2), np.float64(2) * vector(), vector() / np.float32(0.5)):
-        assert isinstance(product, SteeringVector) and torch.equal(product.layer_activations[1], torch.full((32,), 20.0))
+    for product in (
+        np.float32(2) * vector(),
+        vector() * np.int64(2),
+        np.float64(2) * vector(),
+        vector() / np.float32(0.5),
+    ):
+        assert isinstance(product, SteeringVector) and torch.equal(
+            product.layer_activations[1], torch.full((32,), 20.0)
+        )
 
 
 # --- what is no number, no list, no function ---
 
-WRONG_NUMBERS = [True, "2", None, torch.tensor(2.0), np.bool_(True), float("nan"), np.float32("inf"), 10**400, [1.0]]
+WRONG_NUMBERS = [
+    True,
+    "2",
+    None,
+    torch.tensor(2.0),
+    np.bool_(True),
+    float("nan"),
+    np.float32("inf"),
+    10**400,
+    [1.0],
+]
 
 
 @pytest.mark.parametrize("wrong", WRONG_NUMBERS, ids=repr)
@@ -158,11 +191,15 @@ def test_what_is_no_layer(model, tokenizer, wrong):
             use()
 
 
-@pytest.mark.parametrize("layers", [1, "1", np.int64(1), torch.tensor(1), np.array(1), 1.0, True], ids=repr)
+@pytest.mark.parametrize(
+    "layers", [1, "1", np.int64(1), torch.tensor(1), np.array(1), 1.0, True], ids=repr
+)
 def test_a_single_layer_is_a_list_too(model, tokenizer, layers):
     """Wherever layers are given; nothing is run."""
     own = SteeringVector({1: torch.ones(128)})
-    handle = model.transformer.register_forward_pre_hook(lambda *_: pytest.fail("a forward pass was run"))
+    handle = model.transformer.register_forward_pre_hook(
+        lambda *_: pytest.fail("a forward pass was run")
+    )
     try:
         for use in (
             lambda: train_steering_vector(model, tokenizer, PAIRS, layers),
@@ -173,7 +210,13 @@ def test_a_single_layer_is_a_list_too(model, tokenizer, layers):
             lambda: sweep_logits(model, tokenizer, {"v": own}, layers, [1.0], ["You"]),
             lambda: sweep_perplexity(model, tokenizer, {"v": own}, layers, [1.0], ["You are"]),
         ):
-            with pytest.raises(ValueError, match="expected a list of layer numbers as layers, got .* a single layer is a list too"):
+            with pytest.raises(
+                ValueError,
+                match=(
+                    "expected a list of layer numbers as layers, got .* a single layer is a"
+                    " list too"
+                ),
+            ):
                 use()
         with pytest.raises(ValueError, match="expected a list of numbers as coeffs, got 1.0"):
             sweep(model, tokenizer, {"v": own}, [1], 1.0, ["You"])
@@ -181,23 +224,46 @@ def test_a_single_layer_is_a_list_too(model, tokenizer, layers):
         handle.remove()
 
 
-@pytest.mark.parametrize("wrong", ["add", 3, addition_operator, torch.ones(3), lambda hidden: hidden], ids=["text", "number", "factory", "tensor", "one"])
+@pytest.mark.parametrize(
+    "wrong",
+    ["add", 3, addition_operator, torch.ones(3), lambda hidden: hidden],
+    ids=["text", "number", "factory", "tensor", "one"],
+)
 def test_what_is_no_operator(model, wrong):
     """A name, a factory that was not called, a function of something else: before the model gets a hook."""
     before = snapshot(model)
-    with pytest.raises(ValueError, match=r"expected a function of two tensors as operator, for example addition_operator\(\), got "):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"expected a function of two tensors as operator, for example addition_operator\(\),"
+            r" got "
+        ),
+    ):
         SteeringVector({1: torch.ones(128)}).patch_activations(model, operator=wrong)
     assert_pristine(model, before)
-    for right in (torch.add, torch.nn.CosineSimilarity(), lambda hidden, vector, scale=2: scale * vector, lambda *both: both[1]):
+    for right in (
+        torch.add,
+        torch.nn.CosineSimilarity(),
+        lambda hidden, vector, scale=2: scale * vector,
+        lambda *both: both[1],
+    ):
         SteeringVector({1: torch.ones(128)}).patch_activations(model, operator=right).remove()
 
 
 @pytest.mark.parametrize("wrong", ["mean", mean_aggregator, None], ids=["text", "factory", "None"])
 def test_what_is_no_aggregator(model, tokenizer, wrong):
     """Before anything is read."""
-    handle = model.transformer.register_forward_pre_hook(lambda *_: pytest.fail("a forward pass was run"))
+    handle = model.transformer.register_forward_pre_hook(
+        lambda *_: pytest.fail("a forward pass was run")
+    )
     try:
-        with pytest.raises(ValueError, match=r"expected a function of two tensors as aggregator, for example mean_aggregator\(\), got "):
+        with pytest.raises(
+            ValueError,
+            match=(
+                r"expected a function of two tensors as aggregator, for example"
+                r" mean_aggregator\(\), got "
+            ),
+        ):
             train_steering_vector(model, tokenizer, PAIRS, aggregator=wrong)
     finally:
         handle.remove()
@@ -210,15 +276,31 @@ def test_what_is_no_aggregator(model, tokenizer, wrong):
 def tables(tokenizer):
     own = tiny_model("GPT-2", len(tokenizer))
     arguments = own, tokenizer, {"v": vector()}, [1], [-1.0, 1.0], ["You are", "I love"]
-    return sweep(*arguments, {"length": lambda texts: [len(text) for text in texts]}, max_new_tokens=3, **QUIET), sweep_perplexity(*arguments, **QUIET)
+    return sweep(
+        *arguments,
+        {"length": lambda texts: [len(text) for text in texts]},
+        max_new_tokens=3,
+        **QUIET,
+    ), sweep_perplexity(*arguments, **QUIET)
 
 
 def test_working_window_in_another_order(tables):
     """The metric is a name and comes last; each table is where it belongs."""
     rows, costs = tables
-    for wrong, name in (((rows, "length", costs), "costs"), ((costs, rows, "length"), "rows"), ((rows, rows, "length"), "costs"),
-                        (("length", rows, costs), "rows"), ((rows, None, "length"), "costs")):
-        with pytest.raises(ValueError, match=rf"expected as {name} what sweep\w* returned, as in working_window\(rows, costs, metric\); got "):
+    for wrong, name in (
+        ((rows, "length", costs), "costs"),
+        ((costs, rows, "length"), "rows"),
+        ((rows, rows, "length"), "costs"),
+        (("length", rows, costs), "rows"),
+        ((rows, None, "length"), "costs"),
+    ):
+        with pytest.raises(
+            ValueError,
+            match=(
+                rf"expected as {name} what sweep\w* returned, as in working_window\(rows, costs,"
+                r" metric\); got "
+            ),
+        ):
             working_window(*wrong)
     with pytest.raises(ValueError, match="no column 'tone': the table has steering"):
         working_window(rows, costs, "tone")
@@ -234,7 +316,9 @@ def test_columns_for_a_sweep(tables):
     assert add_metric_cols(renamed, {"text": list})["text"].tolist() == found["text"].tolist()
     with pytest.raises(ValueError, match="no column 'prompts': the table has texts"):
         add_metric_cols(pd.DataFrame({"texts": ["a"]}), {"text": list})
-    with pytest.raises(ValueError, match="expected a table and metrics by name, got DataFrame and <"):
+    with pytest.raises(
+        ValueError, match="expected a table and metrics by name, got DataFrame and <"
+    ):
         add_metric_cols(rows, list.copy)
     with pytest.raises(ValueError, match="expected a table and metrics by name, got list"):
         add_metric_cols(["a"], {"text": list})

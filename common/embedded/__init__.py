@@ -1,8 +1,4 @@
-"""A small GPT-2 that ships with the project, and everything that made it.
-
-`grammar` writes the corpus, `tokenizer` and `train` turn it into the model in this folder, `sweep` chooses where to
-steer it, `evaluate` measures it and writes the model card.
-"""
+"""The small GPT-2 that ships with the project: weights, tokenizer, preset and lexicon. `embedded_model/` made it."""
 
 from pathlib import Path
 

@@ -1,0 +1,1 @@
+"""What steering did: tone, likelihood, next token, perplexity, effects, ratings."""

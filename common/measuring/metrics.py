@@ -1,0 +1,164 @@
+"""What is measured on texts, as columns of a table.
+
+A metric is a callable that takes a list of texts and returns one value a text (a list, array or
+tensor), or a table with one row a text. `add_metric_cols` puts the results beside the texts. The
+names are those of the library of the activation-addition post
+(https://github.com/montemac/activation_additions).
+
+The tone is counted by the words of the embedded model's grammar. On that model this is nearly all
+there is; on another one
+it misses most words that carry a tone, and shows a direction at best: there, give
+`get_sentiment_metric` a classifier.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+from torch import Tensor
+
+from common.measuring.tone import tone
+
+Metric = Callable[[list[str]], Any]
+
+
+def measure(metric: Metric, texts: Sequence[str], name: str = "metric") -> pd.DataFrame:
+    """Apply a metric and return its columns; a single one is called "".
+
+    Raises:
+        ValueError: it does not return one value or row for each text.
+    """
+    found = metric(list(texts))
+    if isinstance(found, Tensor):  # pandas would keep each value as a tensor
+        found = found.tolist()
+    if not isinstance(found, Iterable):
+        raise ValueError(
+            f"the metric {name!r} returned {found!r} for {len(texts)} texts: expected one value for"
+            " each"
+        )
+    frame = (
+        found.reset_index(drop=True)
+        if isinstance(found, pd.DataFrame)
+        else pd.DataFrame({"": list(found)})
+    )
+    if len(frame) != len(texts):
+        raise ValueError(
+            f"the metric {name!r} returned {len(frame)} values for {len(texts)} texts: expected one"
+            " for each"
+        )
+    return frame
+
+
+def add_metric_cols(
+    data: pd.DataFrame,
+    metrics: Mapping[str, Metric],
+    cols_to_use: str | Sequence[str] = ("prompts", "completions"),
+) -> pd.DataFrame:
+    """Return a table with one or more columns for each metric added at the end; the table given is not changed.
+
+    Args:
+        data: for example completions.
+        metrics: by name; a metric with one value a text becomes a column of that name, one with
+            several `name_column` each.
+        cols_to_use: the columns that hold the texts; those of several columns are joined. By
+            default those of a sweep too, which are called `prompt` and `completion`.
+
+    Raises:
+        ValueError: no column of texts, one that is missing or would be there twice, or a metric
+            returns another number of values.
+    """
+    if not isinstance(data, pd.DataFrame) or not isinstance(metrics, Mapping):
+        raise ValueError(
+            f"expected a table and metrics by name, got {type(data).__name__} and {metrics!r}"
+        )
+    columns = [cols_to_use] if isinstance(cols_to_use, str) else list(cols_to_use)
+    if columns == ["prompts", "completions"] and not {*columns} & {*data}:
+        columns = [
+            name if name in data else plural
+            for name, plural in zip(("prompt", "completion"), columns)
+        ]
+    if not columns:
+        raise ValueError("expected one column of texts or more, got none")
+    if missing := [column for column in columns if column not in data]:
+        raise ValueError(
+            f"no column {missing[0]!r}: the table has {', '.join(map(str, data.columns))}"
+        )
+    texts = data[columns].agg("".join, axis=1).tolist() if len(data) else []
+    result = data.copy()
+    for name, metric in metrics.items():
+        for column, values in measure(metric, texts, name).items():
+            title = name if column == "" else f"{name}_{column}"
+            if title in result:
+                raise ValueError(
+                    f"there is a column {title!r} already: give the metric another name"
+                )
+            result[title] = values.to_numpy()
+    return result
+
+
+def get_word_count_metric(words: Iterable[str], case_sensitive: bool = False) -> Metric:
+    """Return a metric that counts how often any of some words stands in a text: whole words, in any case unless told otherwise.
+
+    Raises:
+        ValueError: no words, or something that is no word.
+    """
+    pattern = _whole_words([words] if isinstance(words, str) else list(words), case_sensitive)
+    return lambda texts: [len(pattern.findall(text)) for text in texts]
+
+
+def _whole_words(words: Sequence[str], case_sensitive: bool = False) -> re.Pattern:
+    """A pattern that finds some words where they stand whole; where several begin, the longest."""
+    if not words or not all(isinstance(word, str) and word.strip() for word in words):
+        raise ValueError(f"expected a list of words, got {words!r}")
+    alternatives = "|".join(
+        re.escape(word) for word in sorted({word.strip() for word in words}, key=len, reverse=True)
+    )
+    return re.compile(rf"(?<!\w)(?:{alternatives})(?!\w)", 0 if case_sensitive else re.IGNORECASE)
+
+
+def get_sentiment_metric(
+    sentiment: Callable | Mapping[str, float] | None = None,
+    positive_labels: Sequence[str] | None = None,
+) -> Metric:
+    """Return a metric of the sentiment of a text.
+
+    Args:
+        sentiment: words with their weights, in any case; a pipeline of transformers for text
+            classification; or a callable of one text. By default the tone, counted by the grammar's
+            words.
+        positive_labels: for a pipeline, which of its labels are positive: adds a column
+            `is_positive`.
+
+    A pipeline gives the columns `label` and `score` of the likeliest label, the others one value.
+
+    Raises:
+        ValueError: none of these, or no words.
+    """
+    if sentiment is None:
+        sentiment = tone
+    if isinstance(sentiment, Mapping):
+        weights = {word.strip().lower(): weight for word, weight in sentiment.items()}
+        pattern = _whole_words(list(weights), case_sensitive=True)
+        return lambda texts: [
+            sum(weights[word] for word in pattern.findall(text.lower())) for text in texts
+        ]
+    if not callable(sentiment):
+        raise ValueError(f"expected word weights, a pipeline or a callable, got {sentiment!r}")
+    if not hasattr(sentiment, "task"):
+        return lambda texts: [sentiment(text) for text in texts]
+
+    positive = [positive_labels] if isinstance(positive_labels, str) else positive_labels
+
+    def classify(texts: list[str]) -> pd.DataFrame:
+        # A pipeline that was made with `top_k` gives a list of labels for each text.
+        found = [
+            max(row, key=lambda label: label["score"]) if isinstance(row, list) else row
+            for row in sentiment(texts)
+        ]
+        frame = pd.DataFrame(found, columns=["label", "score"])
+        if positive is not None:
+            frame["is_positive"] = frame["label"].isin(list(positive))
+        return frame
+
+    return classify

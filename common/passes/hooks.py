@@ -1,0 +1,310 @@
+"""Hooks of this library: where they stand among others, what they see of a pass, and how they are switched off for a while."""
+
+import functools
+import inspect
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import GenerationMixin
+
+from common.places.blocks import get_blocks, get_hidden, with_hidden
+from common.places.positions import PACKED, PositionTracker, Text, being_generated, generating
+
+# Hooks that a library installs on itself at the first forward pass and keeps: transformers to
+# collect hidden states, the bridge of TransformerLens to catch the input of a layer norm. Hooks
+# that a user adds come from other modules.
+LIBRARY_HOOKS = ("transformers.", "transformer_lens.model_bridge.")
+
+_changing = threading.Lock()
+_suspended: ContextVar[bool] = ContextVar("steering_is_suspended", default=False)
+
+
+def forget_compiled() -> None:
+    """Drop what `torch.compile` made, in this process: a compiled model is compiled again at its next pass.
+
+    Code that was compiled while a module had no hook never looks again whether one came. That one
+    went it does notice.
+    """
+    if torch._dynamo.convert_frame.input_codes.seen:
+        torch.compiler.reset()
+
+
+_eager = ExitStack()  # what is undone when the last block of `uncompiled` ends
+_uncompiled = 0
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run what is compiled as it is while the block is open: compiled code does not see hooks that come and go.
+
+    torch has one stance for all threads, so it comes back when the last block ends, in any thread.
+    """
+    global _uncompiled
+    with _changing:
+        if not _uncompiled:
+            _eager.enter_context(torch.compiler.set_stance("force_eager"))
+        _uncompiled += 1
+    try:
+        yield
+    finally:
+        with _changing:
+            _uncompiled -= 1
+            if not _uncompiled:
+                _eager.close()
+
+
+class EndOfPass(Exception):
+    """Raised in a hook to end a forward pass after the last place that is wanted; whoever ran the pass suppresses it."""
+
+
+@contextmanager
+def unsteered() -> Iterator[None]:
+    """Switch off all steering of this library while the block is open, so that a model can be read as it is."""
+    token = _suspended.set(True)
+    try:
+        yield
+    finally:
+        _suspended.reset(token)
+
+
+def is_suspended() -> bool:
+    """Whether `unsteered` is open."""
+    return _suspended.get()
+
+
+class SteeringHook(ABC):
+    """A hook that changes hidden states: as a forward hook what a module gives, as a pre-hook what it gets.
+
+    Subclasses define `steer(hidden)`, which returns the steered hidden states, both [batch, pos,
+    d_model].
+
+    Attributes:
+        home: the id of the module it was registered on. A deep copy of the module has a copy of the
+            hook, which nobody takes off again; it is known by its home
+            (`pristine.copied_steering`).
+    """
+
+    home: int | None = None
+
+    @abstractmethod
+    def steer(self, hidden: Tensor) -> Tensor:
+        """Return the steered hidden states."""
+
+    def on_output(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Steer what the module gives."""
+        if is_suspended():
+            return output
+        return with_hidden(output, self.steer(get_hidden(output)))
+
+    def on_input(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Steer what the module gets."""
+        if is_suspended():
+            return None
+        if args:
+            return (self.steer(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self.steer(kwargs["hidden_states"])}
+
+
+def hook_output(module: nn.Module, hook: SteeringHook) -> RemovableHandle:
+    """Register a hook that runs after the steering hooks that are there, and before all others.
+
+    transformers collects `hidden_states` by hooks of its own, which have to see the steering.
+    """
+    handle, hook.home = module.register_forward_hook(hook.on_output), id(module)
+    hooks = module._forward_hooks
+    for key in reversed(
+        [
+            key
+            for key, other in hooks.items()
+            if isinstance(getattr(other, "__self__", None), SteeringHook)
+        ]
+    ):
+        hooks.move_to_end(key, last=False)
+    forget_compiled()
+    return handle
+
+
+def hook_input(module: nn.Module, hook: SteeringHook) -> RemovableHandle:
+    """Register a hook that changes what a module gets, after the hooks that are there."""
+    hook.home = id(module)
+    forget_compiled()
+    return module.register_forward_pre_hook(hook.on_input, with_kwargs=True)
+
+
+class PassHandle:
+    """What `hook_passes` returns: `remove()` takes everything off the model again."""
+
+    def __init__(self) -> None:
+        self.stack = ExitStack()
+
+    def remove(self) -> None:
+        """Take it off; a second call does nothing."""
+        self.stack.close()
+
+
+def hook_passes(model: nn.Module, tracker: PositionTracker) -> PassHandle:
+    """Let a tracker see every pass of a model before its blocks run, unless steering is suspended.
+
+    Where positions matter, `generate` is watched as well, since only there it is known what the
+    prompt is: until the handle is removed, the methods of `WATCHED` are set on the model itself.
+    """
+    forget_compiled()
+    holder, handle = holder_of_blocks(model), PassHandle()
+    hook = _PassHook(tracker)
+    try:
+        handle.stack.callback(holder.register_forward_pre_hook(hook.begin, with_kwargs=True).remove)
+        if tracker.selection.everything:
+            return handle
+        handle.stack.callback(holder.register_forward_hook(hook.finish).remove)
+        if model is not holder:
+            handle.stack.callback(
+                model.register_forward_pre_hook(hook.note_mask, with_kwargs=True).remove
+            )
+        for owner in model.modules():
+            if isinstance(owner, GenerationMixin) and any(
+                part is holder for part in owner.modules()
+            ):
+                for name, instead in WATCHED.items():
+                    if instead is not _refuse_to_pack or tracker.selection.needs_rows:
+                        handle.stack.enter_context(_watching(owner, name, instead, holder))
+    except BaseException:
+        handle.remove()
+        raise
+    return handle
+
+
+@contextmanager
+def prompts_of(model: nn.Module, mask: Tensor) -> Iterator[None]:
+    """Say, around a pass over prompts and what follows them, what the prompts are: their attention mask [batch, pos]."""
+    with generating(holder_of_blocks(model), Text.of(mask)):
+        yield
+
+
+class _PassHook:
+    """Hands passes on to a tracker. A deep copy of the model gets a tracker of its own."""
+
+    def __init__(self, tracker: PositionTracker):
+        self.tracker = tracker
+
+    @torch.compiler.disable  # counting is no part of a graph
+    def begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Before a pass."""
+        if not is_suspended():
+            self.tracker(args, kwargs)
+
+    @torch.compiler.disable
+    def note_mask(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Before a pass of the whole model."""
+        if not is_suspended():
+            names = list(inspect.signature(type(module).forward).parameters)[1:]
+            self.tracker.note_mask({**dict(zip(names, args)), **kwargs}.get("attention_mask"))
+
+    @torch.compiler.disable
+    def finish(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """After it."""
+        if not is_suspended():
+            self.tracker.finish(output)
+
+
+class _Watched:
+    """Stands on a model in the place of one of its methods, and calls `instead` with it."""
+
+    def __init__(self, model: nn.Module, name: str, instead: Callable, holder: nn.Module):
+        self.model, self.instead, self.holder, self.users = model, instead, holder, 0
+        self.before = vars(model).get(name)
+        method = getattr(model, name) if self.before is None else self.before
+        functools.update_wrapper(self, method)  # for who looks at the signature
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.instead(self, *args, **kwargs)
+
+
+@contextmanager
+def _watching(model: nn.Module, name: str, instead: Callable, holder: nn.Module) -> Iterator[None]:
+    """Watch a method of one model. Whoever closes last puts back what was there, in whatever order they close."""
+    with _changing:
+        watched = vars(model).get(name)
+        if not isinstance(watched, _Watched):
+            watched = vars(model)[name] = _Watched(model, name, instead, holder)
+        watched.users += 1
+    try:
+        yield
+    finally:
+        with _changing:
+            watched.users -= 1
+            if not watched.users and vars(model).get(name) is watched:
+                del vars(model)[name]
+                if watched.before is not None:
+                    vars(model)[name] = watched.before
+
+
+def _generate(watched: _Watched, *args: Any, **kwargs: Any) -> Any:
+    """Generate with the prompts known.
+
+    Drafts that a model writes for itself (`assistant_early_exit`) have the prompts of the text they
+    are for.
+    """
+    mask, outer = kwargs.get("attention_mask"), being_generated(watched.holder)
+    settings = kwargs.get("generation_config") or watched.model.generation_config
+    text = Text.of(mask) if isinstance(mask, Tensor) and mask.dim() == 2 else Text()
+    if outer is not None and getattr(settings, "is_assistant", False):
+        text = Text(outer.lengths, outer.mask)
+    scale = kwargs.get("guidance_scale", getattr(settings, "guidance_scale", None))
+    if (
+        scale not in (None, 1)
+        and kwargs.get("use_cache", getattr(settings, "use_cache", None)) is False
+    ):
+        raise ValueError(
+            f"guidance_scale={scale} reads two texts in turn, told apart by their caches: generate"
+            " with use_cache=True"
+        )
+    with generating(watched.holder, text):
+        return watched.__wrapped__(*args, **kwargs)
+
+
+def _expand(watched: _Watched, *args: Any, **kwargs: Any) -> Any:
+    """Look at the prompts of a `generate` without an attention mask as transformers has prepared them: it finds padding."""
+    text = being_generated(watched.holder)
+    if text is not None and text.lengths is None:
+        mask, entries = (kwargs.get(name) for name in ("attention_mask", "inputs_embeds"))
+        entries = kwargs["input_ids"] if entries is None else entries
+        text.mask = torch.ones(entries.shape[:2], dtype=torch.long) if mask is None else mask
+        text.lengths = text.mask.long().sum(-1)
+    return watched.__wrapped__(*args, **kwargs)
+
+
+def _refuse_to_pack(watched: _Watched, *args: Any, **kwargs: Any) -> Any:
+    raise ValueError(PACKED)
+
+
+WATCHED: dict[str, Callable] = {
+    "generate": _generate,
+    "_expand_inputs_for_generation": _expand,
+    "init_continuous_batching": _refuse_to_pack,
+}
+
+
+def holder_of_blocks(model: nn.Module) -> nn.Module:
+    """The module that gets the token ids and the attention mask and hands them to the blocks; else the model itself.
+
+    Above the blocks of BERT stands an encoder that gets neither, but hidden states and a mask that
+    is made for the attention.
+    """
+    try:
+        path, _ = get_blocks(model)
+    except ValueError:
+        return model
+    above = path.rpartition(".")[0]
+    while above and not {"input_ids", "inputs_embeds"} & set(
+        inspect.signature(type(model.get_submodule(above)).forward).parameters
+    ):
+        above = above.rpartition(".")[0]
+    return model.get_submodule(above)

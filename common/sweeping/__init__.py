@@ -1,0 +1,1 @@
+"""Layers, coefficients and prompts in one batch, kept in a file."""

@@ -1,0 +1,1 @@
+"""Generating, sampling and completing texts, steered or not."""

@@ -1,0 +1,259 @@
+"""Sampling as in the activation-addition post, with random numbers that belong to each row of a batch."""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+)
+
+from common.passes.batching import neutral_options, part_of, run_parts, separate_parts
+from common.progress import progress_bar
+from common.texts.generation import end_of_text, generate, joined, refuse_for_parts
+
+
+class FrequencyPenalty(LogitsProcessor):
+    """Lower each token's logit by `penalty` for every time it occurred so far, prompt included.
+
+    This is the `freq_penalty` of the activation-addition post
+    (https://www.lesswrong.com/posts/5spBue2z2tw4JuDCx), as TransformerLens implements it. Hugging
+    Face's `repetition_penalty` is another thing: it divides, and it counts a token once.
+    """
+
+    def __init__(self, penalty: float):
+        if not isinstance(penalty, int | float) or penalty < 0:
+            raise ValueError(f"expected a frequency penalty of 0 or more, got {penalty!r}")
+        self.penalty = penalty
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return the penalised scores [batch, vocab]; `input_ids` is [batch, pos], padding included."""
+        counts = torch.zeros_like(scores).scatter_add_(
+            1, input_ids, torch.ones_like(input_ids, dtype=scores.dtype)
+        )
+        return scores - self.penalty * counts
+
+
+class TopP(LogitsProcessor):
+    """Keep the likeliest tokens that together have at least the probability `top_p`, as `TopPLogitsWarper` of transformers.
+
+    That one sorts the whole vocabulary at every step, which takes longer than a small model. Here
+    only the likeliest tokens are sorted, as many as it takes.
+    """
+
+    def __init__(self, top_p: float):
+        self.top_p = top_p
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return scores [batch, vocab] with all other tokens at minus infinity; the likeliest one always stays."""
+        probs = scores.softmax(-1)
+        least, enough = self._least(probs.topk(min(32, probs.shape[1])).values)
+        if not enough.all():
+            least[~enough] = self._least(probs[~enough].sort(descending=True).values)[0]
+        return scores.masked_fill(probs < least, -torch.inf)
+
+    def _least(self, best: Tensor) -> tuple[Tensor, Tensor]:
+        """The smallest probability that is kept, [batch, 1], and whether these likeliest ones [batch, n] reach far enough."""
+        total = best.cumsum(-1)
+        kept = (
+            (total - best < self.top_p).sum(-1, keepdim=True).clamp(min=1)
+        )  # 0 only in a row of nan
+        return best.gather(-1, kept - 1), total[:, -1] >= self.top_p
+
+
+class SeededSampling(LogitsProcessor):
+    """Turns greedy decoding into sampling whose random numbers belong to each row, not to the batch.
+
+    It adds Gumbel noise to the scores, and the largest sum is then a sample of their softmax. The
+    noise of a row comes from
+    the seed of that row alone: a prompt gets the same text in any batch, on any device, and rows
+    with equal seeds (a prompt steered and unsteered) get equal noise. The global random state is
+    neither read nor changed.
+
+    Args:
+        seeds: for each row, one or several integers from 0 on.
+    """
+
+    def __init__(self, seeds: Sequence[int | Sequence[int]]):
+        keys = [(seed,) if isinstance(seed, int) else tuple(seed) for seed in seeds]
+        generators = {key: np.random.default_rng(key) for key in dict.fromkeys(keys)}
+        numbers = {key: number for number, key in enumerate(generators)}
+        self._generators = list(generators.values())
+        self._rows = torch.tensor([numbers[key] for key in keys])
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return scores [batch, vocab] whose largest entry is the sampled token."""
+        noise = np.stack(
+            [
+                generator.standard_exponential(scores.shape[1], dtype=np.float32)
+                for generator in self._generators
+            ]
+        )
+        gumbel = -torch.from_numpy(noise).clamp_(min=torch.finfo(torch.float32).tiny).log_()
+        return scores + gumbel.to(scores)[self._rows.to(scores.device)]
+
+
+class _PerRow(LogitsProcessor):
+    """Lets a processor that counts tokens see each row without its padding, which is the end of text and no repetition."""
+
+    def __init__(self, processor: LogitsProcessor, attention_mask: Tensor):
+        self.processor, self.starts = processor, (attention_mask == 0).sum(-1).tolist()
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        rows = zip(input_ids.split(1), scores.split(1), self.starts)
+        return torch.cat([self.processor(ids[:, start:], row) for ids, row, start in rows])
+
+
+class _Bar(LogitsProcessor):
+    """Moves a bar on by one at each token."""
+
+    def __init__(self, bar: tqdm):
+        self.bar = bar
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.bar.update()
+        return scores
+
+
+def check_sampling(
+    temperature: float,
+    top_p: float,
+    freq_penalty: float,
+    repetition_penalty: float,
+    max_new_tokens: int,
+) -> None:
+    """Refuse settings of `sample` that mean nothing.
+
+    Raises:
+        ValueError: a temperature or a frequency penalty below 0, a top_p outside (0, 1], a
+            repetition penalty of 0 or less, no new tokens.
+    """
+    if not temperature >= 0 or not math.isfinite(temperature):
+        raise ValueError(f"expected a temperature of 0 or more, got {temperature!r}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"expected a top_p above 0 and at most 1, got {top_p!r}")
+    if not repetition_penalty > 0:
+        raise ValueError(
+            f"expected a repetition penalty above 0 (1 is none), got {repetition_penalty!r}"
+        )
+    if (
+        isinstance(max_new_tokens, bool)
+        or not isinstance(max_new_tokens, int)
+        or max_new_tokens < 1
+    ):
+        raise ValueError(f"expected 1 or more new tokens, got {max_new_tokens!r}")
+    FrequencyPenalty(freq_penalty)
+
+
+# They act on the drawing of transformers, which `sample` does not use; "generation_config" would
+# bring all of them.
+_PASSED_OVER = {
+    "generation_config", "do_sample", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff",
+}  # fmt: skip
+
+
+def sample(
+    model: PreTrainedModel,
+    inputs: Mapping[str, Tensor],
+    seeds: Sequence[int | Sequence[int]],
+    *,
+    max_new_tokens: int = 20,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    freq_penalty: float = 0.0,
+    repetition_penalty: float = 1.0,
+    show_progress: bool = False,
+    **options: Any,
+) -> Tensor:
+    """Sample as in the activation-addition post: temperature, top_p, frequency penalty, and no top-k.
+
+    The order is that of TransformerLens: repetition penalty, temperature, frequency penalty, top_p.
+
+    Nothing but the arguments decides: of `model.generation_config` only the ids of its special
+    tokens are used (a text ends where it says), whatever settings of sampling, beams or length the
+    checkpoint came with.
+
+    Args:
+        model: a causal language model.
+        inputs: what the tokenizer returned, [batch, pos], padded on the left.
+        seeds: one for each row; see `SeededSampling`.
+        max_new_tokens: length of the completions.
+        temperature: 0 is greedy, whatever the seeds.
+        top_p: the smallest set of tokens with at least this probability is sampled from.
+        freq_penalty: see `FrequencyPenalty`.
+        repetition_penalty: the logits of tokens that occurred are divided by it (multiplied where
+            negative); 1 is none.
+        show_progress: show a bar that counts tokens, where it takes more than five seconds.
+        options: more of `model.generate`, one by one.
+
+    Returns:
+        Token ids [batch, pos + new], prompt included.
+
+    Raises:
+        ValueError: see `check_sampling`; another number of seeds than rows; an option for the
+            drawing of transformers (`do_sample`, `top_k`, …) or a whole `generation_config`, which
+            would mean nothing here.
+    """
+    check_sampling(temperature, top_p, freq_penalty, repetition_penalty, max_new_tokens)
+    if len(seeds) != len(inputs["input_ids"]):
+        raise ValueError(
+            f"expected one seed for each of {len(inputs['input_ids'])} rows, got {len(seeds)}"
+        )
+    if ignored := sorted(_PASSED_OVER & options.keys()):
+        raise ValueError(
+            f"`sample` draws by itself, and {', '.join(ignored)} would mean nothing: give its own"
+            " arguments, or call `generate`"
+        )
+    if parts := separate_parts(model, inputs):
+        alone = partial(
+            sample,
+            model,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            freq_penalty=freq_penalty,
+            repetition_penalty=repetition_penalty,
+            show_progress=show_progress,
+            **options,
+        )
+        refuse_for_parts(model, options)
+        found = run_parts(
+            parts,
+            lambda *part: alone(part_of(inputs, *part), [seeds[row] for row in part[0].tolist()]),
+        )
+        return joined(inputs, found, end_of_text(model, options))
+    mask = inputs["attention_mask"]
+
+    def counting(processor: LogitsProcessor) -> LogitsProcessor:
+        return processor if bool(mask.all()) else _PerRow(processor, mask)
+
+    processors = LogitsProcessorList(options.pop("logits_processor", ()))
+    if repetition_penalty != 1:
+        processors.append(counting(RepetitionPenaltyLogitsProcessor(float(repetition_penalty))))
+    if temperature not in (0, 1):
+        processors.append(TemperatureLogitsWarper(float(temperature)))
+    if freq_penalty:
+        processors.append(counting(FrequencyPenalty(freq_penalty)))
+    if temperature:
+        if top_p < 1:
+            processors.append(TopP(top_p))
+        processors.append(SeededSampling(seeds))
+    with progress_bar(max_new_tokens, "Generating", "token", show_progress) as bar:
+        processors.append(_Bar(bar))
+        # Checkpoints name tokens to pad with that do not exist (-1), or that are words.
+        own = {
+            **neutral_options(),
+            "pad_token_id": end_of_text(model, options),
+            "max_new_tokens": max_new_tokens,
+            **options,
+        }
+        return generate(model, inputs, logits_processor=processors, **own)

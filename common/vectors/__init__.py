@@ -1,0 +1,1 @@
+"""What is added: activations read, steering vectors trained and saved, activation additions."""

@@ -1,0 +1,210 @@
+"""The one experiment of this collection, through any of the six mechanisms: steer from Love to Hate and compare.
+
+`python -m repository.agreement` runs the notebooks' own cells one mechanism after another, prints
+the completions and the table of agreement, and ends with exit code 1 if anything disagrees.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import pandas as pd
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from common.checking.pristine import differences, snapshot
+from common.loading import LoadError, copy_sharing_weights, load_model
+from common.texts.generation import completions
+from repository.mechanisms import MECHANISMS, load_mechanism
+
+REFERENCE = "pytorch_hooks"
+PROMPTS = ("I think dogs are ", "In my opinion the baker is", "I believe old books are")
+# of TransformerLens and bias editing on the embedded model; the other mechanisms differ by 0
+TOLERANCE = 1e-5
+
+
+class Result(NamedTuple):
+    """What one mechanism gave. The keys of `logits`, `ids` and `texts` are "unsteered", "+" and "-"."""
+
+    mechanism: str
+    vector: Tensor  # [d_model], Love minus Hate as this mechanism reads it
+    logits: dict[str, Tensor]  # [real positions of all prompts, vocab]
+    ids: dict[str, Tensor]  # [batch, pos + new]
+    texts: dict[str, list[str]]
+    left_behind: list[str]  # differences to the model before; empty if it was restored
+
+
+def run_mechanism(
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    layer: int,
+    coeff: float,
+    prompts: Sequence[str] = PROMPTS,
+    max_new_tokens: int = 20,
+) -> Result:
+    """Read Love and Hate, steer with +coeff, -coeff and not at all, by one mechanism from beginning to end.
+
+    The mechanism works on a copy of the modules that shares the weights, so the model itself is
+    never touched.
+
+    Args:
+        name: one of `MECHANISMS`.
+        model: a causal language model.
+        tokenizer: its tokenizer, padding on the left.
+        layer: where to read and steer (resid_post).
+        coeff: the strength, on the unit direction.
+        prompts: completed as one batch.
+        max_new_tokens: length of the completions.
+
+    Raises:
+        ValueError: unknown mechanism, or a layer that does not exist.
+    """
+    mechanism = load_mechanism(name)
+    wrapped = mechanism.wrap(copy_sharing_weights(model), tokenizer)
+    before = snapshot(wrapped)
+    love, hate = (
+        mechanism.read(wrapped, tokenizer(word, return_tensors="pt").to(model.device), layer)[0, -1]
+        for word in ("Love", "Hate")
+    )
+    vector = love - hate
+    direction = vector / vector.norm()
+    inputs = tokenizer(list(prompts), return_tensors="pt", padding=True).to(model.device)
+    real = inputs["attention_mask"].bool()
+    logits, ids = {}, {}
+
+    def run(label: str) -> None:
+        logits[label] = mechanism.logits(wrapped, inputs)[real]
+        ids[label] = mechanism.generate(wrapped, inputs, max_new_tokens=max_new_tokens)
+
+    for label, sign in (("+", 1), ("-", -1)):
+        with mechanism.steer(wrapped, layer, sign * coeff * direction):
+            run(label)
+    run("unsteered")  # last, so that it shows anything that was left behind
+    texts = {label: completions(tokenizer, inputs, rows) for label, rows in ids.items()}
+    return Result(name, vector, logits, ids, texts, differences(wrapped, before))
+
+
+def agreement(results: Sequence[Result], reference: str = REFERENCE) -> pd.DataFrame:
+    """Compare every result with the reference.
+
+    Returns:
+        One row for each mechanism: the largest difference of the vector and of any logit, whether
+            the greedy texts are
+        the same, and whether the model was restored.
+
+    Raises:
+        ValueError: the reference is not among the results.
+    """
+    by_name = {result.mechanism: result for result in results}
+    if reference not in by_name:
+        raise ValueError(
+            f"expected the reference {reference!r} among the results, got"
+            f" {', '.join(by_name) or 'none'}"
+        )
+    truth = by_name[reference]
+    return pd.DataFrame(
+        {
+            "mechanism": result.mechanism,
+            "vector": (result.vector - truth.vector).abs().max().item(),
+            "logits": max(
+                (result.logits[key] - truth.logits[key]).abs().max().item() for key in truth.logits
+            ),
+            "same text": all(torch.equal(result.ids[key], truth.ids[key]) for key in truth.ids),
+            "restored": not result.left_behind,
+        }
+        for result in results
+    )
+
+
+def print_completions(
+    console: Console, results: Sequence[Result], prompts: Sequence[str], coeff: float
+) -> None:
+    """Print the completions once for each group of mechanisms that wrote the same."""
+    groups: dict[str, list[Result]] = {}
+    for result in results:
+        groups.setdefault(repr(result.texts), []).append(result)
+    for same in groups.values():
+        table = Table(
+            "prompt",
+            "steered by",
+            "completion",
+            title=", ".join(result.mechanism for result in same),
+        )
+        for row, prompt in enumerate(prompts):
+            for label, by in (
+                ("unsteered", "nothing"),
+                ("+", f"+{coeff:g}, to Love"),
+                ("-", f"-{coeff:g}, to Hate"),
+            ):
+                table.add_row(
+                    prompt if label == "unsteered" else "", by, same[0].texts[label][row].strip()
+                )
+            table.add_section()
+        console.print(table)
+
+
+def print_agreement(console: Console, rows: pd.DataFrame) -> None:
+    """Print the table of agreement."""
+    table = Table(title=f"Largest difference to {REFERENCE}")
+    for column in rows.columns:
+        table.add_column(column, justify="left" if column == "mechanism" else "right")
+    for row in rows.itertuples(index=False):
+        table.add_row(
+            row[0],
+            f"{row[1]:.1e}",
+            f"{row[2]:.1e}",
+            *("yes" if value else "NO" for value in row[3:]),
+        )
+    console.print(table)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Steer by all six mechanisms, print completions and agreement; return 0 only if they agree."""
+    parser = argparse.ArgumentParser(
+        prog="python -m repository.agreement", description=main.__doc__
+    )
+    parser.add_argument(
+        "--model",
+        help="a hub id or a local folder (default: STEERING_MODEL, else the embedded model)",
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        help=f"largest difference of a logit (default {TOLERANCE:g}, 1e-4 from 1 B parameters on)",
+    )
+    options = parser.parse_args(arguments)
+    try:
+        model, tokenizer, preset = load_model(options.model)
+    except LoadError as error:
+        print(error, file=sys.stderr)
+        return 1
+    console = Console()
+    results = [
+        run_mechanism(name, model, tokenizer, preset.layer, preset.coeff)
+        for name in track(MECHANISMS, "Steering", console=Console(stderr=True))
+    ]
+    rows = agreement(results)
+    print_completions(console, results, PROMPTS, preset.coeff)
+    print_agreement(console, rows)
+    for result in results:
+        for line in result.left_behind:
+            console.print(f"{result.mechanism}: {line}")
+    tolerance = options.tolerance or (TOLERANCE if model.num_parameters() < 1e9 else 1e-4)
+    agreed = (
+        (rows["logits"] <= tolerance).all() and rows["same text"].all() and rows["restored"].all()
+    )
+    print(
+        f"The {len(rows)} mechanisms {'agree' if agreed else 'DO NOT agree'} (logits within"
+        f" {tolerance:g}, same greedy text, restored)."
+    )
+    return 0 if agreed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""The matrix of abilities is what the trials give, and the trials can fail."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from benchmarks.abilities import attempt, run_trial
+from benchmarks.ability_matrix import OUTCOMES, load_matrix, matrix_table, plot_matrix, print_limits
+from benchmarks.ability_subject import Silently, Subject, embedded_model, expect
+from benchmarks.ability_trials import TRIALS
+from repository.mechanisms import MECHANISMS, load_mechanism
+
+ELSEWHERE = {
+    "saved, run in a fresh process",
+    "saved, a Llama",
+    "two processes (tensor parallel)",
+}  # a mechanism is loaded by name in another process
+
+
+def test_matrix_is_complete():
+    """A cell for each ability and mechanism, with one of the outcomes, and a reason where it is not a plain yes."""
+    cells = load_matrix()
+    assert list(zip(cells["ability"], cells["mechanism"])) == [
+        (ability, name) for ability in TRIALS for name in MECHANISMS
+    ]
+    assert set(cells["outcome"]) <= set(OUTCOMES)
+    assert (cells["says"].astype(bool) == (cells["outcome"] != "yes")).all()
+    assert matrix_table(cells).shape == (len(TRIALS), len(MECHANISMS))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("ability", TRIALS)
+def test_cells_are_what_the_trials_give(ability):
+    """The outcomes that are stored are those of today."""
+    cells = load_matrix()
+    stored = cells[cells["ability"] == ability].set_index("mechanism")["outcome"].to_dict()
+    assert {name: run_trial(ability, name).outcome for name in MECHANISMS} == stored
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("ability", sorted(TRIALS.keys() - ELSEWHERE))
+def test_a_mechanism_that_does_nothing_has_no_ability(ability):
+    """It raises no error and does not steer, so every trial says no."""
+    hooks = load_mechanism("pytorch_hooks")
+    idle = hooks._replace(
+        name="idle", steer=lambda *_: nullcontext(), intervene=lambda *_: nullcontext()
+    )
+    model, tokenizer, preset = (
+        embedded_model()
+    )  # that of the trials: what transformers hooks onto a model that others used cannot be pickled
+    outcome, says = attempt(TRIALS[ability].trial, Subject(idle, model, tokenizer, preset.layer))
+    assert (outcome, bool(says)) == ("silently no", True)
+
+
+def test_outcomes():
+    """Done is yes; something else without an error is no; an error is told by type and first line, without paths."""
+
+    def fails(_):
+        raise RuntimeError("\nnot at /a/b.py, sorry\nand more")
+
+    assert attempt(lambda _: None, None) == ("yes", "")
+    assert attempt(lambda _: expect(torch.ones(2), torch.zeros(2), "moved"), None) == (
+        "silently no",
+        "moved",
+    )
+    assert attempt(fails, None) == ("error", "RuntimeError: not at sorry")
+    with pytest.raises(Silently, match="cut"):
+        expect(torch.ones(2), torch.ones(3), "cut")
+    with pytest.raises(
+        ValueError, match="unknown ability 'flying': expected one of all positions, "
+    ):
+        run_trial("flying", "baukit")
+
+
+def test_limits_are_printed_with_their_reasons(capsys):
+    """How many abilities there are, and each that is missing; an unknown mechanism is refused."""
+    print_limits("bias_editing")
+    lines = capsys.readouterr().out.splitlines()
+    missing = load_matrix().query("mechanism == 'bias_editing' and outcome != 'yes'")
+    assert lines[0] == f"bias_editing: {len(TRIALS) - len(missing)} of {len(TRIALS)} abilities"
+    assert all(
+        any(line.split("  ")[-1].strip() == ability for line in lines)
+        for ability in missing["ability"]
+    )
+    with pytest.raises(ValueError, match="unknown mechanism 'telepathy'"):
+        print_limits("telepathy")
+
+
+def test_picture_shows_every_cell():
+    """As many words in the picture as there are cells."""
+    words = [text.get_text() for text in plot_matrix(load_matrix()).axes[0].texts]
+    assert sorted(words) == sorted(load_matrix()["outcome"])

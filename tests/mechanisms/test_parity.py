@@ -1,0 +1,307 @@
+"""All six mechanisms do the same: the other five equal the plain hook, and that equals a forward pass written by hand.
+
+The law behind all of it: steered hidden states = unsteered hidden states + vector, at every
+position of every row, in every forward pass.
+"""
+
+import copy
+import math
+from contextlib import nullcontext
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support import PROMPTS
+from torch import Tensor
+from transformers import BatchEncoding, TopPLogitsWarper
+
+from common.checking.pristine import assert_pristine, snapshot
+from common.loading import copy_sharing_weights
+from common.places.positions import with_position_ids
+
+NEW = 6  # tokens generated in each run: one from the prompt, the others from decoding steps
+# The largest difference of a logit to the plain hook. The first three do the same arithmetic in the
+# same order; a bridge computes attention by other kernels, and a bias is added before the residual
+# stream and not after it.
+TOLERANCE = {
+    "custom_wrapper": 0,
+    "pytorch_hooks": 0,
+    "baukit": 0,
+    "nnsight": 0,
+    "transformer_lens": 1e-5,
+    "bias_editing": 1e-5,
+}
+
+
+# A GPT-2 written out by hand, with the model's own weights.
+
+
+@torch.no_grad()
+def forward_by_hand(
+    model, ids: Tensor, mask: Tensor, layer: int | None = None, vector: Tensor | float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Return resid_post of every block [layers, batch, pos, d_model] and the logits; `vector` comes after `layer`."""
+    gpt2, heads, states = model.transformer, model.config.n_head, []
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    visible = (
+        torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
+        & mask.bool()[:, None, None, :]
+    )
+    hidden = gpt2.wte(ids) + gpt2.wpe(positions)  # [batch, pos, d_model]
+    for number, block in enumerate(gpt2.h):
+        projected = block.attn.c_attn(block.ln_1(hidden)).split(hidden.shape[-1], dim=-1)
+        query, key, value = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in projected)
+        scores = query @ key.mT / math.sqrt(query.shape[-1])  # [batch, head, pos, pos]
+        pattern = scores.masked_fill(~visible, torch.finfo(scores.dtype).min).softmax(-1)
+        hidden = hidden + block.attn.c_proj((pattern @ value).transpose(1, 2).flatten(-2))
+        hidden = hidden + block.mlp(block.ln_2(hidden))
+        if number == layer:
+            hidden = hidden + vector
+        states.append(hidden)
+    return torch.stack(states), model.lm_head(gpt2.ln_f(hidden))
+
+
+def generate_by_hand(
+    model, inputs, layer: int, vector: Tensor, do_sample: bool = False, top_p: float = 1.0
+) -> Tensor:
+    """Return `NEW` more tokens for every row; after its end of text a row is padded. No cache: everything again."""
+    ids, mask, end = inputs["input_ids"], inputs["attention_mask"], model.config.eos_token_id
+    going = torch.ones(len(ids), 1, dtype=torch.bool)
+    for _ in range(NEW):
+        scores = forward_by_hand(model, ids, mask, layer, vector)[1][:, -1]  # [batch, vocab]
+        if do_sample:
+            token = TopPLogitsWarper(top_p)(ids, scores).softmax(-1).multinomial(1)
+        else:
+            token = scores.argmax(-1, keepdim=True)
+        ids = torch.cat([ids, token.where(going, end)], dim=1)
+        mask = torch.cat([mask, torch.ones_like(token)], dim=1)
+        going = going & (token != end)
+        if not going.any():
+            break
+    return ids
+
+
+def test_hook_equals_forward_by_hand(hooks, model, inputs, layer, vector):
+    """resid_post of the steered and of every other block, and the logits, are those of the pass written by hand."""
+    states, scores = forward_by_hand(model, *inputs.values(), layer, vector)
+    real = inputs["attention_mask"].bool()
+    with hooks.mechanism.steer(hooks.wrapped, layer, vector):
+        torch.testing.assert_close(
+            hooks.mechanism.logits(hooks.wrapped, inputs)[real], scores[real], rtol=0, atol=1e-4
+        )
+        for number, state in enumerate(states):
+            read = hooks.mechanism.read(hooks.wrapped, inputs, number)
+            torch.testing.assert_close(read[real], state[real], rtol=0, atol=1e-4)
+
+
+def test_hook_generates_as_by_hand(hooks, model, inputs, use_cache, sampling, layer, vector):
+    """Greedy and sampled ids, with and without the cache, are those of the pass written by hand."""
+    torch.manual_seed(0)
+    expected = generate_by_hand(model, inputs, layer, vector, **sampling)
+    with hooks.mechanism.steer(hooks.wrapped, layer, vector):
+        torch.manual_seed(0)
+        ids = hooks.mechanism.generate(
+            hooks.wrapped, inputs, max_new_tokens=NEW, use_cache=use_cache, **sampling
+        )
+    assert ids.tolist() == expected.tolist()
+
+
+@given(data=st.data())
+def test_steered_is_unsteered_plus_vector(hooks, model, tokenizer, data):
+    """For any vector, coefficient, layer and prompts: hidden states move by the vector at each real position."""
+    prompts = data.draw(
+        st.lists(st.text(min_size=1, max_size=20), min_size=1, max_size=3), label="prompts"
+    )
+    layer = data.draw(st.integers(0, model.config.num_hidden_layers - 1), label="layer")
+    seed, coeff = (
+        data.draw(st.integers(0, 99), label="seed"),
+        data.draw(st.floats(-30, 30), label="coeff"),
+    )
+    vector = coeff * torch.randn(
+        model.config.hidden_size, generator=torch.Generator().manual_seed(seed)
+    )
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True)
+    real = inputs["attention_mask"].bool()
+    unsteered = hooks.mechanism.read(hooks.wrapped, inputs, layer)
+    with hooks.mechanism.steer(hooks.wrapped, layer, vector):
+        steered = hooks.mechanism.read(hooks.wrapped, inputs, layer)
+    assert torch.equal(steered[real], (unsteered + vector)[real])
+
+
+# Every mechanism against the plain hook.
+
+
+def test_logits_equal_the_hooks(bench, hooks, inputs, layer, vector):
+    """Steered logits are those of the plain hook: to the last bit, or within the mechanism's tolerance."""
+    real = inputs["attention_mask"].bool()
+    with (
+        bench.mechanism.steer(bench.wrapped, layer, vector),
+        hooks.mechanism.steer(hooks.wrapped, layer, vector),
+    ):
+        mine = bench.mechanism.logits(bench.wrapped, inputs)[real]
+        theirs = hooks.mechanism.logits(hooks.wrapped, inputs)[real]
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=TOLERANCE[bench.mechanism.name])
+
+
+def test_ids_equal_the_hooks(bench, hooks, inputs, use_cache, sampling, layer, vector):
+    """Greedy ids, and sampled ids from the same seed, are those of the plain hook, with and without the cache."""
+    found = []
+    for mechanism, wrapped in (bench, hooks):
+        with mechanism.steer(wrapped, layer, vector):
+            torch.manual_seed(0)
+            found.append(
+                mechanism.generate(
+                    wrapped, inputs, max_new_tokens=NEW, use_cache=use_cache, **sampling
+                )
+            )
+    assert found[0].tolist() == found[1].tolist()
+
+
+@pytest.mark.parametrize("steered", [False, True], ids=["unsteered", "steered"])
+def test_read_equals_the_hooks(bench, hooks, inputs, layer, plus, steered):
+    """`read` gives resid_post of any layer as the hook does, also while the middle layer is steered."""
+    real, middle = (
+        inputs["attention_mask"].bool(),
+        (hooks.wrapped.config.num_hidden_layers - 1) // 2,
+    )
+    found = []
+    for mechanism, wrapped in (bench, hooks):
+        with mechanism.steer(wrapped, middle, plus) if steered else nullcontext():
+            found.append(mechanism.read(wrapped, inputs, layer))
+    assert found[0].shape == (*real.shape, hooks.wrapped.config.hidden_size)
+    torch.testing.assert_close(
+        found[0][real], found[1][real], rtol=0, atol=TOLERANCE[bench.mechanism.name]
+    )
+
+
+def test_zero_vector_changes_nothing(bench, inputs, layer, plus):
+    """Steering by zero gives the unsteered logits, to the last bit."""
+    mechanism, wrapped = bench
+    with mechanism.steer(wrapped, layer, 0 * plus):
+        steered = mechanism.logits(wrapped, inputs)
+    assert torch.equal(steered, mechanism.logits(wrapped, inputs))
+
+
+def test_row_alone_equals_row_in_padded_batch(bench, tokenizer, batch, layer, plus):
+    """A row's steered states and logits do not depend on the rows beside it, nor on its padding."""
+    mechanism, wrapped = bench
+    with mechanism.steer(wrapped, layer, plus):
+        together = mechanism.read(wrapped, batch, layer), mechanism.logits(wrapped, batch)
+        for row, prompt in enumerate(PROMPTS):
+            inputs = tokenizer(prompt, return_tensors="pt")
+            alone = mechanism.read(wrapped, inputs, layer), mechanism.logits(wrapped, inputs)
+            for one, all_rows in zip(alone, together, strict=True):
+                torch.testing.assert_close(
+                    all_rows[row, -one.shape[1] :], one[0], rtol=0, atol=1e-4
+                )
+
+
+def test_a_masked_token_is_as_if_absent(bench, batch, plus):
+    """Positions are counted from the attention mask, also where it has a gap: a row gives what it gives without that token."""
+    mechanism, wrapped = bench
+    mask = batch["attention_mask"].clone()
+    row = int(mask.sum(-1).argmax())
+    gap = mask.shape[1] - 3
+    mask[row, gap] = 0
+    inputs, real = BatchEncoding({**batch, "attention_mask": mask}), mask[row].bool()
+    ids = batch["input_ids"][row, real][None]
+    alone = BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    with mechanism.steer(wrapped, 1, plus):
+        for call in (
+            lambda given: mechanism.read(wrapped, given, 1),
+            lambda given: mechanism.logits(wrapped, given),
+        ):
+            torch.testing.assert_close(call(inputs)[row, real], call(alone)[0], rtol=0, atol=1e-4)
+
+
+def test_hidden_states_end_after_the_final_norm(hooks, model, batch, plus):
+    """The last entry of `hidden_states` is no resid_post: it is the steered one after the final layer norm.
+
+    Earlier entries are resid_post. Nothing may be compared with `hidden_states[-1]` but the norm of
+    what was read.
+    """
+    last = model.config.num_hidden_layers - 1
+    with hooks.mechanism.steer(hooks.wrapped, last, plus), torch.no_grad():
+        states = hooks.wrapped(**with_position_ids(batch), output_hidden_states=True).hidden_states
+        read = hooks.mechanism.read(hooks.wrapped, batch, last)
+        assert torch.equal(states[-1], model.transformer.ln_f(read)) and not torch.allclose(
+            states[-1], read
+        )
+        assert torch.equal(states[last], hooks.mechanism.read(hooks.wrapped, batch, last - 1))
+
+
+@pytest.fixture(scope="module")
+def in_bfloat16(model, tokenizer, hooks):
+    """A bf16 model, and the plain hook on its weights in fp32: the truth that bf16 arithmetic rounds."""
+    small = copy.deepcopy(model).to(torch.bfloat16)
+    return small, copy.deepcopy(small).float()
+
+
+def test_bfloat16_is_within_its_own_rounding(
+    bench, hooks, in_bfloat16, tokenizer, inputs, layer, plus
+):
+    """In bf16 no mechanism is further from the truth than the plain hook, but for luck in rounding.
+
+    The truth is the plain hook in fp32 on the same (bf16) weights and vector; its distance to the
+    plain hook in bf16 is what bf16 costs whoever adds a vector. Wrapper, baukit and nnsight round
+    at the same places and must be equal to the last bit. The other two round at other places, about
+    as often: their errors are others, of the same size. So the root mean square over all logits,
+    which hardly varies, may be 1.5 times the hook's, and the largest 2.5 times.
+    """
+    (small, exact), vector, real = in_bfloat16, plus.bfloat16(), inputs["attention_mask"].bool()
+
+    def steered(mechanism, wrapped) -> Tensor:
+        with mechanism.steer(wrapped, layer, vector):
+            return mechanism.logits(wrapped, inputs)[real].float()
+
+    truth = steered(hooks.mechanism, exact)
+    reference = steered(hooks.mechanism, copy_sharing_weights(small))
+    scores = steered(bench.mechanism, bench.mechanism.wrap(copy_sharing_weights(small), tokenizer))
+    allowed, error = (reference - truth).abs(), (scores - truth).abs()
+    if TOLERANCE[bench.mechanism.name] == 0:
+        assert torch.equal(scores, reference)
+    assert error.square().mean().sqrt() <= 1.5 * allowed.square().mean().sqrt()
+    assert error.max() <= 2.5 * allowed.max()
+
+
+# What cannot be done is refused before anything is changed.
+
+WRONG_LAYERS = (-1, 10**6, True, 1.0, "0", None)
+WRONG_VECTORS = {
+    "too long": lambda vector: torch.cat([vector, vector[:1]]),
+    "with a batch dimension": lambda vector: vector[None],
+    "a single number": lambda vector: vector[0],
+    "integers": lambda vector: vector.long(),
+    "nan": lambda vector: vector.clone().index_fill_(0, torch.tensor([3]), math.nan),
+    "infinite": lambda vector: vector.clone().index_fill_(0, torch.tensor([3]), math.inf),
+    "a list": lambda vector: vector.tolist(),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_LAYERS)
+def test_wrong_layer_is_refused(bench, batch, plus, wrong):
+    """`steer` and `read` refuse a layer that does not exist, and change nothing."""
+    mechanism, wrapped = bench
+    before = snapshot(wrapped)
+    with (
+        pytest.raises(ValueError, match="does not exist: expected an integer from 0 to"),
+        mechanism.steer(wrapped, wrong, plus),
+    ):
+        raise AssertionError("steered all the same")
+    with pytest.raises(ValueError, match="does not exist: expected an integer from 0 to"):
+        mechanism.read(wrapped, batch, wrong)
+    assert_pristine(wrapped, before)
+
+
+@pytest.mark.parametrize("wrong", WRONG_VECTORS)
+def test_wrong_vector_is_refused(bench, plus, wrong):
+    """`steer` refuses a vector of another shape, of integers or not finite, and changes nothing."""
+    mechanism, wrapped = bench
+    before = snapshot(wrapped)
+    with (
+        pytest.raises(ValueError, match="expected a"),
+        mechanism.steer(wrapped, 1, WRONG_VECTORS[wrong](plus)),
+    ):
+        raise AssertionError("steered all the same")
+    assert_pristine(wrapped, before)

@@ -1,0 +1,429 @@
+"""The notebooks as files: what is stored, how they are built, and that nbval compares what is stored."""
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import nbformat
+import pytest
+from ipykernel.ipkernel import IPythonKernel
+from jupyter_client.kernelspec import get_kernel_spec
+from nbformat import NotebookNode
+from nbformat.v4 import new_code_cell, new_notebook, new_output
+
+from common import progress
+from repository import notebooks
+from repository.mechanisms import MECHANISMS, ROOT
+from repository.notebooks import IGNORED, WIDGET, is_compared, notebook_paths, problems, store
+
+NAMES = [path.stem for path in notebook_paths()]
+HEADINGS = [
+    "Setup",
+    "1 Read activations",
+    "2 Build the steering vector",
+    "3 Add it during the forward pass",
+    "4 Generate",
+    "5 Check",
+    "Pitfalls",
+    "Recap and references",
+]
+
+
+def read(name: str) -> NotebookNode:
+    return nbformat.read(notebook_paths([name])[0], as_version=4)
+
+
+def code_lines(notebook: NotebookNode) -> list[int]:
+    """Count the lines of every code cell, blank ones between two functions left out."""
+    return [
+        sum(map(bool, cell.source.splitlines()))
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+    ]
+
+
+def small_notebook(sources: tuple[str, ...] = ()) -> NotebookNode:
+    """A notebook without problems: one cell that loads, then cells that print; each with its output."""
+    sources = sources or tuple(f"print({number})" for number in range(notebooks.FEWEST_COMPARED))
+    cells = [
+        new_code_cell(
+            "load_model = print; load_model('loaded')", id="load", metadata={"tags": [IGNORED]}
+        )
+    ]
+    cells += [new_code_cell(source, id=f"cell-{number}") for number, source in enumerate(sources)]
+    for number, cell in enumerate(cells, 1):
+        cell.execution_count = number
+        cell.outputs = [
+            new_output("stream", name="stdout", text=f"{number - 2 if number > 1 else 'loaded'}\n")
+        ]
+    notebook = new_notebook(cells=cells)
+    notebooks.normalise(notebook)
+    return notebook
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stored_notebook_has_no_problem(name):
+    assert problems(read(name)) == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stored_notebook_is_normalised(name):
+    notebook = read(name)
+    notebooks.normalise(notebook)
+    assert nbformat.writes(notebook) + "\n" == (notebook_paths([name])[0]).read_text(
+        encoding="utf-8"
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_code_cells_are_short_and_introduced(name):
+    notebook = read(name)
+    assert max(code_lines(notebook)) <= 20
+    for before, cell in zip(notebook.cells, notebook.cells[1:], strict=False):
+        if cell.cell_type == "code":
+            assert before.cell_type == "markdown" and before.source.strip(), (
+                f"nothing introduces:\n{cell.source}"
+            )
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_mechanism_notebooks_are_built_alike(name):
+    notebook = read(name)
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    assert re.findall(r"^## (.*)$", text, flags=re.MULTILINE) == HEADINGS
+    assert len(re.findall(r"^# ", text, flags=re.MULTILINE)) == 1
+    assert (
+        25 <= len(notebook.cells) <= 42
+    )  # bias_editing has two edits and a saved checkpoint to show
+    assert (
+        4 <= statistics.median(code_lines(notebook)[1:]) < 9
+    )  # without the cell that goes to the project
+
+
+def test_small_notebook_has_no_problem():
+    assert problems(small_notebook()) == []
+
+
+BREAKS = {
+    "the counts are": lambda notebook: notebook.cells[2].update(execution_count=9),
+    "None": lambda notebook: notebook.cells[2].update(execution_count=None),
+    "writes to stderr": (
+        lambda notebook: notebook.cells[1].outputs.append(
+            new_output("stream", name="stderr", text="oh")
+        )
+    ),
+    "ends in KeyError": (
+        lambda notebook: notebook.cells[1].outputs.append(
+            new_output("error", ename="KeyError", evalue="k")
+        )
+    ),
+    "shows a widget": (
+        lambda notebook: notebook.cells[1].outputs.append(
+            new_output("display_data", data={WIDGET: {}})
+        )
+    ),
+    "state of a widget": lambda notebook: notebook.metadata.update(widgets={}),
+    "the kernelspec is 'other'": lambda notebook: notebook.metadata.update(
+        kernelspec={"name": "other"}
+    ),
+    "4 cells have outputs": lambda notebook: notebook.cells[3].update(outputs=[]),
+    "expected on the one cell": lambda notebook: notebook.cells[3].metadata.update(tags=[IGNORED]),
+    "tagged nbval-skip": lambda notebook: notebook.cells[3].metadata.update(tags=["nbval-skip"]),
+    "comment marker": (
+        lambda notebook: notebook.cells[3].update(source="# NBVAL_IGNORE_OUTPUT\nprint(2)")
+    ),
+}
+
+
+@pytest.mark.parametrize("complaint", BREAKS)
+def test_problem_is_found(complaint):
+    notebook = small_notebook()
+    BREAKS[complaint](notebook)
+    assert any(complaint in problem for problem in problems(notebook)), problems(notebook)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("path", "saved in /home/somebody/model"),
+        ("path", r"saved in C:\Users\somebody"),
+        ("device", "tensor on cuda:0"),
+        ("device", "float32 on cpu"),
+        ("time", "took 1.25 s"),
+        ("time", "took 12 ms"),
+        ("time", "at 2026-01-31"),
+        ("version", "torch 2.13.0"),
+        ("address", "<object at 0x7f3a12345678>"),
+    ],
+)
+@pytest.mark.parametrize("output_type", ["stream", "execute_result"])
+def test_private_text_is_found(kind, text, output_type):
+    notebook = small_notebook()
+    content = (
+        {"name": "stdout", "text": text}
+        if output_type == "stream"
+        else {"data": {"text/html": f"<b>{text}</b>"}}
+    )
+    notebook.cells[2].outputs = [new_output(output_type, **content)]
+    assert any(
+        problem.startswith(f"cell 3 prints a{'n' * (kind == 'address')} {kind}")
+        for problem in problems(notebook)
+    )
+    notebook.cells[2].outputs = []
+    notebook.cells[0].outputs = [
+        new_output(output_type, **content)
+    ]  # the ignored cell may name a device, not a path
+    assert any("prints" in problem for problem in problems(notebook)) == (kind == "path")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["norm 100.23, cosine 0.1", "in the 1990s", "https://example.org/home/post", "[3, 12, 64]"],
+)
+def test_ordinary_text_is_no_problem(text):
+    notebook = small_notebook()
+    notebook.cells[2].outputs = [new_output("stream", name="stdout", text=text)]
+    assert problems(notebook) == []
+
+
+def run_notebooks(folder: Path) -> int:
+    return notebooks.main([], folder)
+
+
+def test_run_stores_outputs_and_a_second_run_changes_nothing(tmp_path):
+    path, notebook = tmp_path / "small.ipynb", small_notebook()
+    for cell in notebook.cells:
+        cell.update(execution_count=None, outputs=[])
+        cell.metadata["execution"] = {"iopub.status.busy": "2026-01-31T12:00:00Z"}
+    notebook.metadata.update(kernelspec={"name": "python3", "display_name": "mine"}, widgets={})
+    store(notebook, path)
+    assert run_notebooks(tmp_path) == 0
+    assert nbformat.read(path, as_version=4) == small_notebook()
+    stored = path.read_bytes()
+    assert run_notebooks(tmp_path) == 0
+    assert path.read_bytes() == stored
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "raise KeyError('missing')",
+        "import sys; print('oh', file=sys.stderr)",
+        f"display({{{WIDGET!r}: {{}}}}, raw=True)",
+        "import os; os._exit(1)",
+    ],
+    ids=["error", "stderr", "widget", "dead kernel"],
+)
+def test_run_that_must_not_be_stored_leaves_the_file(tmp_path, source):
+    path = tmp_path / "broken.ipynb"
+    store(small_notebook((source,)), path)
+    before = path.read_bytes()
+    assert run_notebooks(tmp_path) == 1
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_run_does_not_depend_on_the_readers_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("STEERING_MODEL", "gpt2-xl")
+    store(
+        small_notebook(("import os; print(os.environ.get('STEERING_MODEL'))",)),
+        tmp_path / "small.ipynb",
+    )
+    assert notebooks.execute(tmp_path / "small.ipynb").cells[1].outputs[0].text == "None\n"
+
+
+def test_unknown_notebook_is_named(tmp_path, capsys):
+    assert notebooks.main(["missing"], tmp_path) == 1
+    assert "no notebook 'missing'" in capsys.readouterr().err
+
+
+def run_nbval(path: Path) -> subprocess.CompletedProcess:
+    """Run plain `pytest --nbval` on one notebook, outside the project."""
+    command = [sys.executable, "-m", "pytest", "--nbval", "-p", "no:cacheprovider", path.name]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=path.parent, env=environment, capture_output=True, text=True)
+
+
+def prints_a_number(cell: NotebookNode) -> bool:
+    return is_compared(cell) and any(
+        re.search(r"\d", output.get("text", "")) for output in cell.outputs[:1]
+    )
+
+
+def test_nbval_sees_a_changed_number(tmp_path):
+    """A notebook up to its first printed number passes as it is, and fails when that number is another."""
+    notebook, path = read("pytorch_hooks"), tmp_path / "copy.ipynb"
+    last = next(
+        i
+        for i, cell in enumerate(notebook.cells)
+        if cell.cell_type == "code" and prints_a_number(cell)
+    )
+    notebook.cells = notebook.cells[: last + 1]
+    store(notebook, path)
+    as_it_is = run_nbval(path)
+    assert as_it_is.returncode == 0, as_it_is.stdout
+    output = notebook.cells[last].outputs[0]
+    output.text = re.sub(r"\d", lambda digit: str((int(digit[0]) + 1) % 10), output.text, count=1)
+    store(notebook, path)
+    changed = run_nbval(path)
+    assert changed.returncode == 1
+    assert "1 failed" in changed.stdout
+
+
+# --- JupyterLab ---
+
+
+def test_stored_is_what_jupyterlab_writes():
+    """On opening, JupyterLab writes the kernel's display name and what the kernel says of its language; the version is ours."""
+    assert notebooks.KERNELSPEC["display_name"] == get_kernel_spec("python3").display_name
+    assert notebooks.LANGUAGE | {"version": ""} == IPythonKernel.language_info | {"version": ""}
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory) -> Iterator[tuple[str, Path]]:
+    """The address of a JupyterLab that `make lab` started with arguments, as whoever runs this test, and its folder."""
+    folder = tmp_path_factory.mktemp("lab")
+    installed = folder / ".installed"
+    installed.touch()  # nothing is installed then
+    arguments = (
+        f"--no-browser --port=0 --IdentityProvider.token=secret --ServerApp.root_dir={folder}"
+    )
+    python = shlex.quote(
+        sys.executable
+    )  # `make` hands it to a shell, and the clone may stand in a folder with a space
+    command = [
+        "make",
+        "-C",
+        str(ROOT),
+        "lab",
+        f"RUN={python} -m",
+        f"STAMP={installed}",
+        f"ARGS={arguments}",
+    ]
+    home = {
+        name: str(folder / ".home")
+        for name in ("HOME", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR")
+    }
+    server = subprocess.Popen(
+        command,
+        env=os.environ | home,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        lines = []
+        for line in server.stdout:
+            lines.append(line)
+            if found := re.search(r"http://127\.0\.0\.1:\d+", line):
+                break
+        assert found, "".join(lines)
+        for _ in range(100):  # the line comes a little before the server listens
+            with contextlib.suppress(urllib.error.URLError):
+                fetch(f"{found[0]}/api")
+                break
+            time.sleep(0.1)
+        yield found[0], folder
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def fetch(url: str, data: bytes | None = None) -> str:
+    headers = {"Authorization": "token secret", "Content-Type": "application/json"}
+    request = urllib.request.Request(url, data, headers, method="PUT" if data else "GET")
+    return urllib.request.urlopen(request, timeout=30).read().decode()
+
+
+def test_lab_asks_no_question_about_news(lab):
+    page = fetch(f"{lab[0]}/lab")
+    config = json.loads(
+        re.search(r'id="jupyter-config-data"[^>]*>(.*?)</script>', page, flags=re.DOTALL)[1]
+    )
+    assert "@jupyterlab/apputils-extension:announcements" in config["disabledExtensions"]
+
+
+def test_lab_with_another_python_writes_what_was_stored(lab):
+    """Saved with another version of Python and an output that a bar left, the file is the same byte for byte."""
+    url, folder = lab
+    notebook = small_notebook()
+    store(notebook, folder / "small.ipynb")
+    before = (folder / "small.ipynb").read_bytes()
+
+    def save() -> dict:
+        content = {"type": "notebook", "format": "json", "content": notebook}
+        fetch(f"{url}/api/contents/small.ipynb", json.dumps(content).encode())
+        return nbformat.read(folder / "small.ipynb", as_version=4)
+
+    notebook.metadata.language_info.version = "3.99.0"
+    notebook.cells[2].outputs.append(new_output("display_data"))
+    save()
+    assert (folder / "small.ipynb").read_bytes() == before
+    notebook.cells[2].source = "changed"
+    assert save().cells[2].source == "changed"
+    notebook.metadata.language_info.update(
+        name="R", version="4.4"
+    )  # the reader's own choice is kept
+    assert save().metadata.language_info.version == "4.4"
+
+
+def test_what_is_saved_beside_notebooks_or_over_one_without_a_version(tmp_path):
+    """Another file stays as it is. A version that was not stored is taken from the one that saves."""
+    folder, text = SimpleNamespace(root_dir=tmp_path), {"type": "file", "content": "x = 1"}
+    notebooks.before_saving(text, "a.py", folder)
+    assert text == {"type": "file", "content": "x = 1"}
+    notebook = small_notebook()
+    del notebook.metadata.language_info["version"]
+    (tmp_path / "a.ipynb").write_text(nbformat.writes(notebook), encoding="utf-8")
+    notebook.metadata.language_info.version = "3.99.0"
+    notebooks.before_saving({"type": "notebook", "content": notebook}, "a.ipynb", folder)
+    assert notebook.metadata.language_info.version == "3.99.0"
+
+
+def test_a_bar_without_text_makes_no_output(monkeypatch):
+    """The first thing that is written may be a blank line; an output without anything in it would stay."""
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda *args, **kwargs: shown.append(args))
+    for text in ("\r", "   ", "\n"):
+        progress._Output().write(text)
+    assert not shown
+    progress._Output().write("\r 1 of 2")
+    assert shown == [({"text/plain": "1 of 2"},)]
+
+
+def test_bars_leave_nothing_in_a_notebook(tmp_path, monkeypatch):
+    """A bar shows while it runs, also one in another; nothing is left on stderr, and no widget."""
+    monkeypatch.delenv("TQDM_DISABLE")
+    monkeypatch.setattr(notebooks, "clean_environment", lambda environment: None)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    source = """
+from tqdm import tqdm
+from common import progress
+progress.DELAY = 0
+with progress.progress_bar(2, "outer", "row", show=True) as bar:
+    for _ in range(2):
+        for _ in tqdm(range(3), mininterval=0, **progress.bar_options()):
+            pass
+        bar.update()
+print("done")
+"""
+    path, shown = tmp_path / "bars.ipynb", []
+    store(new_notebook(cells=[new_code_cell(source)]), path)
+    cell = notebooks.execute(path, lambda cell, **_: shown.extend(cell.outputs)).cells[0]
+    assert [output.output_type for output in shown] == ["display_data"] * 3 + ["stream"]
+    assert [output.get("data") for output in shown[:3]] == [{}] * 3
+    assert [(output.name, output.text) for output in cell.outputs] == [("stdout", "done\n")]
