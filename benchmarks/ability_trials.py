@@ -333,7 +333,7 @@ def gradient(subject: Subject) -> None:
 
 
 def gradient_of_the_bias(subject: Subject) -> None:
-    """the gradient that the edited bias gets, `mlp.c_proj.bias.grad`, is that of the vector"""
+    """The gradient that the edited bias gets, `mlp.c_proj.bias.grad`, is that of the vector"""
     with subject.steer():
         bias = get_block(subject.module, subject.layer).mlp.c_proj.bias
         subject.module(**with_position_ids(subject.inputs)).logits[:, -1].logsumexp(
@@ -364,7 +364,7 @@ def compile_while_steered(subject: Subject) -> None:
 
 
 def compile_in_parts(subject: Subject) -> None:
-    """without `fullgraph=True`: compiled in parts"""
+    """Without `fullgraph=True`: compiled in parts"""
     with subject.steer(), compiled(subject.module, fullgraph=False) as fast:
         expect_steered(subject, _compiled_logits(subject, fast))
 
@@ -533,7 +533,7 @@ def expect_quantized_steered(subject: Subject) -> None:
 
 
 def steered_then_quantized(subject: Subject) -> None:
-    """steer first and quantise then: the bias goes into the int8 layer"""
+    """Steer first and quantise then: the bias goes into the int8 layer"""
     llama = Subject(subject.mechanism, tiny_llama(), subject.tokenizer, 1)
     with llama.steer():
         steered = _quantized(llama.module)

@@ -237,7 +237,7 @@ class Bench:
                         ways, rounds, f"{self.case.name}, compiled, {name}, {kind}"
                     )
                     row[kind] = summary(seconds[name], seconds["unsteered"])
-                # noqa: BLE001 - whatever a library raises is what the table says
+
                 except Exception as error:
                     row[kind] = {
                         "error": (

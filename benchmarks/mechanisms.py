@@ -60,10 +60,8 @@ def count_lines(source: str) -> int:
             if isinstance(node, ast.Try)
             else []
         )
-        return (
-            isinstance(node, ast.Import | ast.ImportFrom)
-            or bool(inner)
-            and all(map(imports, inner))
+        return isinstance(node, ast.Import | ast.ImportFrom) or (
+            bool(inner) and all(map(imports, inner))
         )
 
     skipped = {

@@ -561,7 +561,7 @@ def lexicon() -> dict[str, int]:
             + [word for pair in v.VERBS[tone] for word in pair]
         )
         found = found + [word for group in v.GROUP_ADJECTIVES.values() for word in group[tone]]
-        words.update({word: tone for word in found})
+        words.update(dict.fromkeys(found, tone))
     return words
 
 

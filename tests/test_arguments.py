@@ -65,11 +65,13 @@ def test_a_product_outside_the_dtype_is_refused(half, tokenizer, size, multiplie
 
 def test_an_addition_outside_the_dtype_is_refused(half, tokenizer):
     """Its coefficient times the activations that are read."""
-    with pytest.raises(
-        ValueError, match=r"prompt='You'\) holds .* float16, in which the model runs"
+    with (
+        pytest.raises(
+            ValueError, match=r"prompt='You'\) holds .* float16, in which the model runs"
+        ),
+        apply_activation_additions(half, tokenizer, [ActivationAddition(1e5, 2, "You")]),
     ):
-        with apply_activation_additions(half, tokenizer, [ActivationAddition(1e5, 2, "You")]):
-            pass
+        pass
     assert torch.isfinite(
         next(iter(addition_vectors(half, tokenizer, [ActivationAddition(10, 2, "You")]).values()))
     ).all()

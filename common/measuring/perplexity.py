@@ -51,7 +51,7 @@ class CorpusStats:
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean loss of a token."""
+        """Exp of the mean loss of a token."""
         return math.exp(-self.avg_logprob)
 
 

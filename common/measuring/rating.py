@@ -433,10 +433,8 @@ def _rows(data: bytes) -> Iterator[list[str]]:
         for number, cells in enumerate(table):
             if (
                 any(cells[width:])
-                or cells
-                and len(cells) < width
-                or not number
-                and tuple(cells[:width]) != COLUMNS
+                or (cells and len(cells) < width)
+                or (not number and tuple(cells[:width]) != COLUMNS)
             ):
                 raise ValueError(f"expected the columns {', '.join(COLUMNS)}, got {cells[:9]}")
             if number and any(cells):

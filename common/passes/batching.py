@@ -163,7 +163,7 @@ def separate_parts(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[tuple
         For each part its rows [n], and which columns hold their tokens, [pos], bool.
     """
     mask = inputs["attention_mask"].bool()
-    if len(mask) == 1 and bool(mask.all()) or (how := batching(model, inputs)) == "any":
+    if (len(mask) == 1 and bool(mask.all())) or (how := batching(model, inputs)) == "any":
         return []
     if how == "alone":
         return [

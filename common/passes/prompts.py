@@ -129,7 +129,7 @@ def _with_one_bos(
     if prepend_bos and bos is not None and row[:1] != [bos]:
         return [bos, *row]
     if prepend_bos is not None or not (
-        row[-1:] == [eos] or bos is not None and row[:2] == [bos] * 2
+        row[-1:] == [eos] or (bos is not None and row[:2] == [bos] * 2)
     ):
         return row
     own = tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -228,7 +228,7 @@ def of_rows(values: Tensor, batch: int, what: str) -> Tensor:
         ValueError: the rows cannot be shared out evenly among the values.
     """
     rows, total = _part.get() or (None, batch)
-    if total % len(values) or rows is not None and batch % len(rows):
+    if total % len(values) or (rows is not None and batch % len(rows)):
         raise ValueError(f"{what} has {len(values)} rows and the batch has {total}")
     values = values.repeat_interleave(total // len(values), dim=0)
     return (
@@ -471,8 +471,8 @@ class PositionTracker:
             attention = text.mask_up_to(past + count, entries)
         numbers = given.get("position_ids")
         positions, real = _positions(entries, past, attention, numbers)
-        packed = (
-            "cu_seq_lens_q" in given or attention is None and bool((positions.diff() != 1).any())
+        packed = "cu_seq_lens_q" in given or (
+            attention is None and bool((positions.diff() != 1).any())
         )
         if packed and self.selection.needs_rows:
             raise ValueError(PACKED)

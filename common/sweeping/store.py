@@ -264,10 +264,8 @@ def plain(value: Any) -> Any:
     value = value.item() if isinstance(value, np.generic) else value
     if value is None or value is pd.NA:
         return None
-    if (
-        not isinstance(value, bool | int | float | str)
-        or isinstance(value, str)
-        and value != value.encode(errors="replace").decode()
+    if not isinstance(value, bool | int | float | str) or (
+        isinstance(value, str) and value != value.encode(errors="replace").decode()
     ):
         raise ValueError(
             f"expected a number or a text, got {value!r}"

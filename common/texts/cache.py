@@ -21,8 +21,8 @@ class ReservedLayer(DynamicLayer):
         """Store the new keys and values [batch, head, pos, d_head], and return all."""
         start = self.get_seq_length()
         end = start + key_states.shape[-2]
-        mine = (
-            not start or bool(self.buffers) and self.keys.data_ptr() == self.buffers[0].data_ptr()
+        mine = not start or (
+            bool(self.buffers) and self.keys.data_ptr() == self.buffers[0].data_ptr()
         )
         if (
             end > self.length or not mine

@@ -233,7 +233,7 @@ def test_a_run_without_position_ids_is_named(gpt2, tokenizer):
     """The check takes the reader's own way to run the model."""
     run = lambda model, inputs: (
         model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
-    )  # noqa: E731
+    )
     with pytest.raises(AssertionError, match="without any steering.*row 0.*position ids"):
         check_rows(gpt2, tokenizer, adding(gpt2), logits=run)
 

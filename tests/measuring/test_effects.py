@@ -211,7 +211,7 @@ def test_texts_are_no_effect(call):
 
 def test_a_model_that_broke_has_no_perplexity_ratio():
     """One text without a loss, and the cell has no ratio; it is no cell of the window, and none that lacks its cost."""
-    cells = {cell: 1.02 for cell in CELLS}
+    cells = dict.fromkeys(CELLS, 1.02)
     costs = costs_of(cells)
     costs.loc[
         costs["layer"].eq(3).fillna(False) & (costs["coeff"] == -2.0) & (costs["tokens"] == 3),
@@ -312,7 +312,7 @@ def window(changed: Moves | None = None, ratios: dict | None = None, **options):
     }
     table, costs = (
         rows_of(moved | (changed or {})),
-        costs_of({cell: 1.02 for cell in CELLS} | (ratios or {})),
+        costs_of(dict.fromkeys(CELLS, 1.02) | (ratios or {})),
     )
     return working_window(table, costs, "tone", **options)
 
@@ -405,7 +405,7 @@ def test_limits_are_those_that_are_given():
 def test_one_sign_is_enough_where_only_one_was_swept():
     cells = [cell for cell in CELLS if cell[3] > 0]
     found = working_window(
-        rows_of({cell: good(1) for cell in cells}), costs_of({cell: 1.0 for cell in cells}), "tone"
+        rows_of({cell: good(1) for cell in cells}), costs_of(dict.fromkeys(cells, 1.0)), "tone"
     )
     assert works(found) == ALL and "no controls" in found.reason and "nan" not in found.reason
 
@@ -448,11 +448,7 @@ def test_a_cell_needs_its_cost():
         working_window(rows_of(moved), lacking, "tone")
     nothing = {("Love", "steering", 3, 0.0): [0.0] * 4}
     assert (
-        works(
-            working_window(
-                rows_of(moved | nothing), costs_of({cell: 1.0 for cell in CELLS}), "tone"
-            )
-        )
+        works(working_window(rows_of(moved | nothing), costs_of(dict.fromkeys(CELLS, 1.0)), "tone"))
         == ALL
     )
     with pytest.raises(ValueError, match="other than 0"):
@@ -574,7 +570,7 @@ def test_heat_maps_of_nothing():
         ("Love", "steering", 4, 1.0): [math.nan] * 4
     }
     figure = plot_heat_map(
-        working_window(rows_of(moved), costs_of({cell: 1.0 for cell in cells}), "tone")
+        working_window(rows_of(moved), costs_of(dict.fromkeys(cells, 1.0)), "tone")
     )
     assert [len(axes.texts) for axes in figure.axes] == [4, 5] and "nan" not in {
         text.get_text() for axes in figure.axes for text in axes.texts

@@ -26,7 +26,22 @@ PROMPT = "I went up to my friend and said that the"
 ALIGNED = ["wedding", "bride", "groom"]
 WORDS = ["love", "hate", "garden", "wedding", "bride", "old"]
 prompts = st.lists(
-    st.sampled_from("I love hate the old garden and you because they are charming".split()),
+    st.sampled_from(
+        [
+            "I",
+            "love",
+            "hate",
+            "the",
+            "old",
+            "garden",
+            "and",
+            "you",
+            "because",
+            "they",
+            "are",
+            "charming",
+        ]
+    ),
     min_size=2,
     max_size=8,
 ).map(" ".join)
@@ -329,7 +344,7 @@ def test_the_wedding_vector_is_effective(model, tokenizer, steering):
     """Words of weddings become likelier, and its opposite makes them less likely."""
     away = lambda: apply_activation_additions(
         model, tokenizer, get_x_vector(" weddings", "", -2, 3)
-    )  # noqa: E731
+    )
     found = [
         effectiveness_and_disruption(model, tokenizer, PROMPT, how, ALIGNED)["effectiveness"].iloc[
             -1
@@ -342,7 +357,7 @@ def test_the_wedding_vector_is_effective(model, tokenizer, steering):
 def test_coefficient_0_is_neither_effective_nor_disruptive(model, tokenizer):
     nothing = lambda: apply_activation_additions(
         model, tokenizer, get_x_vector("Love", "Hate", 0, 3)
-    )  # noqa: E731
+    )
     frame = effectiveness_and_disruption(model, tokenizer, PROMPT, nothing, ALIGNED)
     assert (frame[["effectiveness", "disruption", "kl"]] == 0).all(axis=None)
 

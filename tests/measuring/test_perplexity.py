@@ -39,7 +39,22 @@ OFF = [
     "To see Big Ben, people come to London. Is it in England?",
 ]
 words = st.lists(
-    st.sampled_from("I love hate the old garden and you because they are charming".split()),
+    st.sampled_from(
+        [
+            "I",
+            "love",
+            "hate",
+            "the",
+            "old",
+            "garden",
+            "and",
+            "you",
+            "because",
+            "they",
+            "are",
+            "charming",
+        ]
+    ),
     min_size=1,
     max_size=12,
 ).map(" ".join)

@@ -387,7 +387,7 @@ def test_wrapper_hands_on_attributes(model, plus):
             assert getattr(wrapper, name) == getattr(block, name)
         assert wrapper.block is block and not hasattr(wrapper, "telepathy")
         with pytest.raises(AttributeError, match="telepathy"):
-            wrapper.telepathy  # noqa: B018
+            wrapper.telepathy
 
 
 def test_cells_run_once(bias_editing):

@@ -13,7 +13,7 @@ from common.passes.hooks import EndOfPass
 from repository.mechanisms import MECHANISMS, Mechanism, mechanism_cells, run_cells
 
 # Where each mechanism adds: (the expression, the hidden states in it, the vector in it).
-ADDITIONS = {name: ("hidden + vector", "hidden", "vector") for name in MECHANISMS} | {
+ADDITIONS = dict.fromkeys(MECHANISMS, ("hidden + vector", "hidden", "vector")) | {
     "bias_editing": ("original + change", "original", "change")
 }
 CHANGED_ADDITIONS = {
@@ -29,10 +29,9 @@ CHANGED_ADDITIONS = {
 }
 A_BIAS_CANNOT = ("row 0 only", "last position only", "prompt only")
 
-WRONG_LAYER = {
-    name: ("return intervene(model, layer, ", "return intervene(model, layer - 1, ")
-    for name in MECHANISMS
-} | {
+WRONG_LAYER = dict.fromkeys(
+    MECHANISMS, ("return intervene(model, layer, ", "return intervene(model, layer - 1, ")
+) | {
     "transformer_lens": (
         "return intervene(bridge, layer, ",
         "return intervene(bridge, layer - 1, ",

@@ -74,7 +74,7 @@ def test_after_an_exception_in_the_forward_pass(untouched, model, batch, plus, c
     mechanism, wrapped = untouched
     beyond = {**batch, "input_ids": torch.full_like(batch["input_ids"], model.config.vocab_size)}
     arguments = (3,) if call == "read" else ()
-    # noqa: B017 - each library raises its own
+
     with pytest.raises(Exception), mechanism.steer(wrapped, 1, plus):
         getattr(mechanism, call)(wrapped, beyond, *arguments)
 

@@ -116,7 +116,7 @@ def test_an_addition_to_what_a_block_reads(small):
 
 
 def test_generation_with_a_static_cache(small):
-    """transformers compiles the model inside `generate`, and keeps that for the next call."""
+    """Transformers compiles the model inside `generate`, and keeps that for the next call."""
     config = CompileConfig(backend="eager", mode=None)
     config._compile_all_devices = True  # on a GPU it does so by itself
 

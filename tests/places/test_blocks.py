@@ -107,7 +107,7 @@ def test_vector_takes_the_blocks_dtype():
 
 
 def test_vector_stays_where_it_is_for_an_offloaded_block():
-    """accelerate leaves the weights of an offloaded block on the meta device, where nothing can be added."""
+    """Accelerate leaves the weights of an offloaded block on the meta device, where nothing can be added."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(CONFIGS["model.layers"])
     assert check_vector(model, 1, torch.ones(16)).tolist() == [1.0] * 16

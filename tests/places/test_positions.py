@@ -136,7 +136,7 @@ def test_rows_that_a_span_does_not_mean_may_be_short():
 
 
 def test_tracker_knows_the_names_of_positional_arguments_under_another_forward():
-    """nnsight replaces `forward` on the module by one without names; GPT-2 passes the ids by position."""
+    """Nnsight replaces `forward` on the module by one without names; GPT-2 passes the ids by position."""
 
     class Model(nn.Module):
         def forward(self, input_ids, attention_mask=None):

@@ -289,7 +289,7 @@ def test_nbval_sees_a_changed_number(tmp_path):
 def test_stored_is_what_jupyterlab_writes():
     """On opening, JupyterLab writes the kernel's display name and what the kernel says of its language; the version is ours."""
     assert notebooks.KERNELSPEC["display_name"] == get_kernel_spec("python3").display_name
-    assert notebooks.LANGUAGE | {"version": ""} == IPythonKernel.language_info | {"version": ""}
+    assert IPythonKernel.language_info | {"version": ""} == notebooks.LANGUAGE | {"version": ""}
 
 
 @pytest.fixture(scope="module")

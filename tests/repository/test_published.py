@@ -52,10 +52,39 @@ def test_published_figures_are_all_there():
     assert (stored["prompt"], stored["max_new_tokens"]) == ("I think dogs are ", 10)
     assert stored["norms"] == {"resid_post": 100.23, "ln_1": 18.80}
     texts = stored["completions"]
-    assert texts["unsteered"].split() == "a great way to get your dog to learn".split()
-    assert texts["resid_post"]["+"].split() == "a great way to get to know someone.".split()
+    assert texts["unsteered"].split() == [
+        "a",
+        "great",
+        "way",
+        "to",
+        "get",
+        "your",
+        "dog",
+        "to",
+        "learn",
+    ]
+    assert texts["resid_post"]["+"].split() == [
+        "a",
+        "great",
+        "way",
+        "to",
+        "get",
+        "to",
+        "know",
+        "someone.",
+    ]
     assert texts["resid_post"]["-"] == "icky, but I don't think they're "
-    assert texts["ln_1"]["+"].split() == "a great example of how we can use technology".split()
+    assert texts["ln_1"]["+"].split() == [
+        "a",
+        "great",
+        "example",
+        "of",
+        "how",
+        "we",
+        "can",
+        "use",
+        "technology",
+    ]
     assert stored["source"].startswith("https://")
     assert read_figures("openai-community/gpt2-xl") == stored
 

@@ -339,7 +339,7 @@ def test_the_model_is_restored_after_an_exception(model, tokenizer, broken):
 
 
 def test_a_forward_that_someone_set_is_given_back(model, tokenizer):
-    """accelerate puts a `forward` on the blocks themselves."""
+    """Accelerate puts a `forward` on the blocks themselves."""
     other = copy_sharing_weights(model)
     for block in other.transformer.h:
         add_hook_to_module(block, ModelHook())

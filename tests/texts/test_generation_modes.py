@@ -258,12 +258,14 @@ def test_continuous_batching(tokenizer):
         ]
         assert continuously(model, prompts) == wanted
     before = snapshot(model)
-    with model.continuous_batching_context_manager(
-        warmup=False, continuous_batching_config=SMALL
-    ) as running:
-        with steering(model, "the last"):
-            running.add_request(prompts[0], max_new_tokens=2)
-            assert "several texts share one row" in running.get_result(timeout=60).error
+    with (
+        model.continuous_batching_context_manager(
+            warmup=False, continuous_batching_config=SMALL
+        ) as running,
+        steering(model, "the last"),
+    ):
+        running.add_request(prompts[0], max_new_tokens=2)
+        assert "several texts share one row" in running.get_result(timeout=60).error
     rows = SteeringVector({1: direction(32)[0]}).apply(
         model, token_indices=torch.tensor([[1, 0], [0, 1], [1, 1]])
     )

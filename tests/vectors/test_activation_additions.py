@@ -22,7 +22,22 @@ PROMPT = "I hate you because"
 WEDDINGS = ("I talk about weddings constantly", "I do not talk about weddings constantly")
 LOCATIONS = ("front", "mid", "back")
 words = st.lists(
-    st.sampled_from("I love hate the old garden and you because they are charming".split()),
+    st.sampled_from(
+        [
+            "I",
+            "love",
+            "hate",
+            "the",
+            "old",
+            "garden",
+            "and",
+            "you",
+            "because",
+            "they",
+            "are",
+            "charming",
+        ]
+    ),
     min_size=1,
     max_size=5,
 ).map(" ".join)
@@ -554,9 +569,8 @@ def test_mistakes_are_named_before_anything_is_changed(model, tokenizer, additio
 
 def test_restored_after_an_exception_inside(model, tokenizer, x_vector):
     before = snapshot(model)
-    with pytest.raises(KeyError):
-        with apply_activation_additions(model, tokenizer, x_vector):
-            raise KeyError
+    with pytest.raises(KeyError), apply_activation_additions(model, tokenizer, x_vector):
+        raise KeyError
     assert_pristine(model, before)
 
 

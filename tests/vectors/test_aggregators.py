@@ -87,7 +87,7 @@ def test_pca_of_differences_that_cancel_is_no_nan():
 
 
 def test_logistic_passes_its_options_on():
-    """norm 1 by default; a stronger penalty gives another direction where features differ in scale."""
+    """Norm 1 by default; a stronger penalty gives another direction where features differ in scale."""
     positive, negative = draw((40, 8), 3)
     assert logistic_aggregator()(positive, negative).norm() == pytest.approx(1, abs=1e-5)
     weak, strong = (logistic_aggregator({"C": c})(positive, negative) for c in (100.0, 1e-4))

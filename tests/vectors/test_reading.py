@@ -256,8 +256,10 @@ def test_a_part_that_gives_no_tensor_is_named():
 
     model = tiny_model("GPT-2", 20)
     model.transformer.h[0].mlp = Odd()
-    with pytest.raises(
-        ValueError, match="expected a tensor, or a tuple that begins with one, got dict"
+    with (
+        pytest.raises(
+            ValueError, match="expected a tensor, or a tuple that begins with one, got dict"
+        ),
+        record_activations(model, "mlp", layer_nums=[0]),
     ):
-        with record_activations(model, "mlp", layer_nums=[0]):
-            model.transformer.h[0].mlp(torch.zeros(1))
+        model.transformer.h[0].mlp(torch.zeros(1))

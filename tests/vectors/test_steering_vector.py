@@ -133,7 +133,7 @@ def test_vectors_act_in_the_order_in_which_they_were_opened(model, tokenizer):
     [ablation_operator(), ablation_then_addition_operator(), norm_preserving_addition_operator()],
 )
 def test_operators_are_what_is_added(model, tokenizer, operator):
-    """hidden + operator(hidden, vector), the vector multiplied first and of shape [1, 1, d_model]."""
+    """Hidden + operator(hidden, vector), the vector multiplied first and of shape [1, 1, d_model]."""
     inputs = encode(tokenizer, TEXTS[:1])
     vector = random_vector()
     plain = hidden_of(model, inputs)
@@ -509,11 +509,13 @@ def test_what_is_no_vector_is_refused(given, says):
 def test_an_index_before_the_prompt(model, tokenizer):
     """Known only when the prompt is: a clear error from the pass, and the model as it was."""
     before = snapshot(model)
-    with pytest.raises(
-        ValueError, match="token index -9 lies before the first token of a prompt of 4 tokens"
+    with (
+        pytest.raises(
+            ValueError, match="token index -9 lies before the first token of a prompt of 4 tokens"
+        ),
+        random_vector().apply(model, token_indices=[-9]),
     ):
-        with random_vector().apply(model, token_indices=[-9]):
-            model(**encode(tokenizer, TEXTS[:1]))
+        model(**encode(tokenizer, TEXTS[:1]))
     assert_pristine(model, before)
 
 
