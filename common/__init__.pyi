@@ -96,6 +96,7 @@ from .vectors.aggregators import logistic_aggregator as logistic_aggregator
 from .vectors.aggregators import mean_aggregator as mean_aggregator
 from .vectors.aggregators import mean_centred_aggregator as mean_centred_aggregator
 from .vectors.aggregators import pca_aggregator as pca_aggregator
+from .vectors.directions import random_directions as random_directions
 from .vectors.operators import PatchDeltaOperator as PatchDeltaOperator
 from .vectors.operators import ablation_operator as ablation_operator
 from .vectors.operators import ablation_then_addition_operator as ablation_then_addition_operator

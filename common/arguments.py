@@ -1,4 +1,4 @@
-"""What is asked of arguments: each check returns the argument as it is used, or says what was given and what was expected."""
+"""Checks of arguments: each returns the argument as it is used, or says what was expected."""
 
 import inspect
 import math
@@ -11,8 +11,27 @@ from torch import Tensor
 
 
 def is_integer(value: object) -> bool:
-    """Whether a value is an integer; those of numpy are, and True is not."""
+    """Say whether a value is an integer; those of numpy are, and True is not."""
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def integer(value: object, name: str, least: int | None = 0) -> int:
+    """Return an integer, one of numpy included, as an int.
+
+    Args:
+        value: what was given.
+        name: the argument, as the message names it.
+        least: the smallest that is allowed; None allows every integer.
+
+    Raises:
+        ValueError: a bool, a float, a text; or an integer below `least`.
+    """
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        number = int(value)
+        if least is None or number >= least:
+            return number
+    of = "" if least is None else f" of {least} or more"
+    raise ValueError(f"expected an integer{of} as {name}, got {value!r}")
 
 
 def finite_number(value: object, name: str) -> float:

@@ -23,6 +23,7 @@ from common import (
     train_steering_vector,
     working_window,
 )
+from common.arguments import integer
 from common.checking.pristine import assert_pristine, snapshot
 from common.places.blocks import check_vector, get_block
 from common.places.sites import Site, parse_site
@@ -96,6 +97,20 @@ def test_a_product_inside_the_dtype_is_added(half, tokenizer):
 
 
 # --- numbers of numpy are numbers ---
+
+
+def test_an_integer_is_returned_as_an_int():
+    """One of numpy as well; `least` itself is allowed, and None allows every integer."""
+    assert [type(integer(value, "n")) for value in (0, np.int64(3))] == [int, int]
+    assert integer(2, "n", least=2) == 2 and integer(-7, "n", least=None) == -7
+
+
+@pytest.mark.parametrize("value", [True, 1.0, "1", None, 0, torch.tensor(3)])
+def test_what_is_not_an_integer_is_refused(value):
+    """A bool, a float, a text, one that is too small."""
+    with pytest.raises(ValueError, match=r"expected an integer of 1 or more as n, got") as raised:
+        integer(value, "n", least=1)
+    assert repr(value) in str(raised.value)
 
 
 def test_integers_of_numpy(model, tokenizer):

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from common.arguments import is_integer
+from common.arguments import integer, is_integer
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
@@ -66,9 +66,7 @@ class TokenSelection:
                 f" {token_indices!r}"
             )
         if min_token_index is not None:
-            if not is_integer(min_token_index):
-                raise ValueError(f"expected an integer as min_token_index, got {min_token_index!r}")
-            token_indices = slice(int(min_token_index), None)
+            token_indices = slice(integer(min_token_index, "min_token_index", least=None), None)
         self.everything = token_indices is None or (
             isinstance(token_indices, slice) and token_indices in EVERYTHING
         )

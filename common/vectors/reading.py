@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from common.arguments import is_integer
+from common.arguments import integer, is_integer
 from common.passes.hooks import EndOfPass, uncompiled
 from common.passes.prompts import Prompt, check_prompts, prompt_ids
 from common.passes.running import in_evaluation_mode, input_device
@@ -116,8 +116,7 @@ def read_activations(
     modules = get_layers(model, layer_type, layer_config, layers)
     if not modules:
         raise ValueError("expected at least one layer, got an empty list")
-    if not is_integer(batch_size) or batch_size < 1:
-        raise ValueError(f"expected a batch size of 1 or more, got {batch_size!r}")
+    batch_size = integer(batch_size, "batch_size", least=1)
     rows, reads = _plan(model, tokenizer, prompts, read_token_index, prepend_bos)
     kept = {layer: _Kept(len(reads.slots), move_to_cpu) for layer in modules}
     last = max(modules)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from common.arguments import function_of_two, is_integer
+from common.arguments import function_of_two, integer
 from common.passes.prompts import Prompt, is_prompt
 from common.passes.rounding import is_rounding
 from common.places.sites import LayerType, ModelLayerConfig
@@ -90,8 +90,7 @@ def extract_activations(
             `read_activations`.
     """
     samples = _samples(training_samples)
-    if not is_integer(batch_size) or batch_size < 1:
-        raise ValueError(f"expected a batch size of 1 or more, got {batch_size!r}")
+    batch_size = integer(batch_size, "batch_size", least=1)
     sides = [
         [(s.positive_str, s.read_positive_token_index) for s in samples],
         [(s.negative_str, s.read_negative_token_index) for s in samples],
@@ -113,7 +112,7 @@ def extract_activations(
     )
     halves = [
         {
-            layer: list(part.split(int(batch_size)))
+            layer: list(part.split(batch_size))
             for layer, acts in found.items()
             for part in [acts.chunk(2)[half]]
         }

@@ -191,7 +191,7 @@ def test_bfloat16_and_move_to_cpu(tokenizer):
         ({"read_token_index": torch.tensor(0)}, r"cannot read token tensor\(0\) of 'You'"),
         ({"read_token_index": lambda prompt: None}, "cannot read token None"),
         ({"read_token_index": [0, 0]}, "one read index for each of 1 prompts, got 2"),
-        ({"batch_size": 0}, "batch size of 1 or more, got 0"),
+        ({"batch_size": 0}, "integer of 1 or more as batch_size, got 0"),
         (
             {"layers": [6]},
             (

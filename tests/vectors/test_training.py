@@ -189,7 +189,7 @@ def test_layer_config_as_template_and_callable(model, tokenizer):
             {"layer_type": "mlp", "layer_config": {"mlp": 3}},
             "a layer matcher is a template",
         ),
-        ([("You", "Love")], {"batch_size": 0}, "batch size of 1 or more, got 0"),
+        ([("You", "Love")], {"batch_size": 0}, "integer of 1 or more as batch_size, got 0"),
         (
             [("You", "You")],
             {},
