@@ -33,6 +33,7 @@ from .measuring.next_token import top_changed_tokens as top_changed_tokens
 from .measuring.perplexity import get_stats_over_corpus as get_stats_over_corpus
 from .measuring.perplexity import perplexity_ratios as perplexity_ratios
 from .measuring.rating import rating_widget as rating_widget
+from .measuring.rating import ratings_to_csv as ratings_to_csv
 from .measuring.rating import report as report
 from .measuring.tone import moves as moves
 from .measuring.tone import tone as tone

@@ -5,17 +5,14 @@ next text is shown; the file does not hold the origin either, which `report` joi
 `python -m common.measuring.rating COMPLETIONS.csv` asks in the terminal, `rating_widget` in a
 notebook.
 
-The file may be opened in a spreadsheet: a text that would be run there as a formula has an
-apostrophe in front (and so has one that begins with an apostrophe), and a file that was saved there
-is read, and written anew with the next rating.
+The file only grows: one line of JSON for each rating, and one for each that is taken back.
+`ratings_to_csv` writes the ratings for a spreadsheet.
 """
 
 import argparse
-import codecs
 import csv
 import hashlib
 import html
-import io
 import json
 import math
 import os
@@ -23,25 +20,24 @@ import random
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pandas as pd
 from rich.console import Console
 from rich.text import Text
-from scipy.special import stdtrit
 
 if TYPE_CHECKING:
     import ipywidgets
 
 QUESTION = "How positive is this text?"
 SCALE = (1, 5)
-COLUMNS = ("id", "prompt", "completion", "question", "lowest", "highest", "rating")
 # How a cell begins that a spreadsheet runs as a formula (OWASP, CSV injection), and the mark that
 # tells it not to.
-_MARKED = ("=", "+", "-", "@", "\t", "\r", "'")
+_FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\n", "'")
 _ORIGINS = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -54,8 +50,8 @@ class RatingSession:
     Args:
         completions: one row for each completion: `prompts`, `completions`, and `is_modified` (is it
             steered?).
-        path: the CSV file of the ratings, one row each, in the order in which they are given; it
-            need not exist.
+        path: the file of the ratings, one line of JSON each, in the order in which they are given;
+            it need not exist.
         question: what the person is asked.
         scale: the lowest and the highest rating, both whole numbers.
         seed: what the order depends on, besides the texts.
@@ -67,9 +63,8 @@ class RatingSession:
         values: the ratings that can be given.
 
     Raises:
-        ValueError: completions, question or scale are not as described, or the file holds something
-            else than ratings of these completions for this question on this scale; it is left as it
-            is.
+        ValueError: completions, question or scale are not as described, or the file does not hold
+            ratings of these completions for this question on this scale; it is left as it is.
     """
 
     def __init__(
@@ -82,42 +77,24 @@ class RatingSession:
     ):
         if not isinstance(question, str) or not question.strip():
             raise ValueError(f"expected a question, got {question!r}")
-        if (
-            len(scale) != 2
-            or not all(isinstance(end, int) for end in scale)
-            or scale[0] >= scale[1]
-        ):
+        is_whole = len(scale) == 2 and all(isinstance(end, int) for end in scale)
+        if not is_whole or scale[0] >= scale[1]:
             raise ValueError(
                 "expected the lowest and the highest rating as scale, two whole numbers, got"
                 f" {scale!r}"
             )
         self._texts, _ = _checked(completions)
-        self.path, self.question, self.scale, self.total = (
-            Path(path),
-            question,
-            tuple(scale),
-            len(self._texts),
-        )
+        self.path, self.total = Path(path), len(self._texts)
+        self.question, self.scale = question, (scale[0], scale[1])
         self.values = range(scale[0], scale[1] + 1)
         # An id that shows no row number: in most tables the unsteered completions come first.
-        digest = hashlib.sha256(json.dumps(self._texts, ensure_ascii=False).encode()).hexdigest()
-        self._ids = [
-            hashlib.sha256(f"{digest} {row}".encode()).hexdigest()[:16] for row in range(self.total)
-        ]
+        digest = hashlib.sha256(json.dumps(self._texts).encode()).hexdigest()
+        ids = (hashlib.sha256(f"{digest} {row}".encode()) for row in range(self.total))
+        self._rows = {name.hexdigest()[:16]: row for row, name in enumerate(ids)}
+        self._ids = list(self._rows)
         # Two tables of equal size must not come in one order: who knew the first would know the
         # origins in the second.
         self._order = random.Random(f"{seed} {digest}").sample(range(self.total), self.total)
-        # Every line that this session can write; a file of others is told by a line that is none of
-        # these.
-        fields = {
-            (row, value): [self._ids[row], *text, question, *scale, value]
-            for row, text in enumerate(self._texts)
-            for value in self.values
-        }
-        self._lines = {key: _line(line) for key, line in fields.items()}
-        # Files of before have no apostrophes in front of formulas.
-        self._key_of = {_line(line, mark=""): key for key, line in fields.items()}
-        self._key_of |= {line: key for key, line in self._lines.items()}
         self._load()
 
     def rate(self, value: int) -> None:
@@ -131,15 +108,15 @@ class RatingSession:
             raise ValueError(
                 f"expected a whole number from {self.values[0]} to {self.values[-1]}, got {value!r}"
             )
-        if self._row is None:
+        if self._current_row is None:
             raise ValueError("all completions are rated already")
-        header = b"" if len(self._ends) > 1 else _line(COLUMNS)
-        self._write(self._ends[-1], header + self._lines[self._row, int(value)])
+        self._append(self._current_row, int(value))
 
     def undo(self) -> tuple[str, str] | None:
-        """Take the last rating back, also one of an earlier session; return prompt and completion, or None if there is none.
+        """Take the last rating back, even one of an earlier session.
 
-        The file is cut after the row before, so that a crash can touch no other rating.
+        Returns:
+            Its prompt and completion, or None where there is no rating.
 
         Raises:
             ValueError: another session wrote to the file meanwhile. Then nothing was taken back.
@@ -147,106 +124,96 @@ class RatingSession:
         if not self.ratings:
             return None
         last = list(self.ratings)[-1]
-        self._write(self._ends[-2], b"")
+        self._append(last, None)
         return self._texts[last]
 
-    def _write(self, keep: int, data: bytes) -> None:
-        """Cut the file after its first bytes, append, and wait for the disk. What is kept is never written again."""
-        if (self.path.stat().st_size if self.path.exists() else 0) != self._size:
-            self._load()
-            raise ValueError(
-                f"another session wrote to {str(self.path)!r}; it was read again, and nothing else"
-                " was done"
-            )
+    def _entry(self, row: int, value: int | None) -> dict[str, Any]:
+        """What a line says: a rating, or None where it is taken back."""
+        prompt, completion = self._texts[row]
+        return {
+            "id": self._ids[row],
+            "prompt": prompt,
+            "completion": completion,
+            "question": self.question,
+            "scale": list(self.scale),
+            "rating": value,
+        }
+
+    def _line(self, row: int, value: int | None) -> bytes:
+        return json.dumps(self._entry(row, value)).encode() + b"\n"
+
+    def _append(self, row: int, value: int | None) -> None:
+        """Add a line, and wait for the disk; whole lines are never written again."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = (
-            self.path
-            if self._again is None
-            else self.path.with_name(f".{self.path.name}.unfinished")
-        )
-        with open(unfinished, "ab") as file:
-            if self._again is not None:
-                file.truncate(0)
-                file.write(self._again)
-            file.truncate(keep)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, self.path)
-        self._load()
+        try:
+            with open(self.path, "ab") as file:
+                if file.tell() != self._size:
+                    raise ValueError(
+                        f"another session wrote to {str(self.path)!r}; it was read again, and"
+                        " nothing else was done"
+                    )
+                file.truncate(self._end)  # without what a crash left of a line
+                file.write(self._line(row, value))
+                file.flush()
+                os.fsync(file.fileno())
+        finally:
+            self._load()
 
     def _load(self) -> None:
-        """Read the file, and refuse it unless it holds ratings of this session, the last line perhaps half-written."""
-        data, again = self.path.read_bytes() if self.path.exists() else b"", None
-        ratings, ends, whole = self._read_lines(data)
-        if not whole:
-            try:
-                ratings = self._saved_again(data)
-            except ValueError:
-                other, this = _asked(self.path), (self.question, self.scale)
-                if other and other != this:
-                    raise ValueError(
-                        f"{str(self.path)!r} holds ratings for {_say(*other)}, not for"
-                        f" {_say(*this)}"
-                    ) from None
-                found = data[ends[-1] :][:60]
-                raise ValueError(
-                    f"{str(self.path)!r} holds something else than ratings of these completions:"
-                    f" {found!r}"
-                ) from None
-            again = _line(COLUMNS) + b"".join(self._lines[key] for key in ratings.items())
-            _, ends, _ = self._read_lines(again)
-        self.ratings, self._ends, self._again, self._size = ratings, ends, again, len(data)
-        self._row = next((row for row in self._order if row not in ratings), None)
-        self.current = None if self._row is None else self._texts[self._row]
-
-    def _read_lines(self, data: bytes) -> tuple[dict[int, int], list[int], bool]:
-        """Read lines that sessions write: the ratings, where each line ends, and whether that is all but a half-written end."""
-        key_of, header = self._key_of, _line(COLUMNS)
+        """Read the file; the last line may be half-written, anything else is refused."""
+        data = self.path.read_bytes() if self.path.exists() else b""
+        *lines, rest = data.split(b"\n")
         ratings: dict[int, int] = {}
-        ends, end = [0], 0
-        while (end := data.find(b"\n", end) + 1) and data.startswith(header):
-            line = data[ends[-1] : end]  # no whole one yet where the line break stands in a text
-            if line in key_of and key_of[line][0] not in ratings:
-                ratings.update([key_of[line]])
-            elif line != header or len(ends) > 1:
-                continue
-            ends.append(end)
-        # After a power cut a file can also end in zeros.
-        rest = data[ends[-1] :].rstrip(b"\0")
-        return (
-            ratings,
-            ends,
-            any(
-                line.startswith(rest) and line != rest
-                for line in (key_of if len(ends) > 1 else [header])
-            ),
+        for line in lines:
+            row, value = self._read(line)
+            if (row in ratings) != (value is None):
+                self._refuse(line)  # rated twice, or taken back without a rating
+            if value is None:
+                del ratings[row]
+            else:
+                ratings[row] = value
+        self._check_half_written(rest)
+        self.ratings, self._size, self._end = ratings, len(data), len(data) - len(rest)
+        unrated = (row for row in self._order if row not in ratings)
+        self._current_row = next(unrated, None)
+        self.current = None if self._current_row is None else self._texts[self._current_row]
+
+    def _read(self, line: bytes) -> tuple[int, int | None]:
+        """Return the row number and the rating that a line holds."""
+        try:
+            entry = json.loads(line)
+            row, value = self._rows.get(entry["id"]), entry["rating"]
+            lowest, highest = entry["scale"]
+            asked = entry["question"], (lowest, highest)
+        except (ValueError, TypeError, KeyError):
+            self._refuse(line)
+        if asked != (self.question, self.scale):
+            raise ValueError(
+                f"{str(self.path)!r} holds ratings for {_say(*asked)}, not for"
+                f" {_say(self.question, self.scale)}"
+            )
+        is_rating = value is None or (type(value) is int and value in self.values)
+        if row is None or not is_rating or entry != self._entry(row, value):
+            self._refuse(line)
+        return row, value
+
+    def _check_half_written(self, rest: bytes) -> None:
+        """Refuse an end that no session can have left: it would be lost with the next rating."""
+        start = rest.rstrip(b"\0")  # after a power cut a file can also end in zeros
+        possible = (self._line(row, value) for row in self._order for value in (*self.values, None))
+        if start and not any(line.startswith(start) for line in possible):
+            self._refuse(rest)
+
+    def _refuse(self, found: bytes) -> NoReturn:
+        name = repr(str(self.path))
+        if re.match(rb'\W*id"?[,;\t]"?prompt\b', found):
+            raise ValueError(
+                f"{name} holds ratings as CSV, as an earlier version saved them; this one saves"
+                " JSON lines: give the path of another file, this one stays as it is"
+            )
+        raise ValueError(
+            f"{name} holds something else than ratings of these completions: {found[:60]!r}"
         )
-
-    def _saved_again(self, data: bytes) -> dict[int, int]:
-        """Read the ratings in a file that a spreadsheet saved, which may have altered the texts: the ids say which they are.
-
-        Raises:
-            ValueError: something else.
-        """
-        if data.startswith(_line(COLUMNS)) and not data.endswith(b"\n"):
-            raise ValueError("cut: the last number may have lost a digit")
-        ratings: dict[int, int] = {}
-        for name, _, _, question, lowest, highest, rating in _rows(data):
-            [row] = [
-                row for row, own in enumerate(self._ids) if name == own or _is_number(name, own)
-            ]
-            asked = _one_break(question), (_whole(lowest), _whole(highest))
-            if (
-                asked != (_one_break(self.question), self.scale)
-                or row in ratings
-                or _whole(rating) not in self.values
-            ):
-                raise ValueError(
-                    "another question or scale, a completion rated twice, or a value off the scale"
-                )
-            ratings[row] = _whole(rating)
-        return ratings
 
 
 @dataclass(frozen=True)
@@ -289,21 +256,13 @@ def report(completions: pd.DataFrame, path: str | os.PathLike) -> Report:
         ValueError: as for `RatingSession`.
     """
     _, origins = _checked(completions)
-    ratings = RatingSession(completions, path, *(_asked(Path(path)) or ())).ratings
+    ratings = _open(completions, path).ratings
     steered, unsteered = (
         [value for row, value in ratings.items() if origins[row] == side] for side in (True, False)
     )
-    means = [statistics.fmean(side) if side else math.nan for side in (steered, unsteered)]
-    difference, margin = means[0] - means[1], _welch_margin(steered, unsteered)
-    return Report(
-        len(origins),
-        len(steered),
-        len(unsteered),
-        *means,
-        difference,
-        difference - margin,
-        difference + margin,
-    )
+    mean, other = (statistics.fmean(side) if side else math.nan for side in (steered, unsteered))
+    low, high = _welch_interval(steered, unsteered)
+    return Report(len(origins), len(steered), len(unsteered), mean, other, mean - other, low, high)
 
 
 def describe(report: Report) -> str:
@@ -331,6 +290,33 @@ def describe(report: Report) -> str:
     )
 
 
+def ratings_to_csv(
+    completions: pd.DataFrame, path: str | os.PathLike, csv_path: str | os.PathLike
+) -> None:
+    """Write the ratings so far, without the origins, as CSV for a spreadsheet.
+
+    No text is run there as a formula: one that would be has an apostrophe in front, and so has one
+    that begins with an apostrophe.
+
+    Args:
+        completions: the table that was rated.
+        path: the file of the ratings.
+        csv_path: the file to write; it must not exist.
+
+    Raises:
+        FileExistsError: it does exist.
+        ValueError: as for `RatingSession`.
+    """
+    session = _open(completions, path)
+    entries = [session._entry(row, value) for row, value in session.ratings.items()]
+    table = pd.DataFrame(entries, columns=["id", "prompt", "completion", "question", "rating"])
+    table["scale"] = " to ".join(map(str, session.scale))
+    for name in set(table) - {"rating"}:
+        table[name] = [f"'{text}" if text.startswith(_FORMULAS) else text for text in table[name]]
+    # All text is in quotes, so that a carriage return in it does no harm.
+    table.to_csv(csv_path, mode="x", index=False, quoting=csv.QUOTE_NONNUMERIC)
+
+
 def rating_widget(
     completions: pd.DataFrame,
     path: str | os.PathLike,
@@ -338,10 +324,10 @@ def rating_widget(
     scale: tuple[int, int] = SCALE,
     seed: int = 0,
 ) -> "ipywidgets.Widget":
-    """Return a widget that asks for the ratings, for the last line of a notebook cell; at the end it shows the report.
+    """Return a widget that asks for the ratings and then shows the report.
 
-    Arguments and errors are those of `RatingSession`. Running the cell again goes on with the same
-    file.
+    It is made for the last line of a notebook cell, and goes on with the same file when the cell is
+    run again. Arguments and errors are those of `RatingSession`.
     """
     import ipywidgets as widgets  # here, since the terminal does without
 
@@ -391,108 +377,49 @@ def _checked(completions: pd.DataFrame) -> tuple[list[tuple[str, str]], list[boo
     for row in texts:
         if not all(isinstance(text, str) for text in row):
             raise ValueError(f"expected text as prompt and completion, got {row}")
-    origins = [_ORIGINS.get(str(value).strip().lower()) for value in completions["is_modified"]]
-    if None in origins:
-        raise ValueError(
-            "expected True or False as is_modified, got"
-            f" {completions['is_modified'].iloc[origins.index(None)]!r}"
-        )
-    return texts, origins
+    names = [str(value).strip().lower() for value in completions["is_modified"]]
+    if unknown := [number for number, name in enumerate(names) if name not in _ORIGINS]:
+        found = completions["is_modified"].iloc[unknown[0]]
+        raise ValueError(f"expected True or False as is_modified, got {found!r}")
+    return texts, [_ORIGINS[name] for name in names]
 
 
-def _line(fields: Sequence[str | int], mark: str = "'") -> bytes:
-    """A line of a CSV file. Text is always in quotes, so that a carriage return in it does no harm; no text is a formula."""
-    buffer = io.StringIO()
-    fields = [
-        mark + field if isinstance(field, str) and field.startswith(_MARKED) else field
-        for field in fields
-    ]
-    csv.writer(buffer, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n").writerow(fields)
-    return buffer.getvalue().encode()
-
-
-def _rows(data: bytes) -> Iterator[list[str]]:
-    """Read the rows below the header, as `_line` wrote them or as a spreadsheet saved them, and take the marks away.
-
-    A spreadsheet saves with other quotes, separators, line ends and encodings, and with empty cells
-    around.
-
-    Raises:
-        ValueError: these are no ratings.
-    """
+def _open(completions: pd.DataFrame, path: str | os.PathLike) -> RatingSession:
+    """Return a session for the question and on the scale of the first line of a file."""
     try:
-        text = data.decode(
-            "utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
-        )
-    except UnicodeDecodeError:
-        text = data.decode("cp1252", errors="replace")
-    separator = max(",;\t", key=text.partition("\n")[0].count)
-    table = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    width = len(COLUMNS)
-    try:
-        for number, cells in enumerate(table):
-            if (
-                any(cells[width:])
-                or (cells and len(cells) < width)
-                or (not number and tuple(cells[:width]) != COLUMNS)
-            ):
-                raise ValueError(f"expected the columns {', '.join(COLUMNS)}, got {cells[:9]}")
-            if number and any(cells):
-                yield [cell[1:] if cell.startswith("'") else cell for cell in cells[:width]]
-    except csv.Error as error:
-        raise ValueError(str(error)) from None
-
-
-def _whole(text: str) -> int:
-    """The whole number that a cell holds, perhaps with decimals: 4, 4.0 or 4,00."""
-    number = float(text.replace(",", "."))
-    if not number.is_integer():
-        raise ValueError(f"expected a whole number, got {text!r}")
-    return int(number)
-
-
-def _is_number(text: str, own: str) -> bool:
-    """Say whether a cell is an id that a spreadsheet took for a number, as 1234567890123456 becomes 1.23457E+15."""
-    try:
-        return math.isclose(float(text.replace(",", ".")), float(own), rel_tol=1e-4)
-    except ValueError:
-        return False
-
-
-def _one_break(text: str) -> str:
-    """A text with one kind of line end."""
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def _asked(path: Path) -> tuple[str, tuple[int, int]] | None:
-    """The question and the scale of the first rating in a file, or None where there is none."""
-    try:
-        _, _, _, question, lowest, highest, rating = next(_rows(path.read_bytes()))
-        _whole(rating)  # the last one: where it is there, the others are whole
-        return question, (_whole(lowest), _whole(highest))
-    except (OSError, StopIteration, ValueError):
-        return None
+        with open(path, "rb") as file:
+            entry = json.loads(file.readline())
+        lowest, highest = entry["scale"]
+        asked = (entry["question"], (lowest, highest))
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        asked = (QUESTION, SCALE)
+    return RatingSession(completions, path, *asked)
 
 
 def _say(question: str, scale: tuple[int, int]) -> str:
     return f"the question {question!r} on the scale {scale[0]} to {scale[1]}"
 
 
-def _welch_margin(left: Sequence[int], right: Sequence[int]) -> float:
-    """Half the width of the 95 % confidence interval of the difference of two means; nan where there is none."""
+def _welch_interval(left: Sequence[int], right: Sequence[int]) -> tuple[float, float]:
+    """The 95 % confidence interval of the difference of two means; nan where there is none."""
+    from scipy import stats  # here, since it takes a while and asking does without
+
     if min(len(left), len(right)) < 2 or len({*left}) == len({*right}) == 1:
-        return math.nan
-    parts = [statistics.variance(side) / len(side) for side in (left, right)]
-    freedom = sum(parts) ** 2 / sum(
-        part**2 / (len(side) - 1) for part, side in zip(parts, (left, right))
-    )
-    return float(stdtrit(freedom, 0.975)) * math.sqrt(sum(parts))
+        return math.nan, math.nan
+    with warnings.catch_warnings(category=RuntimeWarning, action="ignore"):  # one side is constant
+        interval = stats.ttest_ind(left, right, equal_var=False).confidence_interval()
+    return float(interval.low), float(interval.high)
 
 
-def _read_completions(path: Path) -> pd.DataFrame:
-    """Read what `DataFrame.to_csv` wrote; "NA" and "null" are texts like others, and a carriage return ends no row.
+def read_completions(path: Path) -> pd.DataFrame:
+    """Read completions as `DataFrame.to_csv` wrote them, or as a spreadsheet saved them.
 
-    A spreadsheet may have saved it with another separator.
+    "NA" and "null" are texts like others, a carriage return ends no row, and the separator may be
+    another one.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a table.
     """
     if not path.is_file():
         raise FileNotFoundError(
@@ -501,16 +428,14 @@ def _read_completions(path: Path) -> pd.DataFrame:
         )
     with open(path, "rb") as file:
         header = file.readline()
-    ending, separator = (
-        None if header.endswith(b"\r\n") else "\n",
-        max(",;\t", key=header.decode("latin-1").count),
-    )
+    ending = None if header.endswith(b"\r\n") else "\n"
+    separator = max(",;\t", key=header.decode("latin-1").count)
     try:
         return pd.read_csv(
             path, sep=separator, dtype=str, keep_default_na=False, lineterminator=ending
         )
     except ValueError as error:
-        raise ValueError(f"{str(path)!r} is no table of completions: {error}") from None
+        raise ValueError(f"{str(path)!r} is not a table of completions: {error}") from None
 
 
 def _ask(session: RatingSession, console: Console) -> None:
@@ -525,64 +450,65 @@ def _ask(session: RatingSession, console: Console) -> None:
             f"\n{len(session.ratings)} of {session.total} rated", style="dim", highlight=False
         )
         console.print(Text.assemble((prompt, "bold"), completion))
-        answer = (
-            console.input(Text(f"{session.question} {lowest} to {highest}, u undoes, q stops: "))
-            .strip()
-            .lower()
-        )
+        asked = Text(f"{session.question} {lowest} to {highest}, u undoes, q stops: ")
+        answer = console.input(asked).strip().lower()
         if answer == "q":
             return
         if answer == "u":
+            taken_back = session.undo() is not None
             console.print(
                 "The last rating is taken back."
-                if session.undo()
+                if taken_back
                 else "There is no rating to take back."
             )
         elif answer in map(str, session.values):
             session.rate(int(answer))
         else:
-            console.print(
-                Text(
-                    f"Not saved: expected a number from {lowest} to {highest}, u or q, got"
-                    f" {answer!r}."
-                )
-            )
+            expected = f"expected a number from {lowest} to {highest}, u or q, got {answer!r}"
+            console.print(Text(f"Not saved: {expected}."))
+
+
+def _place_of_ratings(completions: Path) -> Path:
+    """Return where the ratings of a file of completions are saved by default."""
+    path, earlier = (completions.with_suffix(f".ratings.{end}") for end in ("jsonl", "csv"))
+    if earlier.exists() and not path.exists():
+        raise ValueError(
+            f"{str(earlier)!r} may hold ratings of an earlier version, which this one does not"
+            f" read: give --ratings {str(path)!r} to begin anew, or move that file"
+        )
+    return path
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m common.measuring.rating",
+        description="Rate completions without knowing which are steered; the same command goes on"
+        " after a stop.",
+    )
+    add = parser.add_argument
+    columns = "the columns prompts, completions and is_modified"
+    add("completions", type=Path, help=f"a CSV file with {columns}")
+    where = "where the ratings are saved (default: COMPLETIONS.ratings.jsonl)"
+    add("--ratings", type=Path, help=where)
+    add("--question", default=QUESTION, help="asked of each text (default: %(default)s)")
+    ends = ("LOWEST", "HIGHEST")
+    add("--scale", type=int, nargs=2, default=SCALE, metavar=ends, help="default: 1 5")
+    add("--seed", type=int, default=0, help="another order for another number")
+    add("--report", action="store_true", help="say what the ratings show so far, and ask nothing")
+    spreadsheet = "write the ratings so far to this CSV file for a spreadsheet, and ask nothing"
+    add("--csv", type=Path, help=spreadsheet)
+    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Rate completions without knowing which are steered; the same command goes on after a stop."""
-    parser = argparse.ArgumentParser(
-        prog="python -m common.measuring.rating", description=main.__doc__
-    )
-    parser.add_argument(
-        "completions",
-        type=Path,
-        help="a CSV file with the columns prompts, completions and is_modified",
-    )
-    parser.add_argument(
-        "--ratings",
-        type=Path,
-        help="where the ratings are saved; COMPLETIONS.ratings.csv by default",
-    )
-    parser.add_argument(
-        "--question", default=QUESTION, help="what is asked of each text (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--scale",
-        type=int,
-        nargs=2,
-        default=SCALE,
-        metavar=("LOWEST", "HIGHEST"),
-        help="default: 1 5",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="another order for another number")
-    parser.add_argument(
-        "--report", action="store_true", help="say what the ratings show so far, and ask nothing"
-    )
-    options = parser.parse_args(arguments)
-    path, console = options.ratings or options.completions.with_suffix(".ratings.csv"), Console()
+    """Rate completions in the terminal; see `_parser` for the arguments."""
+    options, console = _parser().parse_args(arguments), Console()
     try:
-        completions = _read_completions(options.completions)
+        completions = read_completions(options.completions)
+        path = options.ratings or _place_of_ratings(options.completions)
+        if options.csv:
+            ratings_to_csv(completions, path, options.csv)
+            return 0
         if not options.report:
             session = RatingSession(
                 completions, path, options.question, tuple(options.scale), options.seed
@@ -594,9 +520,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if session.current is not None:
                 saved = f" and saved in {str(path)!r}" if session.ratings else ""
                 stopped = f"Stopped: {len(session.ratings)} of {session.total} are rated{saved}."
-                console.print(
-                    Text(f"{stopped} To go on, run the same command again."), soft_wrap=True
-                )
+                again = "To go on, run the same command again."
+                console.print(Text(f"{stopped} {again}"), soft_wrap=True)
                 return 0
         console.print(f"\n{describe(report(completions, path))}", highlight=False, soft_wrap=True)
     except (OSError, ValueError) as error:

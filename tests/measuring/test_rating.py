@@ -1,12 +1,13 @@
-"""Blind rating: nothing shows the origin, no rating is lost, nothing foreign is touched, and the report counts right."""
+"""Blind rating: the origin stays hidden, no rating is lost, and the report counts right."""
 
 import csv
-import io
+import itertools
+import json
 import math
 import os
 import random
-import re
 import signal
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,12 +22,13 @@ from scipy import stats
 
 from common.measuring import rating
 from common.measuring.rating import (
-    COLUMNS,
     QUESTION,
     RatingSession,
     Report,
     describe,
     rating_widget,
+    ratings_to_csv,
+    read_completions,
     report,
 )
 from repository.mechanisms import ROOT
@@ -35,7 +37,7 @@ GIVEN_AWAY = ("steered", "modified", "true", "false")
 
 
 def table(count: int = 8) -> pd.DataFrame:
-    """Completions, the unsteered ones first; the last texts are what a CSV file, HTML and a terminal may stumble over."""
+    """Completions, the unsteered ones first, with texts that CSV, HTML or a terminal may mangle."""
     texts = [f"text {row}" for row in range(count)]
     nasty = ['a "pet",\nno\n\n"', "<b>&amp; [bold]é\x1b\r", "NA", "NA"]
     texts[max(0, count - len(nasty)) :] = nasty[-count:]
@@ -85,6 +87,16 @@ def two_sides(steered: list[int], unsteered: list[int]) -> tuple[pd.DataFrame, l
     return pd.DataFrame({"prompts": "I", "completions": texts, "is_modified": origins}), values
 
 
+def lines(path: Path) -> list[dict]:
+    """What the lines of a file say."""
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
+def saved(path: Path) -> list[int | None]:
+    """The ratings in the lines of a file, None where one is taken back."""
+    return [line["rating"] for line in lines(path)]
+
+
 def run(*arguments: str | Path, answers: str = "") -> subprocess.CompletedProcess:
     """Run the command with answers on its standard input."""
     command = [sys.executable, "-m", "common.measuring.rating", *map(str, arguments)]
@@ -97,7 +109,7 @@ def run(*arguments: str | Path, answers: str = "") -> subprocess.CompletedProces
 
 
 def test_what_is_shown_and_saved_does_not_depend_on_the_origin(tmp_path):
-    """With every origin turned round, the same texts come in the same order, and the file is the same byte for byte."""
+    """Exchange all origins: the same texts come in the same order, and the file is the same."""
     shown = []
     for name, completions in (("one", table()), ("other", flipped(table()))):
         session = RatingSession(completions, tmp_path / name)
@@ -112,16 +124,16 @@ def test_what_is_shown_and_saved_does_not_depend_on_the_origin(tmp_path):
 
 
 def test_the_file_shows_no_row_number(tmp_path):
-    """Neither the order of the rows in the file nor that of their ids is that of the table, where origins lie in blocks."""
-    rate(session := RatingSession(table(), tmp_path / "ratings.csv"))
-    ids = pd.read_csv(tmp_path / "ratings.csv")["id"].tolist()
+    """The order of neither rows nor ids is that of the table, where origins lie in blocks."""
+    rate(session := RatingSession(table(), tmp_path / "ratings.jsonl"))
+    ids = [line["id"] for line in lines(tmp_path / "ratings.jsonl")]
     rows = list(session.ratings)
     assert len(set(ids)) == 8 and sorted(rows) == list(range(8)) and rows != sorted(rows)
     assert [row for _, row in sorted(zip(ids, rows))] != sorted(rows)
 
 
 def test_order_is_random_and_stable(tmp_path):
-    """The order mixes the origins, is that of its seed, and neither reads nor moves the global random state."""
+    """The order mixes the origins and follows its seed; the global random state is left alone."""
 
     def order(seed: int) -> list[int]:
         random.seed(seed * 7)
@@ -139,7 +151,7 @@ def test_order_is_random_and_stable(tmp_path):
     assert random.getstate() == state and again == orders[1]
     assert len({tuple(rows) for rows in orders}) == 3
     for rows in orders:
-        changes = sum((left < 20) != (right < 20) for left, right in zip(rows, rows[1:]))
+        changes = sum((left < 20) != (right < 20) for left, right in itertools.pairwise(rows))
         assert 10 < changes < 30  # 19.5 on average
 
 
@@ -157,7 +169,7 @@ def test_two_tables_of_equal_size_have_two_orders(tmp_path):
 
 def test_each_rating_is_on_disk_when_rate_returns(tmp_path, monkeypatch):
     """After each rating the file holds it, and the system was asked to write it to the disk."""
-    path, synced = tmp_path / "folder" / "ratings.csv", []
+    path, synced = tmp_path / "folder" / "ratings.jsonl", []
     fsync = os.fsync
     monkeypatch.setattr(
         os, "fsync", lambda descriptor: (fsync(descriptor), synced.append(path.read_bytes()))
@@ -169,36 +181,38 @@ def test_each_rating_is_on_disk_when_rate_returns(tmp_path, monkeypatch):
         prompt, completion = session.current
         session.rate(score((prompt, completion)))
         assert len(synced) == count and synced[-1] == path.read_bytes()
-        rows = pd.read_csv(path, keep_default_na=False, lineterminator="\n")
-        assert rows.columns.tolist() == list(COLUMNS) and len(rows) == count
-        assert rows.iloc[-1, 1:].tolist() == [
-            prompt,
-            completion,
-            QUESTION,
-            1,
-            5,
-            score((prompt, completion)),
-        ]
+        last = lines(path)[-1]
+        assert last.pop("id") and last == {
+            "prompt": prompt,
+            "completion": completion,
+            "question": QUESTION,
+            "scale": [1, 5],
+            "rating": score((prompt, completion)),
+        }
+        assert len(lines(path)) == count
     assert session.current is None and session.ratings.keys() == set(range(8))
 
 
 def test_killed_session_loses_nothing(tmp_path):
-    """A process killed without warning, in the middle of a write, leaves every rating that it had taken."""
+    """A process killed in the middle of a write leaves every rating that it had taken."""
     table().to_csv(tmp_path / "completions.csv", index=False)
     code = """
 import os, signal, sys
 from common.measuring import rating
-session = rating.RatingSession(rating._read_completions(rating.Path(sys.argv[1])), sys.argv[2])
+session = rating.RatingSession(rating.read_completions(rating.Path(sys.argv[1])), sys.argv[2])
 for count in range(5):
     session.rate(4)
     print(count, flush=True)
-os.fsync = lambda descriptor: os.ftruncate(descriptor, os.fstat(descriptor).st_size - 9) or os.kill(os.getpid(), signal.SIGKILL)
+def killed(descriptor):
+    os.ftruncate(descriptor, os.fstat(descriptor).st_size - 9)
+    os.kill(os.getpid(), signal.SIGKILL)
+os.fsync = killed
 session.rate(5)
 """
-    command = [sys.executable, "-c", code, tmp_path / "completions.csv", tmp_path / "ratings.csv"]
+    command = [sys.executable, "-c", code, tmp_path / "completions.csv", tmp_path / "ratings.jsonl"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stdout.split()) == (-signal.SIGKILL, list("01234"))
-    session = RatingSession(table(), tmp_path / "ratings.csv")
+    session = RatingSession(table(), tmp_path / "ratings.jsonl")
     assert list(session.ratings.values()) == [4] * 5
     assert (
         rate(session, 1).ratings.keys()
@@ -210,7 +224,7 @@ session.rate(5)
 def test_any_interruptions_give_the_same_file(
     tmp_path_factory, count: int, parts: list[int], seed: int
 ):
-    """However the work is split into sessions, each goes on with what is left, and the file ends as after one session."""
+    """However the work is split into sessions, the file ends as after one session."""
     folder = tmp_path_factory.mktemp("split")
     rate(RatingSession(table(count), folder / "whole", seed=seed))
     done = 0
@@ -223,53 +237,67 @@ def test_any_interruptions_give_the_same_file(
 
 
 def test_half_written_end_is_asked_again(tmp_path):
-    """A file cut anywhere keeps its complete lines; opening leaves it alone, and finishing gives the whole file."""
-    path = tmp_path / "ratings.csv"
+    """A cut file keeps its whole lines; finishing it gives the whole file."""
+    path = tmp_path / "ratings.jsonl"
     rate(whole := RatingSession(table(), path))
-    data, complete = path.read_bytes(), [0, *whole._ends[1:]]
-    assert len(complete) == 10 and complete[-1] == len(data)
-    for cut in [*range(complete[2]), *range(complete[-2] - 40, len(data) + 1)]:
+    data = path.read_bytes()
+    first, last = data.index(b"\n") + 1, data.rindex(b"\n", 0, -1) + 1
+    for cut in [*range(first + 9), *range(last - 9, len(data) + 1)]:
         for tail in (b"", b"\0" * 20):
             path.write_bytes(data[:cut] + tail)
             session = RatingSession(table(), path)
-            assert (
-                list(session.ratings.items())
-                == list(whole.ratings.items())[: max(0, sum(end <= cut for end in complete) - 2)]
-            )
+            count = data[:cut].count(b"\n")
+            assert list(session.ratings.items()) == list(whole.ratings.items())[:count]
             assert path.read_bytes() == data[:cut] + tail
-            assert report(table(), path).n_steered + report(table(), path).n_unsteered == len(
-                session.ratings
-            )
+            result = report(table(), path)
+            assert result.n_steered + result.n_unsteered == count
         if cut % 10 == 0 and session.current is not None:
             rate(session)
             assert path.read_bytes() == data
 
 
-def test_report_never_reads_half_a_scale(tmp_path):
-    """Of "1,10" a power cut may leave "1,1": a report says that it cannot read this, or that nothing is rated."""
-    path = tmp_path / "ratings.csv"
-    rate(RatingSession(table(), path, scale=(1, 10)), 1)
-    data = path.read_bytes()
-    assert data.endswith(b",1,10,%d\n" % pd.read_csv(path)["rating"][0])
-    for cut in range(len(data) - 12, len(data)):
-        path.write_bytes(data[:cut])
-        try:
-            assert describe(report(table(), path)).startswith("So far (0 of 8 rated)")
-        except ValueError as error:
-            assert "holds something else than ratings of these completions" in str(error)
-        assert RatingSession(table(), path, scale=(1, 10)).ratings == {}
+def test_half_written_end_can_be_taken_back(tmp_path):
+    """A line that takes a rating back may be half-written too; the next line is whole."""
+    path = tmp_path / "ratings.jsonl"
+    rate(session := RatingSession(table(), path), 3)
+    session.undo()
+    path.write_bytes(path.read_bytes()[:-5])
+    session = RatingSession(table(), path)
+    assert len(session.ratings) == 3
+    session.undo()
+    assert saved(path)[-1] is None and len(saved(path)) == 4 and len(session.ratings) == 2
+
+
+def test_failed_write_is_no_rating(tmp_path, monkeypatch):
+    """If the disk takes half a line, the session says so, and goes on once there is room."""
+    path = tmp_path / "ratings.jsonl"
+    rate(session := RatingSession(table(), path), 2)
+    before, shown = path.read_bytes(), session.current
+
+    def full(descriptor: int) -> None:
+        os.ftruncate(descriptor, os.fstat(descriptor).st_size - 9)
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="no space left"):
+            session.rate(1)
+    assert path.read_bytes().startswith(before) and session.current == shown
+    session.rate(2)
+    assert saved(path)[2:] == [2] and path.read_bytes().startswith(before)
 
 
 @given(st.integers(1, 8), st.integers(1, 9))
 def test_undo_takes_back_one_rating_each(tmp_path_factory, rated: int, undone: int):
-    """After n undos, in this session or a later one, the file is what it was n ratings before."""
-    path = tmp_path_factory.mktemp("undo") / "ratings.csv"
+    """After n undos the ratings are those of n ratings before; the file only grows."""
+    path = tmp_path_factory.mktemp("undo") / "ratings.jsonl"
     session, states, shown = RatingSession(table(), path), [], []
     for _ in range(rated):
-        states.append(path.read_bytes() if path.exists() else None)
+        states.append(session.ratings)
         shown.append(session.current)
         session.rate(3)
     for step in range(undone):
+        before = path.read_bytes()
         if step % 2:
             session = RatingSession(table(), path)
         assert (
@@ -277,16 +305,18 @@ def test_undo_takes_back_one_rating_each(tmp_path_factory, rated: int, undone: i
             if step < rated
             else session.undo() is None
         )
+        assert path.read_bytes().startswith(before)
     left = max(0, rated - undone)
+    assert session.ratings == (states[left] if left < rated else session.ratings)
     assert len(session.ratings) == left
-    assert path.read_bytes() == (states[left] or rating._line(COLUMNS))
+    assert saved(path) == [3] * rated + [None] * min(rated, undone)
     rate(session)
-    assert len(pd.read_csv(path)) == 8
+    assert RatingSession(table(), path).ratings.keys() == set(range(8))
 
 
 def test_second_session_on_the_same_file_overwrites_nothing(tmp_path):
-    """A session whose file grew behind its back saves nothing, reads the file again, and then goes on."""
-    path = tmp_path / "ratings.csv"
+    """A session whose file grew meanwhile saves nothing, reads the file again, and then goes on."""
+    path = tmp_path / "ratings.jsonl"
     first, second = RatingSession(table(), path), RatingSession(table(), path)
     rate(first, 2)
     before = path.read_bytes()
@@ -324,8 +354,8 @@ def _one_more(rows: pd.DataFrame) -> pd.DataFrame:
 
 @pytest.mark.parametrize("alter", [_other_text, _other_prompt, _other_order, _one_more])
 def test_ratings_of_other_completions_are_refused(tmp_path, alter: Callable):
-    """Neither a session nor a report takes a file of other completions, and the file stays as it is."""
-    path = tmp_path / "ratings.csv"
+    """Neither a session nor a report takes a file of other completions; the file stays."""
+    path = tmp_path / "ratings.jsonl"
     rate(RatingSession(table(), path), 3)
     before = path.read_bytes()
     for use in (RatingSession, report):
@@ -340,8 +370,8 @@ def test_ratings_of_other_completions_are_refused(tmp_path, alter: Callable):
     "changed", [{"question": "How funny?"}, {"scale": (1, 7)}, {"scale": (0, 5)}]
 )
 def test_ratings_for_another_question_or_scale_are_refused(tmp_path, changed: dict):
-    """The error names both questions and scales; the report takes question and scale from the file."""
-    path = tmp_path / "ratings.csv"
+    """The error names both questions and scales; the report takes its own from the file."""
+    path = tmp_path / "ratings.jsonl"
     rate(RatingSession(table(), path, **changed), 3)
     before = path.read_bytes()
     with pytest.raises(
@@ -355,7 +385,7 @@ def test_ratings_for_another_question_or_scale_are_refused(tmp_path, changed: di
     assert report(table(), path).n_steered + report(table(), path).n_unsteered == 3
 
 
-def _no_csv(lines: list[bytes]) -> list[bytes]:
+def _other_bytes(lines: list[bytes]) -> list[bytes]:
     return [b"\x89PNG\r\n\x1a\n\0\0"]
 
 
@@ -363,8 +393,36 @@ def _other_csv(lines: list[bytes]) -> list[bytes]:
     return [b"prompts,completions,is_modified\n", b"I,am,True\n"]
 
 
+def _other_json(lines: list[bytes]) -> list[bytes]:
+    return [b'{"prompt": "I", "completion": "am"}\n', b"[1, 2]\n"]
+
+
+def _no_line_end(lines: list[bytes]) -> list[bytes]:
+    return [*lines, b"notes of somebody"]
+
+
+def _only_notes(lines: list[bytes]) -> list[bytes]:
+    return [b"notes of somebody"]
+
+
+def _odd_scale(lines: list[bytes]) -> list[bytes]:
+    return [lines[0].replace(b"[1, 5]", b"[1]"), *lines[1:]]
+
+
+def _changed_text(lines: list[bytes]) -> list[bytes]:
+    return [lines[0].replace(b'"text', b'"Text'), *lines[1:]]
+
+
 def _changed_rating(lines: list[bytes]) -> list[bytes]:
-    return [*lines[:-1], lines[-1][:-2] + b"9\n"]
+    return [*lines[:-1], lines[-1][:-3] + b"9}\n"]
+
+
+def _truth_as_rating(lines: list[bytes]) -> list[bytes]:
+    return [*lines[:-1], lines[-1][:-3] + b"true}\n"]
+
+
+def _taken_back_twice(lines: list[bytes]) -> list[bytes]:
+    return [*lines, *[lines[-1][:-3] + b"null}\n"] * 2]
 
 
 def _doubled_line(lines: list[bytes]) -> list[bytes]:
@@ -372,11 +430,7 @@ def _doubled_line(lines: list[bytes]) -> list[bytes]:
 
 
 def _rated_twice(lines: list[bytes]) -> list[bytes]:
-    return [*lines, lines[-1][:-2] + b"1\n", lines[-1][:-2] + b"2\n"]
-
-
-def _lost_start(lines: list[bytes]) -> list[bytes]:
-    return lines[1:]
+    return [*lines, lines[-1][:-3] + b"1}\n"]
 
 
 def _broken_in_the_middle(lines: list[bytes]) -> list[bytes]:
@@ -386,18 +440,24 @@ def _broken_in_the_middle(lines: list[bytes]) -> list[bytes]:
 @pytest.mark.parametrize(
     "alter",
     [
-        _no_csv,
+        _other_bytes,
         _other_csv,
+        _other_json,
+        _no_line_end,
+        _only_notes,
+        _odd_scale,
+        _changed_text,
         _changed_rating,
+        _truth_as_rating,
         _doubled_line,
         _rated_twice,
-        _lost_start,
+        _taken_back_twice,
         _broken_in_the_middle,
     ],
 )
 def test_damaged_and_foreign_files_are_refused(tmp_path, alter: Callable):
     """What no session wrote is refused and kept: only the end of a file may be missing."""
-    path = tmp_path / "ratings.csv"
+    path = tmp_path / "ratings.jsonl"
     completions, values = two_sides([3] * 3, [4] * 3)
     rate_rows(completions, path, values)
     path.write_bytes(b"".join(alter(path.read_bytes().splitlines(keepends=True))))
@@ -432,7 +492,7 @@ def test_wrong_tables_are_refused(tmp_path, completions: pd.DataFrame, message: 
     """Missing columns, no rows, an origin that is neither True nor False, and what is no text."""
     for use in (RatingSession, report):
         with pytest.raises(ValueError, match=message):
-            use(completions, tmp_path / "ratings.csv")
+            use(completions, tmp_path / "ratings.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -444,12 +504,12 @@ def test_origins_in_any_spelling(tmp_path, origins: object):
     completions = pd.DataFrame(
         {"prompts": "I", "completions": ["no", "yes"], "is_modified": origins}
     )
-    assert rate_rows(completions, tmp_path / "ratings.csv", [1, 5]).difference == 4
+    assert rate_rows(completions, tmp_path / "ratings.jsonl", [1, 5]).difference == 4
 
 
 def test_wrong_settings_and_ratings_are_refused(tmp_path):
-    """A question that asks nothing, a scale that is none, and ratings off the scale; nothing is saved then."""
-    path = tmp_path / "ratings.csv"
+    """Questions that ask nothing, empty scales, ratings off the scale: nothing is saved."""
+    path = tmp_path / "ratings.jsonl"
     for settings in (
         {"question": " "},
         {"scale": (5, 1)},
@@ -500,159 +560,57 @@ def formulas() -> pd.DataFrame:
     )
 
 
-def old_lines(completions: pd.DataFrame, session: RatingSession, question: str) -> bytes:
-    """A file as it was written before texts were marked, in the order of before, with a rating of the first five."""
-    order = random.Random(0).sample(range(len(completions)), len(completions))[:5]
-    texts = list(zip(completions["prompts"], completions["completions"]))
-    rows = [[session._ids[row], *texts[row], question, 1, 5, score(texts[row])] for row in order]
-    return (
-        pd.DataFrame(rows, columns=COLUMNS)
-        .to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
-        .encode()
-    )
-
-
-@pytest.mark.parametrize("make", [table, formulas])
-def test_files_of_before_go_on(tmp_path, make: Callable):
-    """Other order, no marks: each rating counts, what is left is asked, and what was there stays byte for byte."""
-    path, question = tmp_path / "ratings.csv", "-> How positive?"
-    old = old_lines(make(), RatingSession(make(), path, question), question)
-    path.write_bytes(old)
-    session = RatingSession(make(), path, question)
-    assert len(session.ratings) == 5 and all(
-        value == score(session._texts[row]) for row, value in session.ratings.items()
-    )
-    rate(session)
-    assert (
-        path.read_bytes().startswith(old)
-        and RatingSession(make(), path, question).ratings == session.ratings
-    )
-    assert sorted(session.ratings) == list(range(len(make())))
-
-
 @given(st.lists(st.text() | st.sampled_from(FORMULAS), min_size=4, max_size=4))
-def test_texts_come_back_and_none_is_a_formula(texts: list[str]):
-    """Whatever the texts are, what is read is what was written, and no cell begins as a formula does."""
-    line = rating._line([texts[0], *texts[1:], 1, 5, 3])
-    assert list(rating._rows(rating._line(COLUMNS) + line)) == [[*texts, "1", "5", "3"]]
-    [cells] = csv.reader(io.StringIO(line.decode(), newline=""))
-    assert not any(cell.startswith(("=", "+", "-", "@", "\t", "\r")) for cell in cells)
-
-
-def saved_again(
-    data: bytes,
-    *,
-    separator=",",
-    quoting=csv.QUOTE_MINIMAL,
-    ending="\r\n",
-    encoding="utf-8-sig",
-    alter=str,
-) -> bytes:
-    """What a spreadsheet makes of a file: every cell read and written in its own way, and line breaks of one kind within."""
-    out = io.StringIO(newline="")
-    writer = csv.writer(out, delimiter=separator, quoting=quoting, lineterminator=ending)
-    rows = csv.reader(io.StringIO(data.decode(), newline=""))
-    writer.writerows([alter(cell).replace("\r", "\n") for cell in row] for row in rows)
-    return out.getvalue().encode(encoding, errors="replace")
-
-
-def looked_at(cell: str) -> str:
-    """A cell that a spreadsheet took for a truth value, a date, or a number."""
-    if re.fullmatch(r"\d{1,3}", cell):
-        return cell.lstrip("0") + ",00"
-    return {"true": "TRUE", "1/2": "2026-02-01"}.get(cell, cell.replace("\x1b", ""))
-
-
-SPREADSHEETS = {
-    "Excel": {},
-    "Excel in German": {"separator": ";", "encoding": "cp1252"},
-    "Excel, Unicode text": {"separator": "\t", "encoding": "utf-16"},
-    "LibreOffice": {"ending": "\n", "encoding": "utf-8"},
-    "LibreOffice, all quoted": {"ending": "\n", "encoding": "utf-8", "quoting": csv.QUOTE_ALL},
-    "cells that were looked at": {"alter": looked_at},
-}
-
-
-@pytest.mark.parametrize("name", SPREADSHEETS)
-def test_ratings_that_a_spreadsheet_saved_are_read(tmp_path, name: str):
-    """No rating is lost, the file stays until the next rating, and then it is one of ours again, with all of them."""
-    path, completions = (
-        tmp_path / "ratings.csv",
-        pd.concat([table(), formulas()], ignore_index=True),
+def test_texts_come_back_and_none_is_a_formula(tmp_path_factory, texts: list[str]):
+    """What is exported are the ratings in their order, and no cell begins as a formula does."""
+    folder = tmp_path_factory.mktemp("csv")
+    completions = pd.DataFrame(
+        {"prompts": texts[:2], "completions": texts[2:], "is_modified": [True, False]}
     )
-    completions.loc[2:3, "completions"] = ["true", "1/2"]
-    question = "= Wie schön?"
-    rate(before := RatingSession(completions, path, question), 11)
-    data = saved_again(path.read_bytes(), **SPREADSHEETS[name])
-    path.write_bytes(data)
-    assert report(completions, path).n_steered + report(completions, path).n_unsteered == 11
-    session = RatingSession(completions, path, question)
-    assert (
-        list(session.ratings.items()) == list(before.ratings.items())
-        and session.current == before.current
-    )
-    assert path.read_bytes() == data
-    path.with_name(".ratings.csv.unfinished").write_bytes(b"what a crash left" * 99)
-    assert (
-        session.undo() is not None
-        and list(session.ratings.items()) == list(before.ratings.items())[:10]
-    )
-    rate(session)
-    rate(whole := RatingSession(completions, tmp_path / "whole", question))
-    assert (
-        path.read_bytes() == (tmp_path / "whole").read_bytes() and session.ratings == whole.ratings
-    )
-    assert sorted(tmp_path.iterdir()) == [path, tmp_path / "whole"]
+    rate(session := RatingSession(completions, folder / "ratings", "= " + texts[0], (-3, 5)))
+    ratings_to_csv(completions, folder / "ratings", folder / "csv")
+    assert not any(word in (folder / "csv").read_text() for word in ("is_modified", "steered"))
+    with open(folder / "csv", encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["id", "prompt", "completion", "question", "rating", "scale"]
+    for cells, (row, value) in zip(rows, session.ratings.items(), strict=True):
+        assert not any(cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) for cell in cells)
+        plain = [cell[1:] if cell.startswith("'") else cell for cell in cells]
+        asked = ["= " + texts[0], str(value), "-3 to 5"]
+        assert plain[1:] == [texts[row], texts[row + 2], *asked]
 
 
-def test_ids_that_a_spreadsheet_took_for_numbers(tmp_path):
-    """Sixteen digits are rounded, and the rating still counts."""
+def test_export_of_nothing_and_over_something(tmp_path):
+    """Without ratings there is a header alone; a file that is there stays."""
+    ratings_to_csv(table(), tmp_path / "ratings", tmp_path / "csv")
+    before = (tmp_path / "csv").read_bytes()
+    assert len(before.splitlines()) == 1
+    rate(RatingSession(table(), tmp_path / "ratings"), 2)
+    with pytest.raises(FileExistsError):
+        ratings_to_csv(table(), tmp_path / "ratings", tmp_path / "csv")
+    assert (tmp_path / "csv").read_bytes() == before
+
+
+EARLIER = ["id", "prompt", "completion", "question", "lowest", "highest", "rating"]
+
+
+@pytest.mark.parametrize("saved", [{"quoting": csv.QUOTE_NONNUMERIC}, {"sep": ";"}, {"sep": "\t"}])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_ratings_of_an_earlier_version_are_refused(tmp_path, saved: dict, encoding: str):
+    """Ratings were CSV, perhaps saved again by a spreadsheet: the error says so, the file stays."""
     path = tmp_path / "ratings.csv"
-    for number in range(10_000):
-        completions, _ = two_sides([0] * 10, [number] * 10)
-        completions["prompts"] = str(number)
-        session = RatingSession(completions, path)
-        if any(re.fullmatch(r"\d{16}", name) for name in session._ids):
-            break
-    rate(session)
-    data = saved_again(
-        path.read_bytes(),
-        alter=lambda cell: f"{float(cell):.5E}" if re.fullmatch(r"\d{16}", cell) else cell,
-    )
-    assert b"E+1" in data
-    path.write_bytes(data)
-    assert RatingSession(completions, path).ratings == session.ratings
-
-
-def test_what_a_spreadsheet_spoiled_is_refused(tmp_path):
-    """A rating or a question that was altered, a row that was copied, columns that are gone: an error, and nothing is touched."""
-    path, completions = tmp_path / "ratings.csv", table()
-    rate(RatingSession(completions, path), 3)
-    good = saved_again(path.read_bytes())
-    lines = good.splitlines(keepends=True)
-    for spoiled in (
-        good.replace(b",1,5,", b",1,5,9"),
-        good.replace(b"How positive", b"How"),
-        good + lines[-1],
-        b"".join(lines[1:]),
-        good.replace(b",rating", b""),
-        good.replace(b",1,5,", b",1,5,x"),
-        good.replace(lines[-1][:16], b"0" * 16),
-        good[:-4],
-    ):
-        assert spoiled != good
-        path.write_bytes(spoiled)
-        with pytest.raises(
-            ValueError,
-            match="holds something else than ratings of these|holds ratings for the question",
-        ):
-            RatingSession(completions, path)
-        assert path.read_bytes() == spoiled
+    row = ["0123456789abcdef", "I think dogs are ", "text 1", QUESTION, 1, 5, 3]
+    pd.DataFrame([row], columns=EARLIER).to_csv(path, index=False, encoding=encoding, **saved)
+    before = path.read_bytes()
+    for use in (RatingSession, report):
+        with pytest.raises(ValueError, match="ratings as CSV, as an earlier version saved them"):
+            use(table(), path)
+    assert path.read_bytes() == before
 
 
 def test_spoiled_while_a_session_runs(tmp_path):
     """A session whose file became something else saves nothing to it, however often it is asked."""
-    path = tmp_path / "ratings.csv"
+    path = tmp_path / "ratings.jsonl"
     rate(session := RatingSession(table(), path), 3)
     other = b"something else, and longer than the file was" * 20
     path.write_bytes(other)
@@ -662,25 +620,13 @@ def test_spoiled_while_a_session_runs(tmp_path):
     assert path.read_bytes() == other and len(session.ratings) == 3
 
 
-def test_cut_file_of_a_spreadsheet_is_refused(tmp_path):
-    """Without its end, a 10 at the end would be read as a 1."""
-    path, (completions, values) = tmp_path / "ratings.csv", two_sides([10] * 3, [10] * 3)
-    rate_rows(completions, path, values, scale=(1, 10))
-    data = path.read_bytes().replace(b"text", b"Text")
-    path.write_bytes(data)
-    assert report(completions, path).mean_steered == 10
-    path.write_bytes(data[:-2])
-    with pytest.raises(ValueError, match="something else than ratings"):
-        report(completions, path)
-
-
 # --- the report ---
 
 
 def test_report_by_hand(tmp_path):
-    """Variances 1 and 1 of 3 ratings each: 4 degrees of freedom, t = 2.7764, so 2 ± 2.7764 · sqrt(2/3) = 2 ± 2.2670."""
+    """Variances 1 and 1 of 3 each: 4 degrees of freedom, 2 ± 2.7764 · sqrt(2/3) = 2 ± 2.2670."""
     completions, values = two_sides([3, 4, 5], [1, 2, 3])
-    result = rate_rows(completions, tmp_path / "ratings.csv", values)
+    result = rate_rows(completions, tmp_path / "ratings.jsonl", values)
     assert (result.total, result.n_steered, result.n_unsteered) == (6, 3, 3)
     assert (result.mean_steered, result.mean_unsteered, result.difference) == (4, 2, 2)
     assert (result.low, result.high) == pytest.approx((-0.2670, 4.2670), abs=1e-4)
@@ -694,33 +640,31 @@ def test_report_by_hand(tmp_path):
 SIDE = st.lists(st.integers(1, 5), min_size=2, max_size=8)
 
 
-@pytest.mark.filterwarnings(
-    "ignore:Precision loss occurred:RuntimeWarning"
-)  # scipy, where one side has no spread
 @given(SIDE, SIDE)
-def test_report_agrees_with_scipy(tmp_path_factory, steered: list[int], unsteered: list[int]):
-    """Means, difference and interval are those of scipy's Welch test; no spread at all gives no interval."""
+def test_report_agrees_with_the_formula(tmp_path_factory, steered: list[int], unsteered: list[int]):
+    """Welch's interval, written out; where neither side has a spread there is none."""
     completions, values = two_sides(steered, unsteered)
-    result = rate_rows(completions, tmp_path_factory.mktemp("report") / "ratings.csv", values)
-    assert (result.mean_steered, result.mean_unsteered) == pytest.approx(
-        (np.mean(steered), np.mean(unsteered))
-    )
-    assert result.difference == pytest.approx(np.mean(steered) - np.mean(unsteered))
+    result = rate_rows(completions, tmp_path_factory.mktemp("report") / "ratings.jsonl", values)
+    means = [statistics.fmean(side) for side in (steered, unsteered)]
+    assert [result.mean_steered, result.mean_unsteered] == pytest.approx(means)
+    assert result.difference == pytest.approx(means[0] - means[1])
     if len({*steered}) == len({*unsteered}) == 1:
-        assert (
-            math.isnan(result.low) and math.isnan(result.high) and "no interval" in describe(result)
-        )
-    else:
-        expected = stats.ttest_ind(steered, unsteered, equal_var=False).confidence_interval(0.95)
-        assert (result.low, result.high) == pytest.approx((expected.low, expected.high))
-        assert ("not told apart" in describe(result)) == (expected.low <= 0 <= expected.high)
+        assert math.isnan(result.low) and math.isnan(result.high)
+        assert "no interval" in describe(result)
+        return
+    parts = [statistics.variance(side) / len(side) for side in (steered, unsteered)]
+    squares = [part**2 / (len(side) - 1) for part, side in zip(parts, (steered, unsteered))]
+    margin = stats.t.ppf(0.975, sum(parts) ** 2 / sum(squares)) * math.sqrt(sum(parts))
+    expected = result.difference - margin, result.difference + margin
+    assert (result.low, result.high) == pytest.approx(expected)
+    assert ("not told apart" in describe(result)) == (result.low <= 0 <= result.high)
 
 
 @given(SIDE, SIDE, st.integers(-3, 3))
 def test_shifted_ratings_shift_the_difference(
     tmp_path_factory, steered: list[int], unsteered: list[int], shift: int
 ):
-    """Steered ratings that are all higher by s move difference and interval by s, and turned origins turn them round."""
+    """Steered ratings higher by s move everything by s; exchanged origins turn the sign."""
     folder = tmp_path_factory.mktemp("shift")
     completions, values = two_sides(steered, unsteered)
     _, moved = two_sides([value + shift for value in steered], unsteered)
@@ -735,7 +679,7 @@ def test_shifted_ratings_shift_the_difference(
 
 
 def test_few_ratings_give_no_interval(tmp_path):
-    """With fewer than two ratings on a side there is a difference at best, and the sentence says what is missing."""
+    """With fewer than two ratings on a side the sentence says what is missing."""
     completions, values = two_sides([5], [1, 2])
     few = rate_rows(completions, tmp_path / "few", values)
     assert (few.difference, math.isnan(few.low), math.isnan(few.high)) == (3.5, True, True)
@@ -756,7 +700,7 @@ def test_few_ratings_give_no_interval(tmp_path):
 
 
 def test_sentence_says_what_is_known():
-    """A clear difference is stated without more ado, an unfinished one as such, and no zero has a sign."""
+    """A clear difference is stated plainly, an unfinished one as such, and no zero has a sign."""
     clear = Report(48, 24, 24, 3.9, 2.1, 1.8, 1.2, 2.4)
     assert (
         describe(clear)
@@ -779,8 +723,8 @@ def test_sentence_says_what_is_known():
 
 
 def test_command_asks_until_all_is_rated(tmp_path):
-    """Wrong input asks again, u undoes, q and the end of the input stop politely, and the same command goes on."""
-    path, ratings = tmp_path / "texts.csv", tmp_path / "texts.ratings.csv"
+    """Wrong input asks again, u undoes, q and end of input stop, the same command goes on."""
+    path, ratings = tmp_path / "texts.csv", tmp_path / "texts.ratings.jsonl"
     table().to_csv(path, index=False)
     first = run(path, answers="u\n9\nwell\n\n1\nu\n4\n2\n Q \n5\n")
     assert (first.returncode, first.stderr) == (0, "")
@@ -792,7 +736,7 @@ def test_command_asks_until_all_is_rated(tmp_path):
         f"Stopped: 2 of 8 are rated and saved in {str(ratings)!r}. To go on, run the same command"
         " again." in first.stdout
     )
-    assert pd.read_csv(ratings)["rating"].tolist() == [4, 2]
+    assert saved(ratings) == [1, None, 4, 2]
 
     second = run(path, answers="3\n")
     assert (second.returncode, second.stderr) == (
@@ -807,7 +751,7 @@ def test_command_asks_until_all_is_rated(tmp_path):
 
     last = run(path, answers="3\n1\n5\n2\n4\n")
     assert (last.returncode, last.stderr) == (0, "")
-    assert pd.read_csv(ratings)["rating"].tolist() == [4, 2, 3, 3, 1, 5, 2, 4]
+    assert saved(ratings) == [1, None, 4, 2, 3, 3, 1, 5, 2, 4]
     assert last.stdout.splitlines()[-1] == describe(report(table(), ratings))
     asked = (
         first.stdout + second.stdout + last.stdout.removesuffix(last.stdout.splitlines()[-1] + "\n")
@@ -820,7 +764,7 @@ def test_command_asks_until_all_is_rated(tmp_path):
 
 def test_command_has_options(tmp_path, monkeypatch, capsys):
     """Question, scale, order and place of the ratings can be chosen; a scale may go below zero."""
-    path, ratings = tmp_path / "texts.csv", tmp_path / "elsewhere" / "ratings.csv"
+    path, ratings = tmp_path / "texts.csv", tmp_path / "elsewhere" / "ratings.jsonl"
     table().to_csv(path, index=False)
     inputs = iter(["-2", "3", KeyboardInterrupt])
 
@@ -845,7 +789,9 @@ def test_command_has_options(tmp_path, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert "How [odd]? -2 to 2, u undoes, q stops: " in out and "Stopped: 1 of 8" in out and not err
     session = RatingSession(table(), ratings, "How [odd]?", (-2, 2), seed=5)
-    assert list(session.ratings) == session._order[:1] and list(session.ratings.values()) == [-2]
+    first = RatingSession(table(), tmp_path / "new", seed=5).current
+    assert (lines(ratings)[0]["prompt"], lines(ratings)[0]["completion"]) == first
+    assert list(session.ratings.values()) == [-2]
     assert rating.main([str(path), "--ratings", str(ratings)]) == 1
     assert (
         "holds ratings for the question 'How [odd]?' on the scale -2 to 2, not for"
@@ -854,7 +800,7 @@ def test_command_has_options(tmp_path, monkeypatch, capsys):
 
 
 def test_command_says_what_is_wrong_in_one_line(tmp_path, capsys):
-    """A missing file, a file that is no table, and a table without the columns: one line on stderr, exit code 1."""
+    """A missing file, and one that is not such a table: one line on stderr, exit code 1."""
     missing = run(tmp_path / "missing.csv")
     assert (missing.returncode, missing.stdout, len(missing.stderr.splitlines())) == (1, "", 1)
     assert "no file" in missing.stderr and "gen_normal_and_modified(...).to_csv(" in missing.stderr
@@ -871,23 +817,56 @@ def test_command_says_what_is_wrong_in_one_line(tmp_path, capsys):
         assert (
             not out
             and len(err.splitlines()) == 1
-            and ("is no table of completions" in err or "expected " in err)
+            and ("is not a table of completions" in err or "expected " in err)
         )
 
 
-def test_table_survives_its_file(tmp_path):
-    """Texts that a CSV reader takes for something else come back as they were, with either kind of line end."""
-    for ending in ("\n", "\r\n"):
-        path = tmp_path / "texts.csv"
-        table().to_csv(path, index=False, lineterminator=ending, quoting=1)
-        assert rating._checked(rating._read_completions(path)) == rating._checked(table())
-    for saved in (
+@pytest.mark.parametrize(
+    "saved",
+    [
+        {"lineterminator": "\n", "quoting": 1},
+        {"lineterminator": "\r\n", "quoting": 1},
         {},
         {"sep": ";", "encoding": "utf-8-sig"},
         {"sep": "\t", "lineterminator": "\r\n", "quoting": 1},
-    ):
-        table().replace({True: "TRUE", False: "FALSE"}).to_csv(path, index=False, **saved)
-        assert rating._checked(rating._read_completions(path)) == rating._checked(table())
+    ],
+)
+def test_table_survives_its_file(tmp_path, saved: dict):
+    """Texts and origins that a CSV reader takes for something else come back as they were."""
+    path = tmp_path / "texts.csv"
+    table().replace({True: "TRUE", False: "FALSE"}).to_csv(path, index=False, **saved)
+    found = read_completions(path)
+    for column in ("prompts", "completions"):
+        assert found[column].tolist() == table()[column].tolist()
+    assert found["is_modified"].str.lower().tolist() == ["false"] * 4 + ["true"] * 4
+    rate(session := RatingSession(table(), tmp_path / "ratings"))
+    assert RatingSession(found, tmp_path / "ratings").ratings == session.ratings
+    assert report(found, tmp_path / "ratings") == report(table(), tmp_path / "ratings")
+
+
+def test_command_exports(tmp_path, capsys):
+    """`--csv` writes the ratings so far, asks nothing, and refuses a file that is there."""
+    path, out = tmp_path / "texts.csv", tmp_path / "out.csv"
+    table().to_csv(path, index=False)
+    rate(RatingSession(table(), tmp_path / "texts.ratings.jsonl"), 3)
+    assert rating.main([str(path), "--csv", str(out)]) == 0
+    assert pd.read_csv(out)["rating"].tolist() == saved(tmp_path / "texts.ratings.jsonl")
+    assert rating.main([str(path), "--csv", str(path)]) == 1
+    assert "exists" in capsys.readouterr().err
+    assert read_completions(path).equals(table().astype(str))
+
+
+def test_command_does_not_begin_anew_beside_earlier_ratings(tmp_path, capsys):
+    """Whoever has ratings of an earlier version, under its name, is told, and can begin anew."""
+    path, earlier = tmp_path / "texts.csv", tmp_path / "texts.ratings.csv"
+    table().to_csv(path, index=False)
+    earlier.write_text(",".join(EARLIER) + "\n")
+    assert rating.main([str(path), "--report"]) == 1
+    assert "ratings of an earlier version" in capsys.readouterr().err
+    new = tmp_path / "texts.ratings.jsonl"
+    assert rating.main([str(path), "--report", "--ratings", str(new)]) == 0
+    rate(RatingSession(table(), new), 1)
+    assert rating.main([str(path), "--report"]) == 0
 
 
 # --- the notebook ---
@@ -900,9 +879,10 @@ def _displayed(widget: object) -> str:
 
 
 def test_widget_by_clicks(tmp_path):
-    """Each click saves a rating, undo takes it back, nothing shows the origin, and the report comes at the end."""
-    path, completions = tmp_path / "ratings.csv", table()
-    box = rating_widget(completions, path, "How <nice>?", (1, 3))
+    """Each click saves, undo takes back, nothing shows the origin, the report comes at the end."""
+    path, completions = tmp_path / "ratings.jsonl", table()
+    asked = (completions, path, "How <nice>?", (1, 3))
+    box = rating_widget(*asked)
     text, buttons, (undo, progress) = (
         box.children[0],
         box.children[1].children,
@@ -917,9 +897,9 @@ def test_widget_by_clicks(tmp_path):
         assert not any(word in _displayed(box).lower() for word in GIVEN_AWAY)
         seen.add(text.value)
         buttons[1].click()
-        assert pd.read_csv(path)["rating"].tolist() == given + [2]
+        assert list(RatingSession(*asked).ratings.values()) == [*given, 2]
         undo.click()
-        assert len(pd.read_csv(path)) == count
+        assert list(RatingSession(*asked).ratings.values()) == given and saved(path)[-1] is None
         buttons[count % 3].click()
         given.append(count % 3 + 1)
     assert len(seen) == 8 and any("<b>I think dogs are </b>text 1</p>" in value for value in seen)
@@ -931,21 +911,18 @@ def test_widget_by_clicks(tmp_path):
     assert progress.value.startswith("7 of 8 rated") and not any(
         button.disabled for button in buttons
     )
-    again = rating_widget(completions, path, "How <nice>?", (1, 3))
+    again = rating_widget(*asked)
     assert _displayed(again.children[0]) == _displayed(text)
 
 
 def test_widget_says_that_nothing_was_saved(tmp_path):
-    """A click in an old copy of the widget saves nothing, says so, and shows what is to be rated now."""
-    path = tmp_path / "ratings.csv"
+    """A click in an old copy of the widget saves nothing, and says so."""
+    path = tmp_path / "ratings.jsonl"
     old, new = rating_widget(table(), path), rating_widget(table(), path)
     new.children[1].children[0].click()
     old.children[1].children[4].click()
     assert "Not done: another session wrote" in old.children[2].children[1].value
-    assert (
-        pd.read_csv(path)["rating"].tolist() == [1]
-        and old.children[0].value == new.children[0].value
-    )
+    assert saved(path) == [1] and old.children[0].value == new.children[0].value
 
 
 def test_import_does_without_notebook_libraries():
