@@ -40,6 +40,9 @@ HEADINGS = [
     "Recap and references",
 ]
 
+MOST_CELLS = {
+    "failures": 64,
+}
 
 def read(name: str) -> NotebookNode:
     return nbformat.read(notebook_paths([name])[0], as_version=4)
@@ -96,6 +99,11 @@ def test_code_cells_are_short_and_introduced(name):
             assert before.cell_type == "markdown" and before.source.strip(), (
                 f"nothing introduces:\n{cell.source}"
             )
+
+
+@pytest.mark.parametrize(("name", "most"), MOST_CELLS.items())
+def test_guides_are_short(name, most):
+    assert len(read(name).cells) <= most
 
 
 @pytest.mark.parametrize("name", MECHANISMS)
