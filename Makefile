@@ -1,51 +1,66 @@
-# Every target does its own set-up, in .venv. A second run installs nothing, unless requirements or constraints changed.
+# Every target does its own set-up, in .venv. A second run installs nothing, unless requirements or
+# constraints changed.
 
 PYTHON ?= python3
+# In a fresh clone CONSTRAINTS=/dev/null takes the newest versions inside the ranges.
+CONSTRAINTS ?= constraints.txt
 VENV := .venv
 PEERS := .venv-peers
 OUT ?= embedded-again
-# Always `python -m`: the scripts of an environment break when its folder is moved.
+# Never the scripts of an environment: they break when its folder is moved.
 RUN := $(VENV)/bin/python -m
 STAMP := $(VENV)/.installed
 
 ifdef MODEL
 export STEERING_MODEL := $(MODEL)
 else
-# The embedded model is too small to gain from a second thread, and on a busy machine loses a lot by it.
+# The embedded model is too small to gain from a second thread, and loses by it on a busy machine.
 run picture: export OMP_NUM_THREADS ?= 1
 endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test notebooks lab colab embedded evaluate-embedded full-size gpt2-xl picture benchmark-extraction benchmark-sweep benchmark-mechanisms clean
+.PHONY: help run test lint notebooks lab colab embedded evaluate-embedded full-size gpt2-xl \
+  picture benchmark-extraction benchmark-sweep benchmark-mechanisms update clean
 
 help: ## list the targets
 	@awk -F ': .*## ' '/^[a-z0-9-]+: .*## / { printf "make %-22s %s\n", $$1, $$2 }' Makefile
 
-run: $(STAMP) ## steer by all six mechanisms and compare (another model: MODEL=gpt2-xl)
+run: $(STAMP) ## steer by all six mechanisms and compare (MODEL=gpt2-xl: the real one)
 	$(RUN) repository.agreement
 
-# A worker for each core; the cells of a notebook depend on each other, so a file stays with one worker.
-test: $(STAMP) ## run the tests and every notebook
+# A worker for each core. The cells of a notebook depend on each other, so a file stays with one.
+test: lint ## lint, then run the tests and every notebook
 	$(RUN) pytest --nbval --numprocesses logical --maxprocesses 8 --dist loadfile
 
-notebooks: $(STAMP) ## execute the notebooks again and store their outputs
-	$(RUN) repository.notebooks
+# import-linter has no `-m`. Without the variable pyright asks the net whether there is a newer one.
+lint: export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+lint: $(STAMP) ## check style, imports, types and workflows (seconds, offline)
+	$(RUN) ruff check
+	$(RUN) ruff format --check
+	@$(VENV)/bin/python -c \
+	  'from importlinter.cli import lint_imports_command as lint; lint()' --no-logo
+	$(RUN) pyright --pythonpath $(VENV)/bin/python
+	$(RUN) check_jsonschema -q --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(RUN) check_jsonschema -q --builtin-schema vendor.citation-file-format CITATION.cff
 
-lab: $(STAMP) ## open the notebooks in JupyterLab (another model: MODEL=gpt2-xl; another port: ARGS="--port 9999")
+notebooks: $(STAMP) ## execute the notebooks again and store their outputs (NAMES="baukit nnsight")
+	$(RUN) repository.notebooks $(NAMES)
+
+lab: $(STAMP) ## open the notebooks in JupyterLab (MODEL=gpt2-xl; ARGS="--port 9999")
 	JUPYTER_CONFIG_PATH="$(CURDIR)/.jupyter$${JUPYTER_CONFIG_PATH:+:$$JUPYTER_CONFIG_PATH}" \
 	  $(RUN) jupyterlab $$([ "$$(id -u)" -ne 0 ] || echo --allow-root) $(ARGS)
 
-colab: $(STAMP) ## write badge and first cell into the notebooks (REPO=owner/name, else the remote `origin`)
+colab: $(STAMP) ## write badge and first cell into the notebooks (REPO=owner/name, or `origin`)
 	$(RUN) repository.colab $(if $(REPO),'$(REPO)')
 
-embedded: $(STAMP) ## train the embedded model again, into the folder OUT (default: embedded-again)
+embedded: $(STAMP) ## train the embedded model again, into OUT (embedded-again)
 	$(RUN) embedded_model.train --out '$(OUT)'
 
 evaluate-embedded: $(STAMP) ## measure how well the embedded model can be steered
 	$(RUN) embedded_model.evaluate
 
-full-size: $(STAMP) ## check that the six agree at the size of GPT2-XL (random weights, 16 GB of memory)
+full-size: $(STAMP) ## check that the six agree at the size of GPT2-XL (16 GB)
 	$(RUN) pytest -m full_size tests/mechanisms/test_full_size.py
 
 gpt2-xl: $(STAMP) ## check the published figures on the real GPT2-XL (downloads 6 GB)
@@ -54,28 +69,42 @@ gpt2-xl: $(STAMP) ## check the published figures on the real GPT2-XL (downloads 
 picture: $(STAMP) ## draw the picture of the README again
 	$(RUN) repository.readme
 
-benchmark-extraction: $(STAMP) $(PEERS)/.installed ## measure what training a vector costs, beside steering-vectors (16 GB of memory)
+benchmark-extraction: $(STAMP) $(PEERS)/.installed ## measure what training costs, beside steering-vectors (16 GB)
 	$(RUN) benchmarks.extraction --peer $(PEERS)/bin/python
 
-benchmark-sweep: $(STAMP) ## measure what a sweep costs, beside one run for each setting and prompt
+benchmark-sweep: $(STAMP) ## measure what a sweep costs, beside one run each
 	$(RUN) benchmarks.sweep
 
-benchmark-mechanisms: $(STAMP) $(PEERS)/.installed ## measure what the six mechanisms cost and can do (half an hour, 16 GB of memory)
+benchmark-mechanisms: $(STAMP) $(PEERS)/.installed ## measure what the six cost and can do (half an hour, 16 GB)
 	$(RUN) benchmarks.abilities
 	$(RUN) benchmarks.mechanisms --peer $(PEERS)/bin/python
 
+# Under the Python of the stored outputs. torch without its build, so that pip takes the build the
+# machine offers; what a CUDA build brings is pinned by torch itself.
+update: ## put the newest versions into constraints.txt (PYTHON=python3.11)
+	@$(PYTHON) -m venv --clear .venv-update
+	.venv-update/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	.venv-update/bin/python -m pip freeze --all > .venv-update/frozen
+	grep '^#' constraints.txt > .venv-update/constraints.txt
+	sed -E '/^(pip|nvidia-.*|cuda-.*|triton)==/d; s/\+.*//' .venv-update/frozen \
+	  >> .venv-update/constraints.txt
+	mv .venv-update/constraints.txt constraints.txt
+	@rm -rf .venv-update
+
 clean: ## remove the environment and the caches, nothing else
-	rm -rf $(VENV) $(PEERS) .pytest_cache .hypothesis .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(PEERS) .venv-update .pytest_cache .hypothesis .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last, so that an installation that failed or was interrupted is done again.
-$(STAMP): requirements.txt constraints.txt
+$(STAMP): requirements.txt requirements-dev.txt constraints.txt
 	@$(VENV)/bin/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
-	    echo "This needs Python 3.11 or newer, and '$(PYTHON)' is not: name another one, as in make PYTHON=python3.12" >&2; exit 1; }; \
+	    echo "This needs Python 3.11 or newer, and '$(PYTHON)' is not:" \
+	      "name another, as in make PYTHON=python3.12" >&2; \
+	    exit 1; }; \
 	  $(PYTHON) -m venv --clear $(VENV); }
 	@echo "Installing into $(VENV); this takes some minutes the first time."
-	@$(RUN) pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
+	@$(RUN) pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c $(CONSTRAINTS)
 	@touch $(STAMP)
 
 # The peers of the benchmarks need other versions of the same libraries.
