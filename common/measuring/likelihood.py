@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from common.measuring.metrics import Metric
-from common.passes.padding import left_padded
+from common.passes.padding import pad_id, padded
 from common.passes.prompts import prompt_ids
 from common.passes.running import Steering, input_device
 from common.texts.generation import logits
@@ -152,7 +152,7 @@ def _batches(
         rows = prompt_ids(tokenizer, texts[start : start + batch_size], prepend_bos)
         # An empty text without BOS: one token stands for it, which nothing predicts and which
         # predicts nothing.
-        inputs = left_padded(tokenizer, [row or [0] for row in rows]).to(input_device(model))
+        inputs = padded([row or [0] for row in rows], pad_id(tokenizer)).to(input_device(model))
         if limit and inputs["input_ids"].shape[1] > limit:
             raise ValueError(
                 f"a text of {inputs['input_ids'].shape[1]} tokens is longer than the {limit}"

@@ -4,11 +4,20 @@ Notation: `hidden` is the residual stream after block `layer` (resid_post of `la
 `layer + 1`), shape [batch, pos, d_model]. Layers count from 0.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from common.arguments import finite_product, is_integer
+
+
+def text_config(model: nn.Module) -> PretrainedConfig:
+    """Return the config of a model's language part, where images or sound have one of their own."""
+    config = cast(PretrainedConfig, model.config)
+    return config.get_text_config()
 
 
 def get_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -26,7 +35,7 @@ def get_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
             residual stream [batch, pos, d_model].
     """
     _refuse_other_models(model)
-    count = model.config.get_text_config().num_hidden_layers
+    count = text_config(model).num_hidden_layers
     found = {
         name: module
         for name, module in model.named_modules()
@@ -58,7 +67,7 @@ OTHER_STREAMS = {
 
 def _refuse_other_models(model: nn.Module) -> None:
     """Refuse by name what is no causal language model, and blocks whose output is not [batch, pos, d_model]."""
-    config, name = model.config.get_text_config(), type(model).__name__
+    config, name = text_config(model), type(model).__name__
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(
             f"{name} has an encoder and a decoder: expected a causal language model, the decoder"
@@ -152,7 +161,7 @@ def check_vector(model: nn.Module, layer: int, vector: Tensor) -> Tensor:
     """
     block = get_block(model, layer)
     weight = next(block.parameters())
-    d_model = model.config.get_text_config().hidden_size
+    d_model = text_config(model).hidden_size
     if not isinstance(vector, Tensor) or not vector.is_floating_point():
         given = f"{vector.dtype} tensor" if isinstance(vector, Tensor) else type(vector).__name__
         raise ValueError(f"expected a floating-point tensor as steering vector, got a {given}")

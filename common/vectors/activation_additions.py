@@ -13,28 +13,28 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from common.arguments import finite_number, finite_product, is_integer
 from common.passes.hooks import (
-    EndOfPass,
     SteeringHook,
     holder_of_blocks,
     hook_input,
     hook_output,
     hook_passes,
-    uncompiled,
     unsteered,
 )
+from common.passes.padding import padded
 from common.passes.prompts import Prompt, is_prompt, prompt_ids
+from common.passes.recording import record_pass
 from common.passes.running import in_evaluation_mode, input_device
-from common.places.blocks import get_hidden
+from common.places.blocks import text_config
 from common.places.positions import PositionTracker, TokenSpan, of_rows
 from common.places.sites import Site, find_site, parse_site
 
@@ -244,41 +244,11 @@ def read_sites(
     # In one order whatever the order given: the last bits depend on the place in the batch.
     distinct = sorted({tuple(row) for row in rows}, key=lambda row: (len(row), row))
     places = {site: find_site(model, site) for site in dict.fromkeys(sites)}
-    found: dict[Site, Tensor] = {}
-
-    def keep(site: Site, hidden: Tensor) -> None:
-        found[site] = hidden.detach().clone()
-        if len(found) == len(places):
-            raise EndOfPass
-
-    # Padding on the right: what stands in front of it does not see it.
-    ids = pad_sequence([torch.tensor(row) for row in distinct], batch_first=True).to(
-        input_device(model)
-    )
-    mask = pad_sequence(
-        [torch.ones(len(row), dtype=torch.long) for row in distinct], batch_first=True
-    ).to(ids.device)
-    with ExitStack() as stack:
-        stack.enter_context(unsteered())
-        stack.enter_context(in_evaluation_mode(model))
-        stack.enter_context(uncompiled())  # compiled code does not see the hooks
-        for site, (module, side) in places.items():
-            if side == "input":
-                handle = module.register_forward_pre_hook(
-                    lambda _, args, kwargs, site=site: keep(
-                        site, args[0] if args else kwargs["hidden_states"]
-                    ),
-                    with_kwargs=True,
-                )
-            else:
-                handle = module.register_forward_hook(
-                    lambda _, args, output, site=site: keep(site, get_hidden(output))
-                )
-            stack.callback(handle.remove)
-        try:
-            model(input_ids=ids, attention_mask=mask)
-        except EndOfPass:
-            pass
+    inputs = padded(distinct, side="right").to(input_device(model))
+    with unsteered(), in_evaluation_mode(model):
+        found = record_pass(
+            partial(model, **inputs), places, lambda site, hidden: hidden.detach().clone()
+        )
     return {
         (row, site): hidden[index, : len(row)]
         for site, hidden in found.items()
@@ -381,7 +351,7 @@ def apply_activation_additions(
     TokenSpan(0, addition_location)
     if not isinstance(res_stream_slice, slice):
         raise ValueError(f"expected a slice as res_stream_slice, got {res_stream_slice!r}")
-    d_model = model.config.get_text_config().hidden_size
+    d_model = text_config(model).hidden_size
     kept = torch.zeros(d_model)
     kept[list(range(d_model)[res_stream_slice])] = 1
     if not kept.any():
@@ -457,7 +427,7 @@ def line_up(
         frame[name] = [
             tokenizer.decode([row[offset]]) if 0 <= offset < len(row) else "" for offset in offsets
         ]
-    total = torch.zeros(len(ids), model.config.get_text_config().hidden_size)
+    total = torch.zeros(len(ids), text_config(model).hidden_size)
     for (_, count), vectors in addition_vectors(model, tokenizer, activation_additions).items():
         span = TokenSpan(count, addition_location)
         offsets = span.offsets(positions, lengths)[0]

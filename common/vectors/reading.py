@@ -4,7 +4,8 @@ import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +13,17 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from common.arguments import integer, is_integer
-from common.passes.hooks import EndOfPass, uncompiled
+from common.passes.hooks import uncompiled
+from common.passes.padding import pad_id, padded
 from common.passes.prompts import Prompt, check_prompts, prompt_ids
+from common.passes.recording import Location, record_pass, recording
 from common.passes.running import in_evaluation_mode, input_device
-from common.places.blocks import get_hidden
+from common.places.blocks import get_hidden, text_config
 from common.places.sites import LayerType, ModelLayerConfig, get_layers
 from common.progress import bar_options
 
 ReadTokenIndex = int | Callable[[Prompt], int]
+Row = tuple[int, ...]  # token ids
 
 
 @contextmanager
@@ -54,14 +58,11 @@ def record_activations(
     layers = get_layers(model, layer_type, layer_config, layer_nums)
     records: dict[int, list[Tensor]] = defaultdict(list)
 
-    def recorder(layer: int) -> Callable:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            hidden = get_hidden(output)
-            records[layer].append(hidden.detach().clone() if clone_activations else hidden)
+    def record(layer: int, output: Any) -> None:
+        hidden = get_hidden(output)
+        records[layer].append(hidden.detach().clone() if clone_activations else hidden)
 
-        return hook
-
-    with _hooks({module: recorder(layer) for layer, module in layers.items()}):
+    with recording({layer: (module, "output") for layer, module in layers.items()}, record):
         yield records
 
 
@@ -117,107 +118,60 @@ def read_activations(
     if not modules:
         raise ValueError("expected at least one layer, got an empty list")
     batch_size = integer(batch_size, "batch_size", least=1)
-    rows, reads = _plan(model, tokenizer, prompts, read_token_index, prepend_bos)
-    kept = {layer: _Kept(len(reads.slots), move_to_cpu) for layer in modules}
-    last = max(modules)
-    batch: dict[str, Any] = {}
-    device = input_device(model)
-
-    def reader(layer: int) -> Callable:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            hidden = get_hidden(output)
-            if hidden.shape[:2] != batch["shape"]:
-                expected, given = list(batch["shape"]), list(hidden.shape)
-                raise ValueError(
-                    f"layer {layer}: expected an output [batch, pos, d_model] for a batch"
-                    f" {expected}, got {given}"
-                )
-            index, position = (batch[name].to(hidden.device) for name in ("rows", "positions"))
-            kept[layer].store(batch["slots"], hidden[index, position])
-            if layer == last:
-                raise EndOfPass
-
-        return hook
-
-    pad = (
-        tokenizer.pad_token_id
-        if tokenizer.pad_token_id is not None
-        else tokenizer.eos_token_id or 0
-    )
+    plan = _plan(model, tokenizer, prompts, read_token_index, prepend_bos)
+    places: dict[int, Location] = {layer: (module, "output") for layer, module in modules.items()}
     options = {"use_cache": False} if _accepts(model, "use_cache") else {}
+    kept: dict[int, list[Tensor]] = {layer: [] for layer in sorted(modules)}
+    reads, slots = list(plan.reads.items()), dict[Row, int]()
     bar = tqdm(
-        total=len(rows), desc=tqdm_desc, unit="prompt", disable=not show_progress, **bar_options()
+        total=len(reads), desc=tqdm_desc, unit="prompt", disable=not show_progress, **bar_options()
     )
-    with (
-        in_evaluation_mode(model),
-        _hooks({module: reader(layer) for layer, module in modules.items()}),
-        bar,
-    ):
-        for start in range(0, len(rows), batch_size):
-            chunk = rows[start : start + batch_size]
-            # Padding on the right changes no position: what stands in front of it does not see it.
-            length = max(map(len, chunk))
-            ids = torch.tensor([[*row, *[pad] * (length - len(row))] for row in chunk])
-            attention_mask = torch.tensor(
-                [[1] * len(row) + [0] * (length - len(row)) for row in chunk]
-            )
-            wanted = [
-                (index, position, slot)
-                for index, row in enumerate(chunk)
-                for position, slot in reads.of(row)
-            ]
-            batch["rows"], batch["positions"], batch["slots"] = torch.tensor(wanted).T
-            batch["shape"] = ids.shape
-            try:
-                model(input_ids=ids.to(device), attention_mask=attention_mask.to(device), **options)
-            except EndOfPass:
-                pass
+    with in_evaluation_mode(model), uncompiled(), bar:
+        for start in range(0, len(reads), batch_size):
+            chunk = reads[start : start + batch_size]
+            inputs = padded([row for row, _ in chunk], pad_id(tokenizer), side="right")
+            wanted = [(index, end) for index, (_, ends) in enumerate(chunk) for end in ends]
+            for index, end in wanted:
+                slots[chunk[index][0][: end + 1]] = len(slots)
+            keep = _reader(inputs["input_ids"].shape, torch.tensor(wanted), move_to_cpu)
+            inputs = inputs.to(input_device(model))
+            found = record_pass(partial(model, **inputs, **options), places, keep)
+            for layer, values in found.items():
+                kept[layer].append(values)
             bar.update(len(chunk))
-    order = torch.tensor(reads.order)
-    return {
-        layer: found.values[order.to(found.values.device)] for layer, found in sorted(kept.items())
-    }
+    order = torch.tensor([slots[read] for read in plan.wanted])
+    return {layer: torch.cat(kept.pop(layer))[order] for layer in sorted(modules)}
 
 
-class _Kept:
-    """The activations that were read at one layer, each in its slot."""
+def _reader(
+    shape: torch.Size, wanted: Tensor, move_to_cpu: bool
+) -> Callable[[int, Tensor], Tensor]:
+    """Return what keeps the tokens `wanted` [n, 2], as row and position, of a batch [batch, pos]."""
 
-    def __init__(self, count: int, move_to_cpu: bool):
-        self.count, self.move_to_cpu = count, move_to_cpu
-        self.values: Tensor = torch.empty(0)
+    def keep(layer: int, hidden: Tensor) -> Tensor:
+        if hidden.shape[:2] != shape:
+            raise ValueError(
+                f"layer {layer}: expected an output [batch, pos, d_model] for a batch"
+                f" {list(shape)}, got {list(hidden.shape)}"
+            )
+        rows, positions = wanted.to(hidden.device).T
+        read = hidden[rows, positions]
+        return read.cpu() if move_to_cpu else read
 
-    def store(self, slots: Tensor, values: Tensor) -> None:
-        """Put values [n, d_model] into slots [n]."""
-        if self.move_to_cpu:
-            values = values.cpu()
-        if not self.values.numel():
-            self.values = values.new_empty(self.count, values.shape[-1])
-        self.values[slots.to(values.device)] = values
+    return keep
 
 
-class _Reads:
-    """Which tokens are read: every sequence of tokens once, in a slot of its own, at its last one."""
+class _Plan(NamedTuple):
+    """What is read.
 
-    def __init__(self) -> None:
-        self.slots: dict[tuple[int, ...], int] = {}
-        self.order: list[int] = []
-        self._by_row: dict[tuple[int, ...], list[tuple[int, int]]] = defaultdict(list)
+    Attributes:
+        reads: the distinct prompts as token ids, the longest first, with the positions to read.
+        wanted: for each prompt its tokens up to the one that is read; another prompt that begins
+            with them may be the one that is run.
+    """
 
-    def add(self, row: tuple[int, ...], position: int) -> None:
-        """Read this position of this prompt, or of an earlier one that is the same up to there: nothing looks ahead."""
-        seen = row[: position + 1]
-        if seen not in self.slots:
-            slot = self.slots[seen] = len(self.slots)
-            self._by_row[row].append((position, slot))
-        self.order.append(self.slots[seen])
-
-    def of(self, row: tuple[int, ...]) -> list[tuple[int, int]]:
-        """The positions and slots of a prompt."""
-        return self._by_row[row]
-
-    def rows(self) -> list[tuple[int, ...]]:
-        """The prompts of which something is read."""
-        return list(self._by_row)
+    reads: dict[Row, list[int]]
+    wanted: list[Row]
 
 
 def _plan(
@@ -226,23 +180,16 @@ def _plan(
     prompts: Sequence[Prompt],
     read_token_index: ReadTokenIndex | Sequence[int],
     prepend_bos: bool | None,
-) -> tuple[list[tuple[int, ...]], _Reads]:
-    """The distinct prompts as token ids, the longest first, and what is read of each."""
+) -> _Plan:
+    """Tokenize the prompts and find what has to be read, once each."""
     check_prompts(prompts)
-    if callable(read_token_index):
-        indices = [read_token_index(prompt) for prompt in prompts]
-    elif not isinstance(read_token_index, Iterable) or getattr(read_token_index, "ndim", 1) == 0:
-        indices = [read_token_index] * len(prompts)
-    else:
-        indices = list(read_token_index)
-        if len(indices) != len(prompts):
-            raise ValueError(
-                f"expected one read index for each of {len(prompts)} prompts, got {len(indices)}"
-            )
-    rows = [tuple(row) for row in prompt_ids(tokenizer, prompts, prepend_bos)]
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    reads = _Reads()
-    for prompt, row, index in zip(prompts, rows, indices):
+    indices = _indices(prompts, read_token_index)
+    limit = getattr(text_config(model), "max_position_embeddings", None)
+    reads: dict[Row, list[int]] = defaultdict(list)
+    wanted: list[Row] = []
+    seen: set[Row] = set()
+    for prompt, ids, index in zip(prompts, prompt_ids(tokenizer, prompts, prepend_bos), indices):
+        row = tuple(ids)
         if not row or (limit and len(row) > limit):
             raise ValueError(
                 f"the prompt {prompt!r} has {len(row)} tokens; expected 1 to"
@@ -253,24 +200,30 @@ def _plan(
                 f"cannot read token {index!r} of {prompt!r}: it has {len(row)} tokens, so expected"
                 f" {-len(row)} to {len(row) - 1}"
             )
-        reads.add(row, int(index) % len(row))
+        position = int(index) % len(row)
+        wanted.append(row[: position + 1])
+        if wanted[-1] not in seen:  # no token looks ahead, so what comes after it does not matter
+            seen.add(wanted[-1])
+            reads[row].append(position)
     # The longest first: a batch that does not fit into memory fails at once, and the bar is never
     # too hopeful.
-    return sorted(reads.rows(), key=len, reverse=True), reads
+    return _Plan({row: reads[row] for row in sorted(reads, key=len, reverse=True)}, wanted)
 
 
-@contextmanager
-def _hooks(by_module: dict[nn.Module, Callable]) -> Iterator[None]:
-    """Forward hooks that go when the block ends. What is compiled runs as it is meanwhile: it would not see them."""
-    handles = []
-    try:
-        for module, hook in by_module.items():
-            handles.append(module.register_forward_hook(hook))
-        with uncompiled():
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _indices(
+    prompts: Sequence[Prompt], read_token_index: ReadTokenIndex | Sequence[int]
+) -> list[int]:
+    """Return which token of each prompt is read."""
+    if callable(read_token_index):
+        return [read_token_index(prompt) for prompt in prompts]
+    if not isinstance(read_token_index, Iterable) or getattr(read_token_index, "ndim", 1) == 0:
+        return [read_token_index] * len(prompts)
+    indices = list(read_token_index)
+    if len(indices) != len(prompts):
+        raise ValueError(
+            f"expected one read index for each of {len(prompts)} prompts, got {len(indices)}"
+        )
+    return indices
 
 
 def _accepts(model: nn.Module, name: str) -> bool:

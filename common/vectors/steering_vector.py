@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from common.arguments import finite_number, finite_product, function_of_two, is_integer
 from common.passes.hooks import PassHandle, SteeringHook, holder_of_blocks, hook_output, hook_passes
-from common.places.blocks import stream_dtype
+from common.places.blocks import stream_dtype, text_config
 from common.places.positions import PositionTracker, TokenSelection
 from common.places.sites import LAYER_TYPES, LayerType, ModelLayerConfig, get_layers
 from common.vectors.operators import PatchDeltaOperator
@@ -200,7 +200,7 @@ class SteeringVector:
             handle.remove()
 
     def _check_width(self, model: nn.Module) -> None:
-        d_model = model.config.get_text_config().hidden_size
+        d_model = text_config(model).hidden_size
         for layer, vector in self.layer_activations.items():
             if len(vector) != d_model:
                 raise ValueError(

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from common.arguments import function_of_two, integer
 from common.passes.prompts import Prompt, is_prompt
 from common.passes.rounding import is_rounding
+from common.places.blocks import text_config
 from common.places.sites import LayerType, ModelLayerConfig
 from common.vectors.aggregators import Aggregator, mean_aggregator
 from common.vectors.reading import ReadTokenIndex, read_activations
@@ -227,7 +228,7 @@ def train_steering_vector(
     )
     metadata = {
         "model": model_name(model),
-        "model_type": model.config.get_text_config().model_type,
+        "model_type": text_config(model).model_type,
         "pairs": str(len(samples)),
         "pairs_sha256": (
             hashlib.sha256(json.dumps([astuple(sample) for sample in samples]).encode()).hexdigest()

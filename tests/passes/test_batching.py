@@ -11,7 +11,7 @@ from odd_tokenizers import gpt2
 from transformers import DynamicCache, Gemma3Config, Gemma3ForConditionalGeneration, PreTrainedModel
 
 from common.passes.hooks import uncompiled
-from common.passes.padding import left_padded
+from common.passes.padding import padded
 from common.passes.running import in_evaluation_mode
 from common.places.sites import Site
 from common.sweeping.rows import RowSteering, steering_rows
@@ -160,13 +160,10 @@ def test_positions_in_a_model_that_hands_its_blocks_a_mask_of_its_own():
     ).eval()
     rows = [[5, 9, 3, 7, 8, 4], [3, 4, 11]]
     with SteeringVector({1: 3 * torch.randn(32)}).apply(model, token_indices=[-1, -3]):
-        whole = logits(model, left_padded(gpt2(), rows))
+        whole = logits(model, padded(rows))
         for found, row in zip(whole, rows):
             torch.testing.assert_close(
-                found[-len(row) :],
-                logits(model, left_padded(gpt2(), [row]))[0],
-                atol=1e-4,
-                rtol=1e-4,
+                found[-len(row) :], logits(model, padded([row]))[0], atol=1e-4, rtol=1e-4
             )
 
 
@@ -203,13 +200,13 @@ def per_row(
 @pytest.mark.parametrize("kind", ["mask", "None", "front", "back"])
 def test_steering_by_rows_stays_with_its_row(name, kind):
     """Also where the rows of a batch are run in parts: logits and greedy ids are those of each row alone."""
-    model, inputs = tiny_model(name, 50), left_padded(gpt2(), ROWS)
+    model, inputs = tiny_model(name, 50), padded(ROWS)
     options = {"max_new_tokens": 3, "eos_token_id": None, "forced_eos_token_id": None}
     whole, alone = per_row(model)[kind]
     with whole:
         scores, ids = logits(model, inputs), generate(model, inputs, **options)
     for number, (row, steering) in enumerate(zip(ROWS, alone)):
-        one = left_padded(gpt2(), [row])
+        one = padded([row])
         with steering:
             torch.testing.assert_close(
                 scores[number, -len(row) :], logits(model, one)[0], atol=1e-3, rtol=1e-3
@@ -220,7 +217,7 @@ def test_steering_by_rows_stays_with_its_row(name, kind):
 @pytest.mark.parametrize("name", ["GPT-2", "BART decoder"])
 def test_steering_of_other_rows_is_refused(name):
     """A mask of four rows, and three in the batch."""
-    model, inputs = tiny_model(name, 50), left_padded(gpt2(), ROWS[:3])
+    model, inputs = tiny_model(name, 50), padded(ROWS[:3])
     for whole, _ in per_row(model).values():
         with whole, pytest.raises(ValueError, match="has 4 rows and the batch has 3"):
             logits(model, inputs)
