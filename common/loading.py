@@ -92,26 +92,36 @@ def load_model(
 
 
 def preset_for(name: str, blocks: int) -> Preset:
-    """Return layer and coefficient for a model: measured, published, or a first guess that says so.
+    """Return layer and coefficient for a model: known ones, or a first guess that says so.
 
     Args:
         name: as given to `load_model`.
         blocks: how many transformer blocks the model has.
     """
-    if name == EMBEDDED:
-        measured = json.loads((embedded.FOLDER / "preset.json").read_text(encoding="utf-8"))
-        return Preset(
-            measured["layer"],
-            measured["coeff"],
-            "a sweep on prompts of its own, see common/embedded",
-        )
-    if name.split("/")[-1] == "gpt2-xl":
-        return Preset(5, 10.0, "published: layer 5, coefficient 10 on the unit direction")
+    if (known := known_preset(name)) is not None:
+        return known
+    published = _published_presets()["gpt2-xl"]
     return Preset(
-        5 * blocks // 48,
-        10.0,
+        published["layer"] * blocks // published["blocks"],
+        published["coeff"],
         "a guess, GPT2-XL's relative depth and coefficient: find yours by a sweep",
     )
+
+
+def known_preset(name: str) -> Preset | None:
+    """Return what was measured for the embedded model, or published for GPT2-XL; else None."""
+    if name == EMBEDDED:
+        found = json.loads((embedded.FOLDER / "preset.json").read_text(encoding="utf-8"))
+        source = "a sweep on prompts of its own, see common/embedded"
+        return Preset(found["layer"], found["coeff"], source)
+    if (found := _published_presets().get(name.split("/")[-1])) is None:
+        return None
+    return Preset(found["layer"], found["coeff"], found["source"])
+
+
+def _published_presets() -> dict[str, dict]:
+    """Presets by the last part of the model's name, with its number of blocks."""
+    return json.loads(Path(__file__).with_name("presets.json").read_text(encoding="utf-8"))
 
 
 def copy_sharing_weights(model: PreTrainedModel) -> PreTrainedModel:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from common.loading import LoadError, load_model
+from common.loading import LoadError, known_preset, load_model
 from common.texts.generation import completions
 from repository.mechanisms import load_mechanism, notebook_namespace
 
@@ -24,12 +24,13 @@ SITES = ("resid_post", "ln_1")
 
 
 def read_figures(name: str) -> dict:
-    """Return the figures stored for a model.
+    """Return the figures stored for a model, with the layer and coefficient of its preset.
 
     Raises:
         ValueError: nothing is stored for it.
     """
-    path = DATA / f"{name.split('/')[-1]}.json"
+    name = name.split("/")[-1]
+    path = DATA / f"{name}.json"
     if not path.is_file() or "norms" not in json.loads(path.read_text(encoding="utf-8")):
         known = ", ".join(
             sorted(
@@ -37,7 +38,9 @@ def read_figures(name: str) -> dict:
             )
         )
         raise ValueError(f"no figures are stored for {name!r}: expected one of {known}")
-    return json.loads(path.read_text(encoding="utf-8"))
+    preset = known_preset(name)
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    return {"layer": preset.layer, "coeff": preset.coeff} | stored
 
 
 def published_table(*sites: str) -> pd.DataFrame:
@@ -157,14 +160,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         expected = read_figures(options.model)
-        model, tokenizer, preset = load_model(options.model)
+        model, tokenizer, _ = load_model(options.model)
     except (LoadError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
     if options.record:
-        expected |= {"layer": preset.layer, "coeff": preset.coeff}
         expected |= measure(model, tokenizer, expected)
-        text = json.dumps(expected, indent=1, ensure_ascii=True)
+        stored = {key: value for key, value in expected.items() if key not in ("layer", "coeff")}
+        text = json.dumps(stored, indent=1, ensure_ascii=True)
         (DATA / f"{options.model}.json").write_text(text + "\n", encoding="utf-8")
     rows = compare(measure(model, tokenizer, expected), expected)
     table = Table(*rows.columns, title=f"{options.model}, expected: {expected['source']}")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from common import loading as models
+from common.loading import preset_for
 from repository import published as figures
 from repository.mechanisms import ROOT
 from repository.published import compare, published_table, read_figures
@@ -89,12 +89,13 @@ def test_published_figures_are_all_there():
     assert read_figures("openai-community/gpt2-xl") == stored
 
 
-def test_preset_is_the_published_setting():
-    """What `load_model` recommends for GPT2-XL is what the figures were published for."""
-    assert models.preset_for("gpt2-xl", 48)[:2] == (
-        read_figures("gpt2-xl")["layer"],
-        read_figures("gpt2-xl")["coeff"],
-    )
+def test_layer_and_coefficient_are_written_once():
+    """Those of the preset: the files with the figures do not repeat them."""
+    for name in ("gpt2-xl", "embedded"):
+        preset, found = preset_for(name, 48), read_figures(name)
+        assert (found["layer"], found["coeff"]) == preset[:2]
+        stored = json.loads((figures.DATA / f"{name}.json").read_text())
+        assert not {"layer", "coeff"} & stored.keys()
 
 
 @pytest.mark.skipif(not STORED.is_file(), reason="the embedded model's figures are not recorded")
@@ -124,7 +125,7 @@ def _alter_unsteered(stored: dict) -> None:
 
 
 def _alter_coeff(stored: dict) -> None:
-    stored["coeff"] *= -1
+    stored["coeff"] = -3.0
 
 
 @pytest.mark.parametrize("alter", [_alter_norm, _alter_text, _alter_unsteered, _alter_coeff])
