@@ -84,6 +84,7 @@ from .texts.generation import completions as completions
 from .texts.generation import generate as generate
 from .texts.generation import generation_options as generation_options
 from .texts.generation import logits as logits
+from .texts.sampling import Sampling as Sampling
 from .texts.sampling import SeededSampling as SeededSampling
 from .texts.sampling import sample as sample
 from .vectors.activation_additions import ActivationAddition as ActivationAddition

@@ -25,7 +25,7 @@ from common.embedded import FOLDER
 from common.measuring.perplexity import perplexity_ratios
 from common.measuring.tone import tone
 from common.passes.padding import encode
-from common.texts import generation
+from common.texts import sampling
 from common.texts.generation import completions
 from common.vectors.activation_additions import (
     ActivationAddition,
@@ -111,13 +111,11 @@ def sample_published(
 ) -> list[str]:
     """Sample as in the activation-addition post: temperature 1, top_p 0.3, frequency penalty 1, BOS in front."""
     inputs = encode(tokenizer, [prompt] * count, bos)
-    ids = generation.sample(
+    ids = sampling.sample(
         model,
         inputs,
         [(seed, row) for row in range(count)],
-        max_new_tokens=NEW_TOKENS,
-        top_p=0.3,
-        freq_penalty=1.0,
+        sampling.Sampling(max_new_tokens=NEW_TOKENS, top_p=0.3, freq_penalty=1.0),
     )
     return completions(tokenizer, inputs, ids)
 

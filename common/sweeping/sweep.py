@@ -51,7 +51,7 @@ from common.sweeping.rows import (
 )
 from common.sweeping.store import SweepStore, plain, typed
 from common.texts.generation import completions, real_tokens
-from common.texts.sampling import check_sampling, sample
+from common.texts.sampling import Sampling, sample
 from common.vectors.activation_additions import ActivationAddition, AdditionLocation, read_sites
 from common.vectors.steering_vector import SteeringVector
 
@@ -205,7 +205,7 @@ def sweep(
             call goes on there.
     """
     metrics = dict(metrics or {})
-    check_sampling(temperature, top_p, freq_penalty, repetition_penalty, max_new_tokens)
+    sampling = Sampling(max_new_tokens, temperature, top_p, freq_penalty, repetition_penalty)
     _at_least(1, per_prompt=per_prompt, max_memory=max_memory)
     _at_least(0, seed=seed)
     if per_prompt > 1 and not temperature:
@@ -276,11 +276,7 @@ def sweep(
                         model,
                         inputs,
                         [(seed, prompt, number) for _, prompt, number in rows],
-                        max_new_tokens=max_new_tokens,
-                        temperature=temperature,
-                        top_p=top_p,
-                        freq_penalty=freq_penalty,
-                        repetition_penalty=repetition_penalty,
+                        sampling,
                         past_key_values=cache,
                     )
                 texts = completions(tokenizer, inputs, ids, real_tokens(model, inputs, ids))

@@ -7,6 +7,7 @@ The names are those of the library of the activation-addition post
 import html
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,12 @@ from rich.text import Text
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from common.arguments import integer
 from common.passes.padding import encode
 from common.passes.prompts import Prompt, prompt_text
 from common.passes.running import input_device
 from common.texts.generation import completions, real_tokens, text_logits
-from common.texts.sampling import sample
+from common.texts.sampling import Sampling, sample
 from common.vectors.activation_additions import (
     ActivationAddition,
     AdditionLocation,
@@ -38,12 +40,8 @@ def complete(
     prompts: Sequence[Prompt],
     steering: AbstractContextManager | None = None,
     *,
-    tokens_to_generate: int = 40,
+    sampling: Sampling = Sampling(max_new_tokens=40),
     seed: int | None = None,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    freq_penalty: float = 0.0,
-    repetition_penalty: float = 1.0,
     include_logits: bool = False,
     prepend_bos: bool | None = True,
     show_progress: bool = False,
@@ -60,12 +58,9 @@ def complete(
         tokenizer: its tokenizer.
         prompts: texts, or messages for a chat model; repeat one for several completions of it.
         steering: what is open meanwhile, for example `vector.apply(model)`; nothing by default.
-        tokens_to_generate: length of the completions.
+        sampling: length of the completions (40 tokens by default), temperature, top_p and
+            penalties.
         seed: an integer from 0 on; by default another one each time.
-        temperature: see `generation.sample`.
-        top_p: likewise.
-        freq_penalty: likewise.
-        repetition_penalty: likewise.
         include_logits: add a column with the logits [token, vocab] of each text, under the
             steering.
         prepend_bos: see `prompts.prompt_ids`; by default one BOS where the tokenizer has one, as in
@@ -79,23 +74,16 @@ def complete(
         `is_modified`, and `logits` where asked for.
 
     Raises:
-        ValueError: no prompts, an empty one, one that `prompt_ids` refuses, or settings that mean
-            nothing.
+        ValueError: no prompts, an empty one, one that `prompt_ids` refuses, or a seed below 0.
     """
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
-        raise ValueError(f"expected an integer from 0 on as seed, got {seed!r}")
+    seed = np.random.SeedSequence().entropy if seed is None else integer(seed, "seed")
     inputs = encode(tokenizer, prompts, prepend_bos).to(input_device(model))
-    seed = np.random.SeedSequence().entropy if seed is None else seed
     with steering or nullcontext():
         ids = sample(
             model,
             inputs,
             [(seed, row) for row in range(len(prompts))],
-            max_new_tokens=tokens_to_generate,
-            temperature=temperature,
-            top_p=top_p,
-            freq_penalty=freq_penalty,
-            repetition_penalty=repetition_penalty,
+            sampling,
             show_progress=show_progress,
         )
         logits = text_logits(model, inputs, ids)
@@ -138,11 +126,35 @@ def gen_using_activation_additions(
     res_stream_slice: slice = slice(None),
     **settings: Any,
 ) -> pd.DataFrame:
-    """Complete prompts under activation additions; settings and result are those of `complete`."""
+    """Complete prompts under activation additions.
+
+    Args:
+        model: see `complete`.
+        tokenizer: likewise.
+        prompts: likewise.
+        activation_additions: see `apply_activation_additions`.
+        addition_location: likewise.
+        res_stream_slice: likewise.
+        settings: `tokens_to_generate` (40 by default), `temperature`, `top_p`, `freq_penalty` and
+            `repetition_penalty`, as the library names them; see `Sampling`. The others are those of
+            `complete`.
+
+    Returns:
+        What `complete` returns.
+    """
     steering = apply_activation_additions(
         model, tokenizer, activation_additions, addition_location, res_stream_slice
     )
-    return complete(model, tokenizer, prompts, steering, **settings)
+    return complete(model, tokenizer, prompts, steering, **_with_sampling(settings))
+
+
+def _with_sampling(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings by the library's names, as those of `complete`."""
+    names = {field.name: field.name for field in fields(Sampling)}
+    names["max_new_tokens"] = "tokens_to_generate"
+    given = {own: settings[name] for own, name in names.items() if name in settings}
+    rest = {name: value for name, value in settings.items() if name not in names.values()}
+    return rest | {"sampling": Sampling(**{"max_new_tokens": 40, **given})} if given else rest
 
 
 def gen_normal_and_modified(
@@ -156,13 +168,15 @@ def gen_normal_and_modified(
     seed: int | None = None,
     **settings: Any,
 ) -> pd.DataFrame:
-    """Complete prompts without and with activation additions, both in batches of one shape and with the same random numbers.
+    """Complete prompts without and with activation additions, from the same random numbers.
+
+    Both are batches of one shape. The arguments are those of `gen_using_activation_additions`.
 
     Returns:
         What `complete` returns, the unsteered rows first; without additions only these.
     """
     seed = int(np.random.default_rng().integers(2**31)) if seed is None else seed
-    frames = [complete(model, tokenizer, prompts, seed=seed, **settings)]
+    frames = [complete(model, tokenizer, prompts, seed=seed, **_with_sampling(settings))]
     if activation_additions:
         where = (activation_additions, addition_location, res_stream_slice)
         frames.append(
@@ -200,16 +214,10 @@ def print_n_comparisons(
     Raises:
         ValueError: less than one comparison, or what these two raise.
     """
-    if (
-        isinstance(num_comparisons, bool)
-        or not isinstance(num_comparisons, int)
-        or num_comparisons < 1
-    ):
-        raise ValueError(f"expected 1 or more comparisons, got {num_comparisons!r}")
     results = gen_normal_and_modified(
         model,
         tokenizer,
-        [prompt] * num_comparisons,
+        [prompt] * integer(num_comparisons, "num_comparisons", 1),
         activation_additions,
         addition_location,
         res_stream_slice,

@@ -1,8 +1,8 @@
 """Sampling as in the activation-addition post, with random numbers that belong to each row of a batch."""
 
 import math
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from transformers import (
     TemperatureLogitsWarper,
 )
 
+from common.arguments import integer
 from common.passes.batching import neutral_options, part_of, run_parts, separate_parts
 from common.progress import progress_bar
 from common.texts.generation import end_of_text, generate, joined, refuse_for_parts
@@ -102,7 +103,7 @@ class SeededSampling(LogitsProcessor):
         return scores + gumbel.to(scores)[self._rows.to(scores.device)]
 
 
-class _PerRow(LogitsProcessor):
+class PerRow(LogitsProcessor):
     """Lets a processor that counts tokens see each row without its padding, which is the end of text and no repetition."""
 
     def __init__(self, processor: LogitsProcessor, attention_mask: Tensor):
@@ -124,39 +125,73 @@ class _Bar(LogitsProcessor):
         return scores
 
 
-def check_sampling(
-    temperature: float,
-    top_p: float,
-    freq_penalty: float,
-    repetition_penalty: float,
-    max_new_tokens: int,
-) -> None:
-    """Refuse settings of `sample` that mean nothing.
+@dataclass(frozen=True)
+class Sampling:
+    """How texts are sampled: temperature, top_p and penalties as in the activation-addition post, and no top-k.
+
+    The order is that of TransformerLens: repetition penalty, temperature, frequency penalty, top_p.
+
+    Attributes:
+        max_new_tokens: length of the completions.
+        temperature: 0 is greedy, whatever the seeds.
+        top_p: the smallest set of tokens with at least this probability is sampled from.
+        freq_penalty: see `FrequencyPenalty`.
+        repetition_penalty: the logits of tokens that occurred are divided by it (multiplied where
+            negative); 1 is none.
 
     Raises:
-        ValueError: a temperature or a frequency penalty below 0, a top_p outside (0, 1], a
-            repetition penalty of 0 or less, no new tokens.
+        ValueError: no new tokens, a temperature or a frequency penalty below 0, a top_p outside
+            (0, 1], a repetition penalty of 0 or less.
     """
-    if not temperature >= 0 or not math.isfinite(temperature):
-        raise ValueError(f"expected a temperature of 0 or more, got {temperature!r}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"expected a top_p above 0 and at most 1, got {top_p!r}")
-    if not repetition_penalty > 0:
-        raise ValueError(
-            f"expected a repetition penalty above 0 (1 is none), got {repetition_penalty!r}"
+
+    max_new_tokens: int = 20
+    temperature: float = 1.0
+    top_p: float = 1.0
+    freq_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(
+            self, "max_new_tokens", integer(self.max_new_tokens, "max_new_tokens", 1)
         )
-    if (
-        isinstance(max_new_tokens, bool)
-        or not isinstance(max_new_tokens, int)
-        or max_new_tokens < 1
-    ):
-        raise ValueError(f"expected 1 or more new tokens, got {max_new_tokens!r}")
-    FrequencyPenalty(freq_penalty)
+        if not self.temperature >= 0 or not math.isfinite(self.temperature):
+            raise ValueError(f"expected a temperature of 0 or more, got {self.temperature!r}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"expected a top_p above 0 and at most 1, got {self.top_p!r}")
+        if not self.repetition_penalty > 0:
+            raise ValueError(
+                f"expected a repetition penalty above 0 (1 is none), got {self.repetition_penalty!r}"
+            )
+        FrequencyPenalty(self.freq_penalty)
+
+    def processors(
+        self, attention_mask: Tensor, seeds: Sequence[int | Sequence[int]]
+    ) -> Iterator[LogitsProcessor]:
+        """Yield what turns the greedy decoding of a batch into this sampling.
+
+        Args:
+            attention_mask: of the prompts, [batch, pos]; tokens are counted without the padding.
+            seeds: one for each row; see `SeededSampling`.
+        """
+
+        def counting(processor: LogitsProcessor) -> LogitsProcessor:
+            return processor if bool(attention_mask.all()) else PerRow(processor, attention_mask)
+
+        if self.repetition_penalty != 1:
+            yield counting(RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty)))
+        if self.temperature not in (0, 1):
+            yield TemperatureLogitsWarper(float(self.temperature))
+        if self.freq_penalty:
+            yield counting(FrequencyPenalty(self.freq_penalty))
+        if self.temperature and self.top_p < 1:
+            yield TopP(self.top_p)
+        if self.temperature:
+            yield SeededSampling(seeds)
 
 
 # They act on the drawing of transformers, which `sample` does not use; "generation_config" would
 # bring all of them.
-_PASSED_OVER = {
+PASSED_OVER = {
     "generation_config", "do_sample", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff",
 }  # fmt: skip
 
@@ -165,18 +200,12 @@ def sample(
     model: PreTrainedModel,
     inputs: Mapping[str, Tensor],
     seeds: Sequence[int | Sequence[int]],
+    sampling: Sampling = Sampling(),
     *,
-    max_new_tokens: int = 20,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    freq_penalty: float = 0.0,
-    repetition_penalty: float = 1.0,
     show_progress: bool = False,
     **options: Any,
 ) -> Tensor:
-    """Sample as in the activation-addition post: temperature, top_p, frequency penalty, and no top-k.
-
-    The order is that of TransformerLens: repetition penalty, temperature, frequency penalty, top_p.
+    """Sample a continuation of each prompt with random numbers of its own.
 
     Nothing but the arguments decides: of `model.generation_config` only the ids of its special
     tokens are used (a text ends where it says), whatever settings of sampling, beams or length the
@@ -186,12 +215,7 @@ def sample(
         model: a causal language model.
         inputs: what the tokenizer returned, [batch, pos], padded on the left.
         seeds: one for each row; see `SeededSampling`.
-        max_new_tokens: length of the completions.
-        temperature: 0 is greedy, whatever the seeds.
-        top_p: the smallest set of tokens with at least this probability is sampled from.
-        freq_penalty: see `FrequencyPenalty`.
-        repetition_penalty: the logits of tokens that occurred are divided by it (multiplied where
-            negative); 1 is none.
+        sampling: length, temperature, top_p and penalties.
         show_progress: show a bar that counts tokens, where it takes more than five seconds.
         options: more of `model.generate`, one by one.
 
@@ -199,61 +223,44 @@ def sample(
         Token ids [batch, pos + new], prompt included.
 
     Raises:
-        ValueError: see `check_sampling`; another number of seeds than rows; an option for the
-            drawing of transformers (`do_sample`, `top_k`, …) or a whole `generation_config`, which
-            would mean nothing here.
+        ValueError: another number of seeds than rows; a setting of `Sampling` as an option; an
+            option for the drawing of transformers (`do_sample`, `top_k`, …) or a whole
+            `generation_config`, which would mean nothing here.
     """
-    check_sampling(temperature, top_p, freq_penalty, repetition_penalty, max_new_tokens)
     if len(seeds) != len(inputs["input_ids"]):
         raise ValueError(
             f"expected one seed for each of {len(inputs['input_ids'])} rows, got {len(seeds)}"
         )
-    if ignored := sorted(_PASSED_OVER & options.keys()):
+    if stray := sorted({field.name for field in fields(Sampling)} & options.keys()):
         raise ValueError(
-            f"`sample` draws by itself, and {', '.join(ignored)} would mean nothing: give its own"
-            " arguments, or call `generate`"
+            f"expected {', '.join(stray)} inside `sampling`, as in"
+            f" sample(model, inputs, seeds, Sampling({stray[0]}={options[stray[0]]!r}))"
+        )
+    if ignored := sorted(PASSED_OVER & options.keys()):
+        raise ValueError(
+            f"`sample` draws by itself, and {', '.join(ignored)} would mean nothing: set `sampling`,"
+            " or call `generate`"
         )
     if parts := separate_parts(model, inputs):
-        alone = partial(
-            sample,
-            model,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            freq_penalty=freq_penalty,
-            repetition_penalty=repetition_penalty,
-            show_progress=show_progress,
-            **options,
-        )
         refuse_for_parts(model, options)
         found = run_parts(
             parts,
-            lambda *part: alone(part_of(inputs, *part), [seeds[row] for row in part[0].tolist()]),
+            lambda rows, columns: sample(
+                model,
+                part_of(inputs, rows, columns),
+                [seeds[row] for row in rows.tolist()],
+                sampling,
+                show_progress=show_progress,
+                **options,
+            ),
         )
         return joined(inputs, found, end_of_text(model, options))
-    mask = inputs["attention_mask"]
-
-    def counting(processor: LogitsProcessor) -> LogitsProcessor:
-        return processor if bool(mask.all()) else _PerRow(processor, mask)
-
     processors = LogitsProcessorList(options.pop("logits_processor", ()))
-    if repetition_penalty != 1:
-        processors.append(counting(RepetitionPenaltyLogitsProcessor(float(repetition_penalty))))
-    if temperature not in (0, 1):
-        processors.append(TemperatureLogitsWarper(float(temperature)))
-    if freq_penalty:
-        processors.append(counting(FrequencyPenalty(freq_penalty)))
-    if temperature:
-        if top_p < 1:
-            processors.append(TopP(top_p))
-        processors.append(SeededSampling(seeds))
-    with progress_bar(max_new_tokens, "Generating", "token", show_progress) as bar:
+    processors += sampling.processors(inputs["attention_mask"], seeds)
+    length = sampling.max_new_tokens
+    with progress_bar(length, "Generating", "token", show_progress) as bar:
         processors.append(_Bar(bar))
         # Checkpoints name tokens to pad with that do not exist (-1), or that are words.
-        own = {
-            **neutral_options(),
-            "pad_token_id": end_of_text(model, options),
-            "max_new_tokens": max_new_tokens,
-            **options,
-        }
+        pad = end_of_text(model, options)
+        own = {**neutral_options(), "pad_token_id": pad, "max_new_tokens": length, **options}
         return generate(model, inputs, logits_processor=processors, **own)

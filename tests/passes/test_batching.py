@@ -18,7 +18,7 @@ from common.sweeping.rows import RowSteering, steering_rows
 from common.sweeping.sweep import sweep
 from common.texts.completions import complete
 from common.texts.generation import generate, logits
-from common.texts.sampling import sample
+from common.texts.sampling import Sampling, sample
 from common.vectors.steering_vector import SteeringVector
 
 
@@ -85,9 +85,11 @@ def bart() -> PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize(
-    "run", [generate, lambda model, inputs, **options: sample(model, inputs, [0, 1, 2], **options)]
-)
+def sampled(model, inputs, max_new_tokens: int, **options) -> torch.Tensor:
+    return sample(model, inputs, [0, 1, 2], Sampling(max_new_tokens), **options)
+
+
+@pytest.mark.parametrize("run", [generate, sampled])
 def test_what_ended_early_in_a_part_is_padded_with_the_end_that_was_asked_for(run):
     model = bart()
     end = run(model, BATCH, max_new_tokens=6)[0, 8].item()
@@ -103,9 +105,7 @@ def test_what_ended_early_in_a_part_is_padded_with_the_end_that_was_asked_for(ru
         {"num_return_sequences": 2},
     ],
 )
-@pytest.mark.parametrize(
-    "run", [generate, lambda model, inputs, **options: sample(model, inputs, [0, 1, 2], **options)]
-)
+@pytest.mark.parametrize("run", [generate, sampled])
 def test_what_belongs_to_the_rows_of_a_batch_is_refused_where_they_are_run_by_themselves(
     run, option
 ):
@@ -134,10 +134,12 @@ def test_a_text_that_ends_early_is_the_same_in_a_batch_whatever_the_checkpoint_p
 
     assert swept(prompts) == [swept([prompt])[0] for prompt in prompts]
     whole = complete(
-        model, tokenizer, prompts, tokens_to_generate=8, temperature=0.0
+        model, tokenizer, prompts, sampling=Sampling(max_new_tokens=8, temperature=0.0)
     ).completions.tolist()
     assert whole == [
-        complete(model, tokenizer, [prompt], tokens_to_generate=8, temperature=0.0).completions[0]
+        complete(
+            model, tokenizer, [prompt], sampling=Sampling(max_new_tokens=8, temperature=0.0)
+        ).completions[0]
         for prompt in prompts
     ]
 

@@ -18,6 +18,7 @@ from common.passes.padding import encode
 from common.passes.prompts import check_prompts, prompt_ids, prompt_text
 from common.places.sites import Site
 from common.texts.completions import side_by_side
+from common.texts.sampling import Sampling
 from common.vectors.activation_additions import read_sites
 
 TEXTS = ["I think", "You love the old garden.", "Monday", " red bride", "what is this?"]
@@ -124,7 +125,7 @@ OWN_WAY = {
         show_progress=False,
     ),
     "complete": lambda model, tokenizer, prompt: c.complete(
-        model, tokenizer, [prompt], tokens_to_generate=1, prepend_bos=None
+        model, tokenizer, [prompt], prepend_bos=None, sampling=Sampling(max_new_tokens=1)
     ),
     "tone": lambda model, tokenizer, prompt: tone_by_prompt(
         model, tokenizer, {"v": a_vector().apply(model)}, [prompt], per_prompt=1, max_new_tokens=1
@@ -414,7 +415,9 @@ def test_comparisons_without_bos(qwen, capsys):
     frame = c.gen_normal_and_modified(
         model, tokenizer, [text], additions, seed=0, tokens_to_generate=4
     )
-    alone = c.complete(model, tokenizer, [text], seed=0, tokens_to_generate=4, include_logits=True)
+    alone = c.complete(
+        model, tokenizer, [text], seed=0, include_logits=True, sampling=Sampling(max_new_tokens=4)
+    )
     assert frame["completions"][0] == alone["completions"][0]
     scores = alone["logits"][0]
     ids = torch.tensor(plain_ids(tokenizer, text))
@@ -534,10 +537,14 @@ def test_training_on_messages(chat):
 def test_tables_show_messages_as_text(chat, capsys):
     """Completions, comparisons and sweeps: one readable text, from which the same ids come."""
     model, tokenizer = chat
-    frame = c.complete(model, tokenizer, [LOVE, "Monday"], seed=0, tokens_to_generate=3)
+    frame = c.complete(
+        model, tokenizer, [LOVE, "Monday"], seed=0, sampling=Sampling(max_new_tokens=3)
+    )
     assert frame["prompts"].tolist() == [prompt_text(tokenizer, LOVE), "Monday"]
     assert prompt_ids(tokenizer, [frame["prompts"][0]], True) == prompt_ids(tokenizer, [LOVE])
-    again = c.complete(model, tokenizer, frame["prompts"].tolist(), seed=0, tokens_to_generate=3)
+    again = c.complete(
+        model, tokenizer, frame["prompts"].tolist(), seed=0, sampling=Sampling(max_new_tokens=3)
+    )
     assert again.equals(frame)
     swept = (model, tokenizer, {"v": a_vector()}, [1], [1.0], [LOVE, HATE])
     for table, column in (
@@ -703,7 +710,9 @@ CHOICE = {
     "perplexity": lambda m, t, p, way: c.sweep_perplexity(
         m, t, {"v": a_vector()}, [1], [1.0], [p], prepend_bos=way
     ),
-    "complete": lambda m, t, p, way: c.complete(m, t, [p], tokens_to_generate=1, prepend_bos=way),
+    "complete": lambda m, t, p, way: c.complete(
+        m, t, [p], prepend_bos=way, sampling=Sampling(max_new_tokens=1)
+    ),
     "print": lambda m, t, p, way: c.print_n_comparisons(
         p, m, t, num_comparisons=1, tokens_to_generate=1, prepend_bos=way
     ),

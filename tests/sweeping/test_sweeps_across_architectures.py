@@ -48,7 +48,7 @@ from common.passes.running import input_device
 from common.places.blocks import get_blocks
 from common.places.sites import Site
 from common.texts.generation import completions, end_of_text, generate, joined, logits
-from common.texts.sampling import sample
+from common.texts.sampling import Sampling, sample
 from common.vectors.activation_additions import read_sites
 from common.vectors.steering_vector import SteeringVector
 
@@ -187,7 +187,7 @@ def test_batches_outside_sweeps_are_single_runs(models, tokenizer, name):
         found, ids, drawn = (
             logits(model, inputs),
             generate(model, inputs, max_new_tokens=NEW),
-            sample(model, inputs, seeds, max_new_tokens=NEW),
+            sample(model, inputs, seeds, Sampling(max_new_tokens=NEW)),
         )
         logprobs = token_logprobs(model, tokenizer, PROMPTS)
         acts = [
@@ -208,7 +208,7 @@ def test_batches_outside_sweeps_are_single_runs(models, tokenizer, name):
             torch.testing.assert_close(logprobs[number], expected, atol=1e-3, rtol=1e-4)
             one, other = (
                 model.generate(**alone, max_new_tokens=NEW, do_sample=False),
-                sample(model, alone, [number], max_new_tokens=NEW),
+                sample(model, alone, [number], Sampling(max_new_tokens=NEW)),
             )
             for batch, single in ((ids, one), (drawn, other)):
                 new = single[0, count:]
@@ -224,12 +224,12 @@ def test_batches_outside_sweeps_are_single_runs(models, tokenizer, name):
 )
 def test_complete_is_single_runs(models, tokenizer, vector, name):
     """Texts and losses, steered and not."""
-    settings = {"tokens_to_generate": NEW, "temperature": 0.0}
+    greedy = Sampling(max_new_tokens=NEW, temperature=0.0)
     one = SteeringVector({1: vector.layer_activations[0]})
-    together = complete(models[name], tokenizer, PROMPTS, one.apply(models[name]), **settings)
+    together = complete(models[name], tokenizer, PROMPTS, one.apply(models[name]), sampling=greedy)
     for row in together.itertuples():
         (alone,) = complete(
-            models[name], tokenizer, [row.prompts], one.apply(models[name]), **settings
+            models[name], tokenizer, [row.prompts], one.apply(models[name]), sampling=greedy
         ).itertuples()
         assert row.completions == alone.completions
         assert (row.loss, row.unsteered_loss) == pytest.approx(
@@ -417,7 +417,12 @@ def test_an_offloaded_model_gives_the_same(tokenizer, vector, how, tmp_path):
         lambda model: sweep_logits(model, tokenizer, steering, EDGES, [1.0], PROMPTS),
         lambda model: sweep_perplexity(model, tokenizer, steering, EDGES, [1.0], PROMPTS),
         lambda model: complete(
-            model, tokenizer, PROMPTS, vector.apply(model), seed=0, tokens_to_generate=NEW
+            model,
+            tokenizer,
+            PROMPTS,
+            vector.apply(model),
+            seed=0,
+            sampling=Sampling(max_new_tokens=NEW),
         ),
         lambda model: sweep_logits(
             model, tokenizer, {"v": vector}, EDGES, [1.0], PROMPTS, path=tmp_path / "one file"
@@ -459,7 +464,12 @@ def test_dropout_is_off_in_whatever_mode_the_model_is(tokenizer, vector):
         lambda: sweep_logits(model, tokenizer, {"v": vector}, EDGES, [0.0, 1.0], PROMPTS),
         lambda: sweep_perplexity(model, tokenizer, {"v": vector}, EDGES, [1.0], PROMPTS),
         lambda: complete(
-            model, tokenizer, PROMPTS, vector.apply(model), seed=0, tokens_to_generate=NEW
+            model,
+            tokenizer,
+            PROMPTS,
+            vector.apply(model),
+            seed=0,
+            sampling=Sampling(max_new_tokens=NEW),
         ),
         lambda: pd.DataFrame(next_token_probs(model, tokenizer, PROMPTS[0])),
         lambda: pd.DataFrame(logits(model, encode(tokenizer, PROMPTS)).flatten(1)),

@@ -21,7 +21,7 @@ from common.checking.pristine import assert_pristine, snapshot
 from common.passes.padding import encode
 from common.texts.completions import side_by_side
 from common.texts.generation import generate
-from common.texts.sampling import SeededSampling, sample
+from common.texts.sampling import FrequencyPenalty, PerRow, Sampling, SeededSampling, sample
 from common.vectors.activation_additions import apply_activation_additions, with_bos
 from common.vectors.steering_vector import SteeringVector
 
@@ -64,7 +64,7 @@ def test_a_row_gets_its_text_in_any_batch(model, tokenizer, order):
 
 def complete_ids(model, tokenizer, prompts, seeds) -> list[list[int]]:
     inputs = encode(tokenizer, prompts)
-    return sample(model, inputs, seeds, max_new_tokens=10, **SAMPLING)[
+    return sample(model, inputs, seeds, Sampling(max_new_tokens=10, **SAMPLING))[
         :, inputs["input_ids"].shape[1] :
     ].tolist()
 
@@ -78,17 +78,17 @@ def test_equal_seeds_give_equal_noise_and_others_do_not(model, tokenizer):
 def test_the_global_random_state_is_not_touched(model, tokenizer, seed):
     torch.manual_seed(3)
     before = torch.random.get_rng_state()
-    first = complete(model, tokenizer, [PROMPT], seed=seed, tokens_to_generate=5)
+    first = complete(model, tokenizer, [PROMPT], seed=seed, sampling=Sampling(max_new_tokens=5))
     assert torch.equal(torch.random.get_rng_state(), before)
     torch.manual_seed(4)
-    second = complete(model, tokenizer, [PROMPT], seed=seed, tokens_to_generate=5)
+    second = complete(model, tokenizer, [PROMPT], seed=seed, sampling=Sampling(max_new_tokens=5))
     assert first.equals(second) == (seed is not None)
 
 
 def test_temperature_0_is_greedy(model, tokenizer):
     inputs = encode(tokenizer, PROMPTS)
     assert torch.equal(
-        sample(model, inputs, [1, 2, 3], temperature=0, max_new_tokens=8),
+        sample(model, inputs, [1, 2, 3], Sampling(temperature=0, max_new_tokens=8)),
         generate(model, inputs, max_new_tokens=8),
     )
 
@@ -97,7 +97,7 @@ def test_top_p_keeps_the_likeliest(model, tokenizer):
     """A tiny top_p leaves one token, which is greedy."""
     inputs = encode(tokenizer, PROMPTS)
     assert torch.equal(
-        sample(model, inputs, [1, 2, 3], top_p=1e-6, max_new_tokens=8),
+        sample(model, inputs, [1, 2, 3], Sampling(top_p=1e-6, max_new_tokens=8)),
         generate(model, inputs, max_new_tokens=8),
     )
 
@@ -116,15 +116,11 @@ def test_penalties_do_not_count_padding(model, tokenizer):
         model,
         inputs,
         [1, 1],
-        temperature=0,
-        freq_penalty=5.0,
-        max_new_tokens=1,
+        Sampling(temperature=0, freq_penalty=5.0, max_new_tokens=1),
         logits_processor=[Look()],
     )
     alone = model(torch.tensor([tokenizer("I")["input_ids"]])).logits[0, -1]
-    from common.texts.sampling import FrequencyPenalty, _PerRow
-
-    penalised = _PerRow(FrequencyPenalty(5.0), inputs["attention_mask"])(
+    penalised = PerRow(FrequencyPenalty(5.0), inputs["attention_mask"])(
         inputs["input_ids"], seen[0]
     )[0]
     end = tokenizer.eos_token_id
@@ -141,7 +137,7 @@ def test_penalties_do_not_count_padding(model, tokenizer):
         ({"top_p": 1.5}, "top_p"),
         ({"freq_penalty": -1}, "frequency penalty"),
         ({"repetition_penalty": 0}, "repetition penalty"),
-        ({"tokens_to_generate": 0}, "new tokens"),
+        ({"tokens_to_generate": 0}, "max_new_tokens"),
         ({"seed": -1}, "seed"),
         ({"seed": 1.5}, "seed"),
     ],
@@ -153,6 +149,13 @@ def test_settings_that_mean_nothing_are_refused(model, tokenizer, additions, giv
             model, tokenizer, [PROMPT], additions, **{"seed": 0, **given}
         )
     assert_pristine(model, before)
+
+
+@pytest.mark.parametrize("option", [{"temperature": 0.5}, {"max_new_tokens": 3}, {"top_p": 0.9}])
+def test_settings_outside_their_value_are_refused(model, tokenizer, option):
+    """`generate` would take them as its own, and pass over most of them."""
+    with pytest.raises(ValueError, match=rf"Sampling\({next(iter(option))}="):
+        sample(model, encode(tokenizer, [PROMPT]), [1], **option)
 
 
 def test_another_number_of_seeds_is_refused(model, tokenizer):
@@ -207,7 +210,7 @@ def test_columns_and_loss(model, tokenizer, additions):
     assert frame["is_modified"].all()
     with apply_activation_additions(model, tokenizer, additions):
         inputs = encode(tokenizer, frame["prompts"].tolist())
-        written = sample(model, inputs, [0, 0], temperature=0, max_new_tokens=9)
+        written = sample(model, inputs, [0, 0], Sampling(temperature=0, max_new_tokens=9))
     for row in frame.itertuples():
         ids = written[
             row.Index : row.Index + 1, int((inputs["attention_mask"][row.Index] == 0).sum()) :
@@ -245,7 +248,7 @@ def test_what_comes_behind_the_end_of_text_does_not_count(model, tokenizer, monk
     """Rows that end early are filled up; their loss is that of the text alone."""
     text = tokenizer(" the wedding was short.")["input_ids"] + [tokenizer.eos_token_id]
 
-    def ended(model, inputs, seeds, **settings):
+    def ended(model, inputs, seeds, *settings, **options):
         new = torch.tensor([text + [tokenizer.eos_token_id] * 5]).expand(len(seeds), -1)
         return torch.cat([inputs["input_ids"], new], dim=1)
 
@@ -257,9 +260,13 @@ def test_what_comes_behind_the_end_of_text_does_not_count(model, tokenizer, monk
 
 def test_loss_of_a_padded_row_is_its_own(model, tokenizer):
     prompts = list(PROMPTS)
-    together = complete(model, tokenizer, prompts, seed=3, tokens_to_generate=8, temperature=0)
+    together = complete(
+        model, tokenizer, prompts, seed=3, sampling=Sampling(max_new_tokens=8, temperature=0)
+    )
     for row, prompt in enumerate(prompts):
-        alone = complete(model, tokenizer, [prompt], seed=3, tokens_to_generate=8, temperature=0)
+        alone = complete(
+            model, tokenizer, [prompt], seed=3, sampling=Sampling(max_new_tokens=8, temperature=0)
+        )
         assert alone["completions"][0] == together["completions"][row]
         assert alone["loss"][0] == pytest.approx(together["loss"][row], abs=1e-4)
 
@@ -294,7 +301,7 @@ def test_any_steering_can_be_compared(model, tokenizer):
         [PROMPT],
         vector.apply(model, multiplier=2.0),
         seed=0,
-        tokens_to_generate=8,
+        sampling=Sampling(max_new_tokens=8),
     )
     assert steered["is_modified"].all() and steered["loss"][0] != steered["unsteered_loss"][0]
 
@@ -324,7 +331,7 @@ def test_print_n_comparisons(model, tokenizer, additions, capsys):
 
 @pytest.mark.parametrize("count", [0, -1, True, 1.5])
 def test_fewer_than_one_comparison_is_refused(model, tokenizer, count):
-    with pytest.raises(ValueError, match="1 or more comparisons"):
+    with pytest.raises(ValueError, match="1 or more as num_comparisons"):
         print_n_comparisons(PROMPT, model, tokenizer, num_comparisons=count)
 
 

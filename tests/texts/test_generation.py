@@ -12,7 +12,7 @@ from transformers import CompileConfig, GenerationConfig, WatermarkingConfig
 from common.loading import copy_sharing_weights
 from common.places.positions import position_ids, with_position_ids
 from common.texts.generation import completions, generate, generation_options, logits
-from common.texts.sampling import FrequencyPenalty, sample
+from common.texts.sampling import FrequencyPenalty, Sampling, sample
 
 masks = st.integers(1, 12).flatmap(
     lambda width: st.lists(st.integers(1, width), min_size=1, max_size=4).map(
@@ -180,7 +180,9 @@ def test_the_settings_of_a_checkpoint_are_all_tried():
 def own_words(model, batch) -> dict:
     """Greedy and drawn, what is written without such settings."""
     return {
-        temperature: sample(model, batch, [1, 2, 3], temperature=temperature, max_new_tokens=5)
+        temperature: sample(
+            model, batch, [1, 2, 3], Sampling(temperature=temperature, max_new_tokens=5)
+        )
         for temperature in (0.0, 1.0)
     }
 
@@ -195,31 +197,36 @@ def test_sampling_obeys_its_arguments_only(model, batch, own_words, recwarn, nam
     before = dict(vars(other.generation_config))
     for temperature, expected in own_words.items():
         assert torch.equal(
-            sample(other, batch, [1, 2, 3], temperature=temperature, max_new_tokens=5), expected
+            sample(other, batch, [1, 2, 3], Sampling(temperature=temperature, max_new_tokens=5)),
+            expected,
         )
     assert vars(other.generation_config) == before and not recwarn
 
 
 def test_a_text_ends_where_the_checkpoint_says(model, batch):
     """Which tokens end a text is a fact of the model, and no setting of sampling."""
-    written = sample(model, batch, [1, 2, 3], temperature=0, max_new_tokens=3)
+    written = sample(model, batch, [1, 2, 3], Sampling(temperature=0, max_new_tokens=3))
     first = written[:, batch["input_ids"].shape[1]]
     other = from_a_checkpoint(model, {"eos_token_id": first.unique().tolist()})
     assert (
-        sample(other, batch, [1, 2, 3], temperature=0, max_new_tokens=3).shape[1]
+        sample(other, batch, [1, 2, 3], Sampling(temperature=0, max_new_tokens=3)).shape[1]
         == batch["input_ids"].shape[1] + 1
     )
 
 
 def test_options_of_sampling_count(model, batch):
     """What the caller asks for goes through to `generate`, whatever the checkpoint says."""
-    tokens = sample(model, batch, [1, 2, 3], temperature=0, max_new_tokens=4)[
+    tokens = sample(model, batch, [1, 2, 3], Sampling(temperature=0, max_new_tokens=4))[
         :, batch["input_ids"].shape[1] :
     ]
     suppressed = tokens.unique().tolist()
     for one in (model, from_a_checkpoint(model, {"suppress_tokens": [5]})):
         found = sample(
-            one, batch, [1, 2, 3], temperature=0, max_new_tokens=4, suppress_tokens=suppressed
+            one,
+            batch,
+            [1, 2, 3],
+            Sampling(temperature=0, max_new_tokens=4),
+            suppress_tokens=suppressed,
         )
         assert not torch.isin(
             found[:, batch["input_ids"].shape[1] :].contiguous(), tokens.contiguous()

@@ -26,6 +26,7 @@ from common.places.positions import PositionTracker, TokenSelection
 from common.places.sites import Site
 from common.texts.completions import complete
 from common.texts.generation import text_logits
+from common.texts.sampling import Sampling
 from common.vectors.activation_additions import adding_spans
 from common.vectors.reading import record_activations
 from common.vectors.steering_vector import SteeringVector
@@ -320,8 +321,8 @@ def test_completions_of_recurrent_models(recurrent, tokenizer):
         tokenizer,
         TEXTS[:1] * 2,
         steering(recurrent, "back"),
-        tokens_to_generate=3,
         seed=0,
+        sampling=Sampling(max_new_tokens=3),
     )
     assert frame["loss"].notna().all() and (frame["loss"] != frame["unsteered_loss"]).all()
 
