@@ -63,11 +63,6 @@ def batch(tokenizer) -> BatchEncoding:
     return inputs
 
 
-@pytest.fixture(params=["single", "padded batch"])
-def inputs(request, tokenizer, batch) -> BatchEncoding:
-    return batch if request.param == "padded batch" else tokenizer(PROMPTS[0], return_tensors="pt")
-
-
 @pytest.fixture(params=["first layer", "middle layer", "last layer"])
 def layer(request, model) -> int:
     last = model.config.num_hidden_layers - 1
@@ -91,14 +86,3 @@ def plus(loaded, hooks, batch) -> Tensor:
 def vector(request, plus) -> Tensor:
     """The steering vector, its negative, and zero."""
     return SIGNS[request.param] * plus
-
-
-@pytest.fixture(params=[True, False], ids=["cache", "no cache"])
-def use_cache(request) -> bool:
-    return request.param
-
-
-@pytest.fixture(params=["greedy", "sampled"])
-def sampling(request) -> dict:
-    """Options of `generate`; sampling starts from one seed."""
-    return {} if request.param == "greedy" else {"do_sample": True, "top_p": 0.9}

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from contextlib import nullcontext
 
 import pytest
-import test_parity
 import test_restoration
+from laws import Steering, ids_equal, logits_equal
 from support import Bench
 
 from common.loading import copy_sharing_weights
@@ -104,9 +104,9 @@ def _mutations() -> dict[tuple[str, str], tuple[str, str]]:
 
 
 MUTATIONS = _mutations()
-# The test that must fail, and by which mutations; the others fail `test_logits_equal_the_hooks`.
+# The check that must fail, and by which mutations; the others fail `logits_equal`.
 CAUGHT_BY = {
-    "prompt only": "test_ids_equal_the_hooks",
+    "prompt only": "ids_equal",
     "never removed": "test_after_the_block",
     "undone by subtracting": "test_after_the_block",
     "not removed after an exception": "test_after_an_exception_in_the_block",
@@ -117,14 +117,10 @@ CAUGHT_BY = {
 @pytest.fixture
 def fails(model, tokenizer, hooks, batch, plus) -> Callable[[Mechanism, str], bool]:
     """Say whether a mechanism fails a test of the collection, on a padded batch and in a middle layer."""
-    sampled = {"do_sample": True, "top_p": 0.9}
+    steering = Steering(batch, 2, plus)
     calls = {
-        "test_logits_equal_the_hooks": lambda bench: test_parity.test_logits_equal_the_hooks(
-            bench, hooks, batch, 2, plus
-        ),
-        "test_ids_equal_the_hooks": lambda bench: test_parity.test_ids_equal_the_hooks(
-            bench, hooks, batch, True, sampled, 2, plus
-        ),
+        "logits_equal": lambda bench: logits_equal(bench, hooks, steering),
+        "ids_equal": lambda bench: ids_equal(bench, hooks, steering, sampled=True),
         "test_after_the_block": lambda bench: test_restoration.test_after_the_block(
             bench, batch, 2, plus
         ),
@@ -169,15 +165,10 @@ def mutant(name: str, old: str, new: str) -> Mechanism:
 @pytest.mark.parametrize(("name", "mutation"), MUTATIONS)
 def test_mutation_is_noticed(fails, name, mutation):
     """A mechanism that is broken in this way fails the test that is there for it."""
-    assert fails(
-        mutant(name, *MUTATIONS[name, mutation]),
-        CAUGHT_BY.get(mutation, "test_logits_equal_the_hooks"),
-    )
+    assert fails(mutant(name, *MUTATIONS[name, mutation]), CAUGHT_BY.get(mutation, "logits_equal"))
 
 
-@pytest.mark.parametrize(
-    "test", ["test_logits_equal_the_hooks", *dict.fromkeys(CAUGHT_BY.values())]
-)
+@pytest.mark.parametrize("test", ["logits_equal", *dict.fromkeys(CAUGHT_BY.values())])
 @pytest.mark.parametrize("name", MECHANISMS)
 def test_unbroken_mechanism_passes(fails, name, test):
     """The same tests, run in the same way, pass for the mechanism as it is."""

@@ -1,37 +1,92 @@
-"""All six mechanisms do the same: the other five equal the plain hook, and that equals a forward pass written by hand.
+"""All six mechanisms do the same: five equal the plain hook, and that equals a pass written by hand.
 
 The law behind all of it: steered hidden states = unsteered hidden states + vector, at every
-position of every row, in every forward pass.
+position of every row, in every forward pass. hypothesis draws the cases; the first and the last
+layer are always among them.
 """
 
 import copy
 import math
-from contextlib import nullcontext
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from laws import NEW, TOLERANCE, Steering, logits_equal, read_states, steered_ids
 from support import PROMPTS
 from torch import Tensor
-from transformers import BatchEncoding, TopPLogitsWarper
+from transformers import BatchEncoding, GPT2Config, TopPLogitsWarper
 
+from common import embedded
 from common.checking.pristine import assert_pristine, snapshot
 from common.loading import copy_sharing_weights
 from common.places.positions import with_position_ids
 
-NEW = 6  # tokens generated in each run: one from the prompt, the others from decoding steps
-# The largest difference of a logit to the plain hook. The first three do the same arithmetic in the
-# same order; a bridge computes attention by other kernels, and a bias is added before the residual
-# stream and not after it.
-TOLERANCE = {
-    "custom_wrapper": 0,
-    "pytorch_hooks": 0,
-    "baukit": 0,
-    "nnsight": 0,
-    "transformer_lens": 1e-5,
-    "bias_editing": 1e-5,
-}
+LAST = GPT2Config.from_pretrained(embedded.FOLDER).n_layer - 1
+
+
+class Case(NamedTuple):
+    """What is drawn: where, how much, on how many rows, and how tokens are generated."""
+
+    layer: int
+    coeff: float
+    padded: bool
+    use_cache: bool = True
+    sampled: bool = False
+
+
+def passes() -> st.SearchStrategy[Case]:
+    """Draw cases of a single pass."""
+    coeffs = st.sampled_from([1.0, -1.0, 0.0])
+    return st.builds(Case, st.integers(0, LAST), coeffs, st.booleans())
+
+
+def generations() -> st.SearchStrategy[Case]:
+    """Draw cases of generation, with and without the cache, greedy and sampled."""
+    flags = st.booleans()
+    return st.tuples(passes(), flags, flags).map(
+        lambda drawn: drawn[0]._replace(use_cache=drawn[1], sampled=drawn[2])
+    )
+
+
+# At both ends every pair of values of the other dimensions; both ends together, every triple.
+ENDS = [
+    Case(layer, 1.0 if padded == first else -1.0, padded, use_cache, (padded == use_cache) == first)
+    for layer, first in ((0, True), (LAST, False))
+    for padded in (False, True)
+    for use_cache in (False, True)
+]
+
+
+def in_cases(drawn: st.SearchStrategy[Case], ends: list[Case], count: int = 10) -> Callable:
+    """Run a test at the first and the last layer, and in so many drawn cases at any layer."""
+
+    def decorate(test: Callable) -> Callable:
+        for case in ends:
+            test = example(case=case)(test)
+        return settings(max_examples=count)(given(case=drawn)(test))
+
+    return decorate
+
+
+in_passes = in_cases(passes(), [case for case in ENDS if case.use_cache])
+in_generations = in_cases(generations(), ENDS)
+
+
+@pytest.fixture(scope="session")
+def steering(tokenizer, batch, plus) -> Callable[[Case], Steering]:
+    """Turn a case into the inputs, the layer and the vector."""
+    alone = tokenizer(PROMPTS[0], return_tensors="pt")
+    return lambda case: Steering(batch if case.padded else alone, case.layer, case.coeff * plus)
+
+
+@pytest.fixture(scope="session")
+def ids_of_the_hook(hooks, steering) -> Callable[[Case], list[list[int]]]:
+    """Return what the plain hook generates, once for all mechanisms."""
+    return cache(lambda case: steered_ids(hooks, steering(case), case.use_cache, case.sampled))
 
 
 # A GPT-2 written out by hand, with the model's own weights.
@@ -82,8 +137,10 @@ def generate_by_hand(
     return ids
 
 
-def test_hook_equals_forward_by_hand(hooks, model, inputs, layer, vector):
-    """resid_post of the steered and of every other block, and the logits, are those of the pass written by hand."""
+@in_passes
+def test_hook_equals_forward_by_hand(hooks, model, steering, case):
+    """resid_post of every block, and the logits, are those of the pass written by hand."""
+    inputs, layer, vector = steering(case)
     states, scores = forward_by_hand(model, *inputs.values(), layer, vector)
     real = inputs["attention_mask"].bool()
     with hooks.mechanism.steer(hooks.wrapped, layer, vector):
@@ -95,16 +152,13 @@ def test_hook_equals_forward_by_hand(hooks, model, inputs, layer, vector):
             torch.testing.assert_close(read[real], state[real], rtol=0, atol=1e-4)
 
 
-def test_hook_generates_as_by_hand(hooks, model, inputs, use_cache, sampling, layer, vector):
+@in_generations
+def test_hook_generates_as_by_hand(ids_of_the_hook, model, steering, case):
     """Greedy and sampled ids, with and without the cache, are those of the pass written by hand."""
     torch.manual_seed(0)
-    expected = generate_by_hand(model, inputs, layer, vector, **sampling)
-    with hooks.mechanism.steer(hooks.wrapped, layer, vector):
-        torch.manual_seed(0)
-        ids = hooks.mechanism.generate(
-            hooks.wrapped, inputs, max_new_tokens=NEW, use_cache=use_cache, **sampling
-        )
-    assert ids.tolist() == expected.tolist()
+    options = {"do_sample": True, "top_p": 0.9} if case.sampled else {}
+    expected = generate_by_hand(model, *steering(case), **options)
+    assert ids_of_the_hook(case) == expected.tolist()
 
 
 @given(data=st.data())
@@ -132,53 +186,33 @@ def test_steered_is_unsteered_plus_vector(hooks, model, tokenizer, data):
 # Every mechanism against the plain hook.
 
 
-def test_logits_equal_the_hooks(bench, hooks, inputs, layer, vector):
+@in_passes
+def test_logits_equal_the_hooks(bench, hooks, steering, case):
     """Steered logits are those of the plain hook: to the last bit, or within the mechanism's tolerance."""
-    real = inputs["attention_mask"].bool()
-    with (
-        bench.mechanism.steer(bench.wrapped, layer, vector),
-        hooks.mechanism.steer(hooks.wrapped, layer, vector),
-    ):
-        mine = bench.mechanism.logits(bench.wrapped, inputs)[real]
-        theirs = hooks.mechanism.logits(hooks.wrapped, inputs)[real]
+    logits_equal(bench, hooks, steering(case))
+
+
+@in_generations
+def test_ids_equal_the_hooks(bench, ids_of_the_hook, steering, case):
+    """Greedy ids, and sampled ids from the same seed, are those of the plain hook, with and without the cache."""
+    assert steered_ids(bench, steering(case), case.use_cache, case.sampled) == ids_of_the_hook(case)
+
+
+@in_passes
+def test_read_equals_the_hooks(bench, hooks, steering, case):
+    """`read` gives resid_post of any layer as the hook does, steered at a middle layer or not."""
+    inputs, layer, vector = steering(case)
+    steered = Steering(inputs, LAST // 2, vector) if case.coeff else None
+    mine, theirs = (read_states(each, inputs, layer, steered) for each in (bench, hooks))
     torch.testing.assert_close(mine, theirs, rtol=0, atol=TOLERANCE[bench.mechanism.name])
 
 
-def test_ids_equal_the_hooks(bench, hooks, inputs, use_cache, sampling, layer, vector):
-    """Greedy ids, and sampled ids from the same seed, are those of the plain hook, with and without the cache."""
-    found = []
-    for mechanism, wrapped in (bench, hooks):
-        with mechanism.steer(wrapped, layer, vector):
-            torch.manual_seed(0)
-            found.append(
-                mechanism.generate(
-                    wrapped, inputs, max_new_tokens=NEW, use_cache=use_cache, **sampling
-                )
-            )
-    assert found[0].tolist() == found[1].tolist()
-
-
-@pytest.mark.parametrize("steered", [False, True], ids=["unsteered", "steered"])
-def test_read_equals_the_hooks(bench, hooks, inputs, layer, plus, steered):
-    """`read` gives resid_post of any layer as the hook does, also while the middle layer is steered."""
-    real, middle = (
-        inputs["attention_mask"].bool(),
-        (hooks.wrapped.config.num_hidden_layers - 1) // 2,
-    )
-    found = []
-    for mechanism, wrapped in (bench, hooks):
-        with mechanism.steer(wrapped, middle, plus) if steered else nullcontext():
-            found.append(mechanism.read(wrapped, inputs, layer))
-    assert found[0].shape == (*real.shape, hooks.wrapped.config.hidden_size)
-    torch.testing.assert_close(
-        found[0][real], found[1][real], rtol=0, atol=TOLERANCE[bench.mechanism.name]
-    )
-
-
-def test_zero_vector_changes_nothing(bench, inputs, layer, plus):
+@in_passes
+def test_zero_vector_changes_nothing(bench, steering, case):
     """Steering by zero gives the unsteered logits, to the last bit."""
     mechanism, wrapped = bench
-    with mechanism.steer(wrapped, layer, 0 * plus):
+    inputs, layer, vector = steering(case)
+    with mechanism.steer(wrapped, layer, 0 * vector):
         steered = mechanism.logits(wrapped, inputs)
     assert torch.equal(steered, mechanism.logits(wrapped, inputs))
 
@@ -239,7 +273,7 @@ def in_bfloat16(model, tokenizer, hooks):
 
 
 def test_bfloat16_is_within_its_own_rounding(
-    bench, hooks, in_bfloat16, tokenizer, inputs, layer, plus
+    bench, hooks, in_bfloat16, tokenizer, batch, layer, plus
 ):
     """In bf16 no mechanism is further from the truth than the plain hook, but for luck in rounding.
 
@@ -249,11 +283,11 @@ def test_bfloat16_is_within_its_own_rounding(
     as often: their errors are others, of the same size. So the root mean square over all logits,
     which hardly varies, may be 1.5 times the hook's, and the largest 2.5 times.
     """
-    (small, exact), vector, real = in_bfloat16, plus.bfloat16(), inputs["attention_mask"].bool()
+    (small, exact), vector, real = in_bfloat16, plus.bfloat16(), batch["attention_mask"].bool()
 
     def steered(mechanism, wrapped) -> Tensor:
         with mechanism.steer(wrapped, layer, vector):
-            return mechanism.logits(wrapped, inputs)[real].float()
+            return mechanism.logits(wrapped, batch)[real].float()
 
     truth = steered(hooks.mechanism, exact)
     reference = steered(hooks.mechanism, copy_sharing_weights(small))
