@@ -1,9 +1,8 @@
 """Train steering vectors from contrast pairs.
 
 The interface is that of the steering-vectors library
-(https://steering-vectors.github.io/steering-vectors): programs
-written for it run here with their import changed, unless a vector is 0 or nothing but rounding:
-that is refused here.
+(https://steering-vectors.github.io/steering-vectors): programs written for it run here with their
+import changed, except that a vector that is 0, or nothing but rounding, is refused.
 """
 
 import hashlib
@@ -45,6 +44,7 @@ class SteeringVectorTrainingSample:
 
 
 Sample = SteeringVectorTrainingSample | tuple[Prompt, Prompt]
+MEAN = mean_aggregator()
 
 
 def extract_activations(
@@ -63,69 +63,54 @@ def extract_activations(
 ) -> tuple[dict[int, list[Tensor]], dict[int, list[Tensor]]]:
     """Read the activations of both prompts of every pair.
 
-    What is computed, and how little of it, says `activations.read_activations`.
-
     Args:
-        model: a causal language model; unchanged afterwards.
-        tokenizer: its tokenizer; unchanged.
+        model, tokenizer, layers, layer_type, layer_config, move_to_cpu, show_progress, tqdm_desc,
+            prepend_bos: as for `reading.read_activations`, which also says what is computed.
         training_samples: contrast pairs, as samples or as tuples of two prompts.
-        layers: which layers, negative ones counted from the last; all by default.
-        layer_type: which part of the blocks.
-        layer_config: matchers for parts that are not found by themselves.
-        move_to_cpu: keep the activations on the CPU.
         read_token_index: which token to read where a sample does not say, or a callable of the
             prompt; -1 is the last.
-        show_progress: show a bar.
         batch_size: pairs in one pass, and so twice as many prompts.
-        tqdm_desc: what stands in front of the bar.
-        prepend_bos: what stands in front of a text: by default what the tokenizer puts there; see
-            `prompts.prompt_ids`.
 
     Returns:
-        The positive and the negative activations: by layer number, a list of tensors [pair,
-            d_model] with `batch_size`
-        pairs each, in the order of the samples.
+        The positive and the negative activations: by layer number, a list of tensors
+        [pair, d_model] with `batch_size` pairs each, in the order of the samples.
 
     Raises:
-        ValueError: no samples, a sample that is no pair of prompts, and all errors of
+        ValueError: no samples, a sample that is not a pair of prompts, and all errors of
             `read_activations`.
     """
     samples = _samples(training_samples)
     batch_size = integer(batch_size, "batch_size", least=1)
-    sides = [
-        [(s.positive_str, s.read_positive_token_index) for s in samples],
-        [(s.negative_str, s.read_negative_token_index) for s in samples],
-    ]
+    prompts = [s.positive_str for s in samples] + [s.negative_str for s in samples]
+    indices = [s.read_positive_token_index for s in samples]
+    indices += [s.read_negative_token_index for s in samples]
     default = read_token_index if callable(read_token_index) else lambda prompt: read_token_index
     found = read_activations(
         model,
         tokenizer,
-        [prompt for side in sides for prompt, _ in side],
-        layers,
-        layer_type,
-        layer_config,
-        [default(prompt) if index is None else index for side in sides for prompt, index in side],
-        2 * batch_size,
-        move_to_cpu,
-        show_progress,
-        tqdm_desc,
-        prepend_bos,
+        prompts,
+        layers=layers,
+        layer_type=layer_type,
+        layer_config=layer_config,
+        read_token_index=[
+            default(prompt) if index is None else index for prompt, index in zip(prompts, indices)
+        ],
+        batch_size=2 * batch_size,
+        move_to_cpu=move_to_cpu,
+        show_progress=show_progress,
+        tqdm_desc=tqdm_desc,
+        prepend_bos=prepend_bos,
     )
-    halves = [
-        {
-            layer: list(part.split(batch_size))
-            for layer, acts in found.items()
-            for part in [acts.chunk(2)[half]]
-        }
-        for half in (0, 1)
-    ]
-    return halves[0], halves[1]
+    count = len(samples)
+    positive = {layer: list(acts[:count].split(batch_size)) for layer, acts in found.items()}
+    negative = {layer: list(acts[count:].split(batch_size)) for layer, acts in found.items()}
+    return positive, negative
 
 
 def aggregate_activations(
     pos_acts_by_layer: dict[int, list[Tensor]],
     neg_acts_by_layer: dict[int, list[Tensor]],
-    aggregator: Aggregator = mean_aggregator(),
+    aggregator: Aggregator = MEAN,
 ) -> dict[int, Tensor]:
     """Make one vector of the activations of each layer.
 
@@ -139,11 +124,11 @@ def aggregate_activations(
         By layer number, a vector [d_model].
 
     Raises:
-        ValueError: the aggregator is no function of two tensors; the two have different layers; the
-            vector of a layer has another shape, is nan or inf, or is 0 or nothing but rounding,
-            because the two sets do not differ (`rounding.is_rounding`). In 16 bit only what is
-            below one rounding counts as such; `extract_activations` gives exactly 0 for prompts
-            that are the same up to the token.
+        ValueError: the aggregator is not a function of two tensors; the two have different layers;
+            activations or a vector hold nan or inf; the vector of a layer has another shape, or is
+            0 or nothing but rounding, because the two sets do not differ
+            (`rounding.is_rounding`). In 16 bit only what is below one rounding counts as such;
+            `extract_activations` gives exactly 0 for prompts that are the same up to the token.
     """
     function_of_two(aggregator, "aggregator", "mean_aggregator()")
     if pos_acts_by_layer.keys() != neg_acts_by_layer.keys() or not pos_acts_by_layer:
@@ -153,10 +138,8 @@ def aggregate_activations(
         )
     vectors = {}
     for layer in pos_acts_by_layer:
-        positive, negative = (
-            torch.cat(list(pos_acts_by_layer[layer])),
-            torch.cat(list(neg_acts_by_layer[layer])),
-        )
+        positive = torch.cat(list(pos_acts_by_layer[layer]))
+        negative = torch.cat(list(neg_acts_by_layer[layer]))
         for name, acts in (("positive", positive), ("negative", negative)):
             if not torch.isfinite(acts).all():
                 raise ValueError(f"layer {layer}: the {name} activations hold nan or inf")
@@ -190,7 +173,7 @@ def train_steering_vector(
     move_to_cpu: bool = False,
     read_token_index: ReadTokenIndex = -1,
     show_progress: bool = False,
-    aggregator: Aggregator = mean_aggregator(),
+    aggregator: Aggregator = MEAN,
     batch_size: int = 1,
     tqdm_desc: str = "Training steering vector",
     prepend_bos: bool | None = None,
@@ -201,7 +184,7 @@ def train_steering_vector(
         model, tokenizer, training_samples, layers, layer_type, layer_config, move_to_cpu,
             read_token_index, show_progress, batch_size, tqdm_desc, prepend_bos: as for
             `extract_activations`.
-        aggregator: how many differences become one vector; see `aggregators`.
+        aggregator: how the differences become one vector; see `aggregators`.
 
     Returns:
         The vector; its metadata name the model, the number of pairs, a hash of them and the

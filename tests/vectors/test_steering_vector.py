@@ -398,21 +398,15 @@ def test_a_vector_can_be_learned(model, tokenizer):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64, torch.bfloat16])
-def test_other_dtypes_are_moved_once(tokenizer, dtype, monkeypatch):
+def test_other_dtypes_are_moved_once(tokenizer, dtype):
     """A vector of any dtype on a bfloat16 model: converted once for a generation, not once a step."""
     model = tiny_model("GPT-2", len(tokenizer)).bfloat16()
     vector = random_vector(d_model=32).to(dtype)
-    moves = []
-    from common.vectors.steering_vector import _VectorHook
-
-    plain_move = _VectorHook._move
-    monkeypatch.setattr(
-        _VectorHook, "_move", lambda self, hidden: moves.append(1) or plain_move(self, hidden)
-    )
-    with vector.apply(model):
+    moved = []
+    with vector.apply(model, operator=lambda hidden, given: moved.append(given) or given):
         model.generate(**encode(tokenizer, TEXTS), max_new_tokens=6, eos_token_id=None)
         assert hidden_of(model, encode(tokenizer, TEXTS)).dtype == torch.bfloat16
-    assert len(moves) == 1
+    assert len(moved) == 7 and all(given is moved[0] for given in moved)
     assert vector.layer_activations[LAYER].dtype == dtype
 
 
@@ -491,7 +485,7 @@ def test_bad_input_is_refused_before_anything_is_changed(model, vector, options,
     "given, says",
     [
         ({}, "expected a dict from layer number to vector"),
-        ({"2": torch.ones(3)}, "expected layer numbers as keys, got '2'"),
+        ({"2": torch.ones(3)}, "expected an integer as layer number, got '2'"),
         (
             {2: torch.ones(1, 3)},
             r"vector \[d_model\] for layer 2, got a torch.float32 tensor \[1, 3\]",
@@ -650,7 +644,7 @@ def test_a_truncated_file_is_refused(tmp_path_factory, save, load, kind, cut):
     getattr(described(random_vector(layers=(1, 2, 3))), save)(path)
     whole = path.read_bytes()
     path.write_bytes(whole[: int(cut * len(whole))])
-    with pytest.raises(ValueError, match=f"love' is no complete {kind} file"):
+    with pytest.raises(ValueError, match=f"love' is not a complete {kind} file"):
         getattr(SteeringVector, load)(path)
 
 

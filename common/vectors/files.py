@@ -1,0 +1,154 @@
+"""Steering vectors in files: safetensors of our own, and the control vectors of llama.cpp in GGUF.
+
+A file is complete or not there: it is written beside its place and moved.
+"""
+
+import importlib.metadata
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple, cast
+
+import gguf
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from common.places.sites import LayerType
+
+FORMAT_VERSION = "1"
+_ARCHITECTURE = "controlvector"
+_MODEL_HINT = f"{_ARCHITECTURE}.model_hint"
+
+
+class Contents(NamedTuple):
+    """What a file holds: what `SteeringVector` takes."""
+
+    layer_activations: dict[int, Tensor]
+    layer_type: LayerType
+    metadata: dict[str, str]
+
+
+def write_safetensors(path: str | os.PathLike, contents: Contents, overwrite: bool = False) -> None:
+    """Write a steering vector to a safetensors file; see `SteeringVector.save`."""
+    tensors = {
+        f"layer.{layer}": vector.detach().cpu().contiguous().clone()
+        for layer, vector in contents.layer_activations.items()
+    }
+    packages = ("torch", "transformers", "safetensors")
+    metadata = contents.metadata | {
+        "format": "steering_vector",
+        "format_version": FORMAT_VERSION,
+        "layer_type": contents.layer_type,
+        "d_model": str(len(next(iter(tensors.values())))),
+        "versions": json.dumps({name: importlib.metadata.version(name) for name in packages}),
+    }
+    _write(path, overwrite, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def read_safetensors(path: str | os.PathLike) -> Contents:
+    """Read what `write_safetensors` wrote; see `SteeringVector.load`."""
+    name = _existing(path)
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {key: file.get_tensor(key) for key in list(file.keys())}
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{name} is not a complete safetensors file ({error})") from None
+    layers = _by_layer(tensors, "layer.")
+    is_ours = metadata.pop("format", None) == "steering_vector" and "layer_type" in metadata
+    if not is_ours or not layers or len(layers) < len(tensors):
+        raise ValueError(f"{name} is a safetensors file, but holds no steering vector")
+    if (version := metadata.pop("format_version", None)) != FORMAT_VERSION:
+        raise ValueError(f"{name} has format {version!r}; this version reads {FORMAT_VERSION!r}")
+    layer_type = cast(LayerType, metadata.pop("layer_type"))
+    metadata.pop("d_model", None)
+    return Contents(layers, layer_type, metadata)
+
+
+def write_gguf(path: str | os.PathLike, contents: Contents, overwrite: bool = False) -> None:
+    """Write a control vector; see `SteeringVector.save_gguf`."""
+    layers, layer_type, metadata = contents
+    if layer_type != "decoder_block":
+        raise ValueError(f"a control vector acts on 'decoder_block', this one on {layer_type!r}")
+    if refused := [layer for layer in layers if layer < 1]:
+        raise ValueError(f"a control vector has layers from 1 on, this one has {refused[0]}")
+    if "model_type" not in metadata:
+        raise ValueError(
+            "a control vector names its kind of model: set metadata['model_type'], for example"
+            " to 'gpt2'"
+        )
+
+    def write(temporary: str) -> None:
+        writer = gguf.GGUFWriter(temporary, _ARCHITECTURE)
+        writer.add_string(_MODEL_HINT, metadata["model_type"])
+        writer.add_uint32(f"{_ARCHITECTURE}.layer_count", len(layers))
+        for layer, vector in layers.items():
+            writer.add_tensor(f"direction.{layer}", vector.detach().float().cpu().numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+    _write(path, overwrite, write)
+
+
+def read_gguf(path: str | os.PathLike) -> Contents:
+    """Read a control vector of llama.cpp or repeng; see `SteeringVector.load_gguf`."""
+    name = _existing(path)
+    try:
+        reader = gguf.GGUFReader(path)
+        fields = [reader.get_field(key) for key in ("general.architecture", _MODEL_HINT)]
+        architecture, hint = (None if field is None else field.contents() for field in fields)
+        tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
+    except (ValueError, IndexError, KeyError, OSError) as error:
+        raise ValueError(f"{name} is not a complete GGUF file ({error})") from None
+    layers = _by_layer(tensors, "direction.")
+    if architecture != _ARCHITECTURE or not layers:
+        raise ValueError(f"{name} is a GGUF file of {architecture!r}, and holds no control vector")
+    return Contents(layers, "decoder_block", {"model_type": hint} if hint else {})
+
+
+def _existing(path: str | os.PathLike) -> str:
+    """Return the name of a file for messages.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    name = repr(os.fspath(path))
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no file {name}")
+    return name
+
+
+def _by_layer(tensors: Mapping[str, Tensor], prefix: str) -> dict[int, Tensor]:
+    """Return the tensors whose name is a prefix and a layer number, in the order of the layers."""
+    numbers = {name: name.removeprefix(prefix) for name in tensors if name.startswith(prefix)}
+    layers = {
+        int(number): tensors[name]
+        for name, number in numbers.items()
+        if number.lstrip("-").isdigit()
+    }
+    return dict(sorted(layers.items()))
+
+
+def _write(path: str | os.PathLike, overwrite: bool, write: Callable[[str], None]) -> None:
+    """Write a file beside its place and move it there."""
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise FileExistsError(
+            f"{str(path)!r} is there already; give another name, or overwrite=True"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(descriptor)
+    try:
+        write(temporary)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
