@@ -25,8 +25,10 @@ from benchmarks.timing import interleaved, machine, ratio
 from common.loading import load_model
 from common.measuring.likelihood import kl_divergence
 from common.passes.padding import encode
+from common.sweeping.grid import Grid
 from common.sweeping.sweep import sweep, sweep_logits
 from common.texts.generation import completions, generate, logits
+from common.texts.sampling import Sampling
 from common.vectors.steering_vector import SteeringVector
 from common.vectors.training import train_steering_vector
 from embedded_model import grammar
@@ -41,7 +43,7 @@ ASKED = {"embedded": {"completions": (40, 3.5), "logits": (40, 4)}}
 Key = tuple[int, float, str]
 
 
-class Grid:
+class Ways:
     """The same grid in three ways, for completions and for the next token."""
 
     def __init__(
@@ -77,28 +79,17 @@ class Grid:
         rows = sweep(
             self.model,
             self.tokenizer,
-            {"v": self.vector},
-            None,
-            self.coeffs,
+            Grid({"v": self.vector}, coeffs=self.coeffs),
             self.prompts,
-            max_new_tokens=NEW_TOKENS,
+            sampling=Sampling(max_new_tokens=NEW_TOKENS, temperature=0.0),
             show_progress=False,
         )
         self._keep(rows, "completion")
 
     def _sweep_logits(self) -> None:
-        self._keep(
-            sweep_logits(
-                self.model,
-                self.tokenizer,
-                {"v": self.vector},
-                None,
-                self.coeffs,
-                self.prompts,
-                show_progress=False,
-            ),
-            "kl",
-        )
+        grid = Grid({"v": self.vector}, coeffs=self.coeffs)
+        rows = sweep_logits(self.model, self.tokenizer, grid, self.prompts, show_progress=False)
+        self._keep(rows, "kl")
 
     def _keep(self, rows: pd.DataFrame, column: str) -> None:
         rows = rows[rows["kind"] == "steering"]
@@ -136,7 +127,7 @@ class Grid:
         ).tolist()
 
 
-def compare(name: str, grid: Grid, kind: str, rounds: int) -> dict[str, Any]:
+def compare(name: str, grid: Ways, kind: str, rounds: int) -> dict[str, Any]:
     """Time one grid in the three ways, and compare what they found."""
     seconds = interleaved(grid.ways(kind), rounds, f"{name}, {kind}")
     own, others = (
@@ -165,17 +156,17 @@ def compare(name: str, grid: Grid, kind: str, rounds: int) -> dict[str, Any]:
     return row
 
 
-def embedded_grid(quick: bool) -> Grid:
+def embedded_grid(quick: bool) -> Ways:
     """All layers of the embedded model, 8 coefficients, 20 prompts."""
     model, tokenizer, _ = load_model("embedded", device="cpu")
     vector = train_steering_vector(model, tokenizer, [("Love", "Hate")]).unit()
     prompts = list(dict.fromkeys([*grammar.TABLE_PROMPTS, *grammar.SWEEP_PROMPTS]))[
         : 4 if quick else 20
     ]
-    return Grid(model, tokenizer, vector, COEFFS[:2] if quick else COEFFS, prompts)
+    return Ways(model, tokenizer, vector, COEFFS[:2] if quick else COEFFS, prompts)
 
 
-def small_grid(quick: bool) -> Grid:
+def small_grid(quick: bool) -> Ways:
     """Three layers of GPT-2-small's shape, 2 coefficients, 6 prompts of 8 tokens."""
     model, tokenizer = random_gpt2("gpt2-small"), word_tokenizer()
     noise = torch.randn(
@@ -183,7 +174,7 @@ def small_grid(quick: bool) -> Grid:
     )
     vector = SteeringVector({layer: noise[layer] / noise[layer].norm() for layer in (2, 6, 10)})
     prompts = [prompt for pair in random_pairs(3, 8) for prompt in pair]
-    return Grid(model, tokenizer, vector, [-2.0, 2.0], prompts[: 2 if quick else 6])
+    return Ways(model, tokenizer, vector, [-2.0, 2.0], prompts[: 2 if quick else 6])
 
 
 def report(results: dict[str, Any]) -> None:

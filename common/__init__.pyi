@@ -70,6 +70,7 @@ from .plots import plot_perplexity_ratios as plot_perplexity_ratios
 from .plots import plot_prompts as plot_prompts
 from .plots import plot_top_changed_tokens as plot_top_changed_tokens
 from .plots import token_strip as token_strip
+from .sweeping.grid import Grid as Grid
 from .sweeping.store import read_sweep as read_sweep
 from .sweeping.sweep import sweep as sweep
 from .sweeping.sweep import sweep_logits as sweep_logits

@@ -9,7 +9,9 @@ from common.loading import LoadError, load_model
 from common.measuring.effects import effect_by_cell
 from common.measuring.tone import tone_sign
 from common.plots import plot_effect
+from common.sweeping.grid import Grid
 from common.sweeping.sweep import sweep
+from common.texts.sampling import Sampling
 from common.vectors.steering_vector import model_name
 from common.vectors.training import train_steering_vector
 from embedded_model import grammar
@@ -42,16 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = sweep(
         model,
         tokenizer,
-        {"Love - Hate": vector},
-        [preset.layer],
-        coeffs,
+        Grid({"Love - Hate": vector}, [preset.layer], coeffs, random_controls=10),
         grammar.TABLE_PROMPTS,
         {"tone": tone_sign},
-        random_controls=10,
+        sampling=Sampling(max_new_tokens=24, top_p=0.9),
         per_prompt=PER_PROMPT,
-        temperature=1.0,
-        top_p=0.9,
-        max_new_tokens=24,
     )
     name, count = model_name(model), len(grammar.TABLE_PROMPTS) * PER_PROMPT
     title = (

@@ -8,6 +8,8 @@ from architectures import tiny_model
 
 from common import (
     ActivationAddition,
+    Grid,
+    Sampling,
     SteeringVector,
     add_metric_cols,
     addition_operator,
@@ -58,7 +60,9 @@ def test_a_product_outside_the_dtype_is_refused(half, tokenizer, size, multiplie
     with pytest.raises(ValueError, match=f"the vector of layer 1 holds 1e[+]0[56] {says}"):
         vector(size).patch_activations(half, multiplier=multiplier)
     with pytest.raises(ValueError, match=f"'v' at layer 1 holds 1e[+]0[56] {says}"):
-        sweep_logits(half, tokenizer, {"v": vector(size)}, [1], [0.5, multiplier], ["You"], **QUIET)
+        sweep_logits(
+            half, tokenizer, Grid({"v": vector(size)}, [1], [0.5, multiplier]), ["You"], **QUIET
+        )
     with pytest.raises(ValueError, match=f"the steering vector holds .* {says}"):
         check_vector(half, 1, (multiplier * vector(size)).layer_activations[1])
     assert_pristine(half, before)
@@ -90,7 +94,9 @@ def test_a_product_inside_the_dtype_is_added(half, tokenizer):
         assert torch.equal(logits(own), found)
     own = tiny_model("GPT-2", len(tokenizer))
     one, other = (
-        sweep_logits(own, tokenizer, {"v": given}, [1], [coeff], ["You"], **QUIET)["kl"].tolist()
+        sweep_logits(own, tokenizer, Grid({"v": given}, [1], [coeff]), ["You"], **QUIET)[
+            "kl"
+        ].tolist()
         for given, coeff in ((vector(10, torch.float16), 1e4), (vector(1e5), 1.0))
     )
     assert one == other and one[-1] > 0
@@ -183,7 +189,7 @@ def test_what_is_no_number(model, tokenizer, wrong):
     for says, use in {
         "multiplier": lambda: own.patch_activations(model, multiplier=wrong),
         "coefficient": lambda: ActivationAddition(wrong, 1, "You"),
-        "coefficient,": lambda: sweep(model, tokenizer, {"v": own}, [1], [wrong], ["You"]),
+        "coefficient,": lambda: sweep(model, tokenizer, Grid({"v": own}, [1], [wrong]), ["You"]),
     }.items():
         with pytest.raises(ValueError, match=f"expected a finite number as {says}"):
             use()
@@ -197,7 +203,7 @@ def test_what_is_no_layer(model, tokenizer, wrong):
         lambda: train_steering_vector(model, tokenizer, PAIRS, [wrong]),
         lambda: read_activations(model, tokenizer, ["You"], [wrong]),
         lambda: record_activations(model, layer_nums=[wrong]).__enter__(),
-        lambda: sweep(model, tokenizer, {"v": own}, [wrong], [1.0], ["You"]),
+        lambda: sweep(model, tokenizer, Grid({"v": own}, [wrong], [1.0]), ["You"]),
         lambda: get_block(model, wrong),
         lambda: ActivationAddition(1, (wrong, "mlp"), "You"),
         lambda: SteeringVector({wrong: torch.ones(128)}),
@@ -223,9 +229,11 @@ def test_a_single_layer_is_a_list_too(model, tokenizer, layers):
             lambda: extract_activations(model, tokenizer, PAIRS, layers),
             lambda: read_activations(model, tokenizer, ["You"], layers),
             lambda: record_activations(model, layer_nums=layers).__enter__(),
-            lambda: sweep(model, tokenizer, {"v": own}, layers, [1.0], ["You"]),
-            lambda: sweep_logits(model, tokenizer, {"v": own}, layers, [1.0], ["You"]),
-            lambda: sweep_perplexity(model, tokenizer, {"v": own}, layers, [1.0], ["You are"]),
+            lambda: sweep(model, tokenizer, Grid({"v": own}, layers, [1.0]), ["You"]),
+            lambda: sweep_logits(model, tokenizer, Grid({"v": own}, layers, [1.0]), ["You"]),
+            lambda: sweep_perplexity(
+                model, tokenizer, Grid({"v": own}, layers, [1.0]), ["You are"]
+            ),
         ):
             with pytest.raises(
                 ValueError,
@@ -236,7 +244,7 @@ def test_a_single_layer_is_a_list_too(model, tokenizer, layers):
             ):
                 use()
         with pytest.raises(ValueError, match="expected a list of numbers as coeffs, got 1.0"):
-            sweep(model, tokenizer, {"v": own}, [1], 1.0, ["You"])
+            sweep(model, tokenizer, Grid({"v": own}, [1], 1.0), ["You"])
     finally:
         handle.remove()
 
@@ -292,13 +300,11 @@ def test_what_is_no_aggregator(model, tokenizer, wrong):
 @pytest.fixture(scope="module")
 def tables(tokenizer):
     own = tiny_model("GPT-2", len(tokenizer))
-    arguments = own, tokenizer, {"v": vector()}, [1], [-1.0, 1.0], ["You are", "I love"]
-    return sweep(
-        *arguments,
-        {"length": lambda texts: [len(text) for text in texts]},
-        max_new_tokens=3,
-        **QUIET,
-    ), sweep_perplexity(*arguments, **QUIET)
+    arguments = own, tokenizer, Grid({"v": vector()}, [1], [-1.0, 1.0]), ["You are", "I love"]
+    metrics = {"length": lambda texts: [len(text) for text in texts]}
+    sampling = Sampling(max_new_tokens=3, temperature=0.0)
+    rows = sweep(*arguments, metrics, sampling=sampling, **QUIET)
+    return rows, sweep_perplexity(*arguments, **QUIET)
 
 
 def test_working_window_in_another_order(tables):

@@ -181,7 +181,7 @@ def logits_from(
         return _logits(model, inputs, last_only, cache)
 
 
-def steered_behind(row: RowSteering | None) -> int | None:
+def steered_after(row: RowSteering | None) -> int | None:
     """Return which block gives what is steered in a row: None if nothing is, -1 for the embeddings."""
     return None if row is None else row.site.layer - (row.site.part == "resid_pre")
 
@@ -252,7 +252,7 @@ def prefilled_cache(
     groups: dict[int, list[int]] = defaultdict(list)
     for number, row in enumerate(rows):
         if row is not None:
-            groups[steered_behind(row)].append(number)
+            groups[steered_after(row)].append(number)
     plain = DynamicCache(config=model.config)
     outputs = record_blocks(
         model, prompts, [layer for layer in groups if layer >= 0], True, plain

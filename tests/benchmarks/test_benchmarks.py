@@ -12,7 +12,7 @@ from benchmarks.extraction import bare_blocks
 from benchmarks.mechanisms import asked, cost_table, count_lines, lines_of_code, plot_cost
 from benchmarks.profiling import KERNELS, OTHER, OWN, owner_of, plot_profile, shares
 from benchmarks.shapes import WORDS, random_pairs, word_tokenizer
-from benchmarks.sweep import Grid
+from benchmarks.sweep import Ways
 from benchmarks.timing import interleaved, peak_memory, provenance, ratio
 from common.texts.generation import logits
 from common.vectors.steering_vector import SteeringVector
@@ -69,7 +69,7 @@ def test_three_ways_of_a_sweep_do_the_same(model, tokenizer, kind):
             for layer in (1, 4)
         }
     )
-    grid = Grid(model, tokenizer, vector, [-2.0, 2.0], ["I think dogs are", "You"])
+    grid = Ways(model, tokenizer, vector, [-2.0, 2.0], ["I think dogs are", "You"])
     for way in grid.ways(kind).values():
         way()
     own = grid.found["sweep"]

@@ -14,6 +14,7 @@ from common.passes.hooks import uncompiled
 from common.passes.padding import padded
 from common.passes.running import in_evaluation_mode
 from common.places.sites import Site
+from common.sweeping.grid import Grid
 from common.sweeping.rows import RowSteering, steering_rows
 from common.sweeping.sweep import sweep
 from common.texts.completions import complete
@@ -128,7 +129,12 @@ def test_a_text_that_ends_early_is_the_same_in_a_batch_whatever_the_checkpoint_p
 
     def swept(prompts: list[str]) -> list[str]:
         rows = sweep(
-            model, tokenizer, vector, [0], [1.0], prompts, max_new_tokens=8, show_progress=False
+            model,
+            tokenizer,
+            Grid(vector, [0], [1.0]),
+            prompts,
+            sampling=Sampling(max_new_tokens=8, temperature=0.0),
+            show_progress=False,
         )
         return rows[rows.kind == "steering"].completion.tolist()
 

@@ -16,6 +16,7 @@ from transformers.generation import CompileConfig
 
 from common import (
     ActivationAddition,
+    Grid,
     SteeringVector,
     addition_vectors,
     apply_activation_additions,
@@ -148,9 +149,7 @@ def test_reading_a_compiled_model(small, tokenizer):
     table = sweep_logits(
         own,
         tokenizer,
-        {"v": vector(layer_type="decoder_block")},
-        [0],
-        [1.0],
+        Grid({"v": vector(layer_type="decoder_block")}, [0], [1.0]),
         words,
         show_progress=False,
     )
@@ -168,9 +167,7 @@ def test_reading_a_compiled_model(small, tokenizer):
     found = sweep_logits(
         own,
         tokenizer,
-        {"v": vector(layer_type="decoder_block")},
-        [0],
-        [1.0],
+        Grid({"v": vector(layer_type="decoder_block")}, [0], [1.0]),
         words,
         show_progress=False,
     )

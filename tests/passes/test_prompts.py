@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -104,22 +105,18 @@ OWN_WAY = {
     "sweep": lambda model, tokenizer, prompt: c.sweep(
         model,
         tokenizer,
-        {"v": a_vector()},
-        [1],
-        [1.0],
+        c.Grid({"v": a_vector()}, [1], [1.0]),
         [prompt],
-        max_new_tokens=1,
+        sampling=c.Sampling(max_new_tokens=1, temperature=0.0),
         show_progress=False,
     ),
     "logits": lambda model, tokenizer, prompt: c.sweep_logits(
-        model, tokenizer, {"v": a_vector()}, [1], [1.0], [prompt], show_progress=False
+        model, tokenizer, c.Grid({"v": a_vector()}, [1], [1.0]), [prompt], show_progress=False
     ),
     "perplexity": lambda model, tokenizer, prompt: c.sweep_perplexity(
         model,
         tokenizer,
-        {"v": a_vector()},
-        [1],
-        [1.0],
+        c.Grid({"v": a_vector()}, [1], [1.0]),
         [prompt],
         prepend_bos=None,
         show_progress=False,
@@ -200,11 +197,9 @@ def test_a_sweep_writes_what_plain_calls_write(subject):
     frame = c.sweep(
         model,
         tokenizer,
-        {"v": a_vector()},
-        [1],
-        [2.0],
+        c.Grid({"v": a_vector()}, [1], [2.0]),
         TEXTS,
-        max_new_tokens=4,
+        sampling=c.Sampling(max_new_tokens=4, temperature=0.0),
         show_progress=False,
     )
     for row in frame.itertuples():
@@ -307,7 +302,7 @@ def test_loss_without_bos(qwen):
     many = [text for text, loss in zip(TEXTS, expected) if not math.isnan(loss)]
     assert len(many) >= 3
     frame = c.sweep_perplexity(
-        model, tokenizer, {"v": a_vector()}, [1], [1.0], many, show_progress=False
+        model, tokenizer, c.Grid({"v": a_vector()}, [1], [1.0]), many, show_progress=False
     )
     plain = frame[frame["kind"] == "unsteered"]
     np.testing.assert_allclose(
@@ -337,11 +332,16 @@ def test_an_empty_text_without_bos(qwen):
 def test_a_working_window_without_bos(qwen):
     """From a sweep of effects and one of costs, with controls."""
     model, tokenizer = qwen
-    swept = (model, tokenizer, {"v": a_vector()}, [1], [-1.0, 1.0], TEXTS[:2])
+    grid = c.Grid({"v": a_vector()}, [1], [-1.0, 1.0])
     rows = c.sweep_logits(
-        *swept, {"t": c.token_logprob([5])}, random_controls=1, show_progress=False
+        model,
+        tokenizer,
+        replace(grid, random_controls=1),
+        TEXTS[:2],
+        {"t": c.token_logprob([5])},
+        show_progress=False,
     )
-    costs = c.sweep_perplexity(*swept, show_progress=False)
+    costs = c.sweep_perplexity(model, tokenizer, grid, TEXTS[:2], show_progress=False)
     window = c.working_window(rows, costs, "t", max_ratio=1e9)
     assert window.cells["layer"].tolist() == [1] and window.cells["ratio"].notna().all()
 
@@ -546,13 +546,13 @@ def test_tables_show_messages_as_text(chat, capsys):
         model, tokenizer, frame["prompts"].tolist(), seed=0, sampling=Sampling(max_new_tokens=3)
     )
     assert again.equals(frame)
-    swept = (model, tokenizer, {"v": a_vector()}, [1], [1.0], [LOVE, HATE])
+    swept = (model, tokenizer, c.Grid({"v": a_vector()}, [1]), [LOVE, HATE])
     for table, column in (
         (
             c.sweep(
                 *swept,
                 {"words": c.get_word_count_metric(["love"])},
-                max_new_tokens=2,
+                sampling=c.Sampling(max_new_tokens=2, temperature=0.0),
                 show_progress=False,
             ),
             "prompt",
@@ -580,9 +580,7 @@ def test_a_sweep_file_belongs_to_the_ids(subjects, tmp_path):
         return c.sweep_logits(
             model,
             tokenizer,
-            {"v": a_vector()},
-            [1],
-            [1.0],
+            c.Grid({"v": a_vector()}, [1], [1.0]),
             prompts,
             path=tmp_path / path,
             show_progress=False,
@@ -679,7 +677,7 @@ def test_what_is_no_prompt(subjects, prompts, says):
         lambda: encode(tokenizer, prompts),
         lambda: c.read_activations(model, tokenizer, prompts),
         lambda: c.complete(model, tokenizer, prompts),
-        lambda: c.sweep_logits(model, tokenizer, {"v": a_vector()}, [1], [1.0], prompts),
+        lambda: c.sweep_logits(model, tokenizer, c.Grid({"v": a_vector()}, [1], [1.0]), prompts),
     ):
         with pytest.raises(ValueError, match=says):
             call()
@@ -702,13 +700,18 @@ CHOICE = {
         m, t, [(p, p + " old")], [1], prepend_bos=way
     ),
     "sweep": lambda m, t, p, way: c.sweep(
-        m, t, {"v": a_vector()}, [1], [1.0], [p], max_new_tokens=1, prepend_bos=way
+        m,
+        t,
+        c.Grid({"v": a_vector()}, [1], [1.0]),
+        [p],
+        sampling=c.Sampling(max_new_tokens=1, temperature=0.0),
+        prepend_bos=way,
     ),
     "logits": lambda m, t, p, way: c.sweep_logits(
-        m, t, {"v": a_vector()}, [1], [1.0], [p], prepend_bos=way
+        m, t, c.Grid({"v": a_vector()}, [1], [1.0]), [p], prepend_bos=way
     ),
     "perplexity": lambda m, t, p, way: c.sweep_perplexity(
-        m, t, {"v": a_vector()}, [1], [1.0], [p], prepend_bos=way
+        m, t, c.Grid({"v": a_vector()}, [1], [1.0]), [p], prepend_bos=way
     ),
     "complete": lambda m, t, p, way: c.complete(
         m, t, [p], prepend_bos=way, sampling=Sampling(max_new_tokens=1)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from contextlib import closing, contextmanager, nullcontext, suppress
+from dataclasses import fields, replace
 from decimal import Decimal
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from hypothesis import strategies as st
 
 from common import (
     ActivationAddition,
+    Grid,
+    Sampling,
     apply_activation_additions,
     get_x_vector,
     perplexity_ratio_by_cell,
@@ -44,9 +47,10 @@ LONG = [
     "My mother went to the old library on Monday and said",
 ]
 WEDDINGS = ("I talk about weddings constantly", "I do not talk about weddings constantly")
-SAMPLED = {"per_prompt": 3, "temperature": 1.0, "top_p": 0.9, "freq_penalty": 1.0}
 TINY = 1  # bytes: one row in a batch
 NEW = 6
+GREEDY = Sampling(max_new_tokens=NEW, temperature=0.0)
+SAMPLING = Sampling(max_new_tokens=NEW, temperature=1.0, top_p=0.9, freq_penalty=1.0)
 
 
 def a_vector(seed: int = 0, layers=range(6)) -> SteeringVector:
@@ -91,7 +95,7 @@ def test_a_sweep_of_vectors_is_one_run_for_each_setting(model, tokenizer, vector
     """Each layer, coefficient and prompt, a prompt of one token too; without BOS, since vectors act at all tokens."""
     prompts, coeffs = [*PROMPTS, "I"], [-2.0, 1.5]
     found = by_cell(
-        sweep(model, tokenizer, {"v": vector}, [5, 0, 3], coeffs, prompts, max_new_tokens=NEW),
+        sweep(model, tokenizer, Grid({"v": vector}, [5, 0, 3], coeffs), prompts, sampling=GREEDY),
         "completion",
     )
     expected = {
@@ -118,12 +122,14 @@ def test_a_sweep_of_additions_is_one_run_for_each_setting(model, tokenizer, loca
         sweep(
             model,
             tokenizer,
-            {"w": x_vector(tokenizer, 1.0, (2, part))},
-            [0, 4],
-            [3.0, -1.0],
+            Grid(
+                {"w": x_vector(tokenizer, 1.0, (2, part))},
+                [0, 4],
+                [3.0, -1.0],
+                addition_location=location,
+            ),
             LONG,
-            max_new_tokens=NEW,
-            addition_location=location,
+            sampling=GREEDY,
         ),
         "completion",
     )
@@ -156,12 +162,9 @@ def test_additions_of_different_lengths(model, tokenizer, location):
     frame = sweep_logits(
         model,
         tokenizer,
-        {"a": additions},
-        [3],
-        [2.0],
+        Grid({"a": additions}, [3], [2.0], addition_location=location),
         [prompt],
         {"at 5": lambda steered, plain: steered[:, 5]},
-        addition_location=location,
     )
     with apply_activation_additions(model, tokenizer, strong, location):
         assert frame["at 5"][1] == pytest.approx(
@@ -171,11 +174,7 @@ def test_additions_of_different_lengths(model, tokenizer, location):
 
 def test_columns_and_kinds(model, tokenizer, vector):
     """One row for each completion; what was not steered is there once for each prompt."""
-    frame = sweep(
-        model, tokenizer, {"v": vector, "w": x_vector(tokenizer)}, [1, 3], [0.5, -0.5, 1.0], LONG,
-        {"length": lambda texts: list(map(len, texts)), "both": lambda texts: pd.DataFrame({"a": [1.5] * len(texts), "b": [True] * len(texts)})},
-        controls={"c": a_vector(1)}, random_controls=2, max_new_tokens=3, per_prompt=2, temperature=0.5,
-    )  # fmt: skip
+    frame = sweep(model, tokenizer, Grid({"v": vector, "w": x_vector(tokenizer)}, [1, 3], [0.5, -0.5, 1.0], controls={"c": a_vector(1)}, random_controls=2), LONG, {"length": lambda texts: list(map(len, texts)), "both": lambda texts: pd.DataFrame({"a": [1.5] * len(texts), "b": [True] * len(texts)})}, sampling=Sampling(max_new_tokens=3, temperature=0.5), per_prompt=2)  # fmt: skip
     assert list(frame) == [
         "steering",
         "kind",
@@ -206,11 +205,13 @@ def test_columns_and_kinds(model, tokenizer, vector):
 def test_layers_by_default(model, tokenizer):
     """Those of the vectors, negative ones counted from the last; all of them for additions. Layers from a table will do."""
     own = SteeringVector({1: torch.ones(128), -1: torch.ones(128)})
-    frame = sweep_logits(model, tokenizer, {"v": own, "w": x_vector(tokenizer)}, None, [1.0], LONG)
+    frame = sweep_logits(
+        model, tokenizer, Grid({"v": own, "w": x_vector(tokenizer)}, None, [1.0]), LONG
+    )
     layers = frame.groupby("steering")["layer"].unique().map(list).to_dict()
     assert layers["v"] == [1, 5] and layers["w"] == list(range(6))
     again = sweep_logits(
-        model, tokenizer, {"v": own}, frame["layer"].dropna().unique()[:1], [1.0], LONG
+        model, tokenizer, Grid({"v": own}, frame["layer"].dropna().unique()[:1], [1.0]), LONG
     )
     assert again["layer"].dropna().tolist() == [1] * len(LONG)
 
@@ -225,13 +226,10 @@ def test_bos_by_default_where_there_are_additions(model, tokenizer, vector, bos)
         frame = sweep(
             model,
             tokenizer,
-            steering,
-            [3],
-            [1.0],
+            Grid(steering, [3], [1.0], controls=controls),
             LONG,
-            controls=controls,
+            sampling=GREEDY,
             prepend_bos=bos,
-            max_new_tokens=NEW,
         )
         expected = [
             completed(model, tokenizer, prompt, default if bos is None else bos) for prompt in LONG
@@ -244,12 +242,10 @@ def test_coefficient_0_is_unsteered(model, tokenizer, vector):
     frame = sweep(
         model,
         tokenizer,
-        {"v": vector, "w": x_vector(tokenizer)},
-        [0, 3],
-        [0.0],
+        Grid({"v": vector, "w": x_vector(tokenizer)}, [0, 3], [0.0]),
         LONG,
-        max_new_tokens=NEW,
-        **SAMPLED,
+        sampling=SAMPLING,
+        per_prompt=3,
     )
     plain = frame[frame["kind"] == "unsteered"]["completion"].tolist()
     assert len(set(plain)) > 3
@@ -259,16 +255,14 @@ def test_coefficient_0_is_unsteered(model, tokenizer, vector):
 
 def test_samples_do_not_depend_on_what_is_beside_them(model, tokenizer, vector):
     """Neither on the size of the batches, nor on the other coefficients, layers and prompts behind; but on the seed."""
-    options = {"max_new_tokens": NEW, **SAMPLED}
-    frame = sweep(model, tokenizer, {"v": vector}, [1, 4], [-1.0, 1.0], PROMPTS, **options)
+    options = {"sampling": SAMPLING, "per_prompt": 3}
+    frame = sweep(model, tokenizer, Grid({"v": vector}, [1, 4], [-1.0, 1.0]), PROMPTS, **options)
     pd.testing.assert_frame_equal(
         frame,
         sweep(
             model,
             tokenizer,
-            {"v": vector},
-            [1, 4],
-            [-1.0, 1.0],
+            Grid({"v": vector}, [1, 4], [-1.0, 1.0]),
             PROMPTS,
             max_memory=TINY,
             **options,
@@ -276,7 +270,7 @@ def test_samples_do_not_depend_on_what_is_beside_them(model, tokenizer, vector):
     )
     whole = by_cell(frame, "completion")
     part = by_cell(
-        sweep(model, tokenizer, {"v": vector}, [4], [0.25, 1.0], PROMPTS[:2], **options),
+        sweep(model, tokenizer, Grid({"v": vector}, [4], [0.25, 1.0]), PROMPTS[:2], **options),
         "completion",
     )
     shared = whole.keys() & part.keys()
@@ -285,11 +279,13 @@ def test_samples_do_not_depend_on_what_is_beside_them(model, tokenizer, vector):
         len({text for (name, *_), text in whole.items() if name == "unsteered"}) == len(PROMPTS) * 3
     )
     other = by_cell(
-        sweep(model, tokenizer, {"v": vector}, [1, 4], [-1.0, 1.0], PROMPTS, seed=1, **options),
+        sweep(
+            model, tokenizer, Grid({"v": vector}, [1, 4], [-1.0, 1.0]), PROMPTS, seed=1, **options
+        ),
         "completion",
     )
     assert sum(whole[key] == other[key] for key in whole) < len(whole) / 3
-    twice = sweep(model, tokenizer, {"v": vector}, [4], [0.0], [PROMPTS[0]] * 2, **options)
+    twice = sweep(model, tokenizer, Grid({"v": vector}, [4], [0.0]), [PROMPTS[0]] * 2, **options)
     assert twice["completion"][:6].nunique() == 6  # a prompt that is there twice is two prompts
 
 
@@ -301,7 +297,7 @@ def seen_rows(monkeypatch) -> list:
         rows.extend(row for row in steering if row is not None)
         return nullcontext()
 
-    monkeypatch.setattr("common.sweeping.sweep.steering_rows", note)
+    monkeypatch.setattr("common.sweeping.runs.steering_rows", note)
     return rows
 
 
@@ -320,12 +316,9 @@ def test_random_controls_are_as_long_as_the_vector(model, tokenizer, monkeypatch
         sweep(
             model,
             tokenizer,
-            {"v": own, "w": x_vector(tokenizer)},
-            [1, 3],
-            [-1.0, 2.0],
+            Grid({"v": own, "w": x_vector(tokenizer)}, [1, 3], [-1.0, 2.0], random_controls=2),
             LONG[:1],
-            random_controls=2,
-            max_new_tokens=1,
+            sampling=replace(GREEDY, max_new_tokens=1),
         )
     rows, again = calls
     assert (
@@ -357,13 +350,10 @@ def test_the_model_and_the_random_state_are_as_before(model, tokenizer, vector):
     sweep(
         model,
         tokenizer,
-        {"v": vector, "w": x_vector(tokenizer)},
-        [0, 3],
-        [1.0],
+        Grid({"v": vector, "w": x_vector(tokenizer)}, [0, 3], [1.0], random_controls=1),
         LONG,
-        random_controls=1,
-        max_new_tokens=2,
-        **SAMPLED,
+        sampling=replace(SAMPLING, max_new_tokens=2),
+        per_prompt=3,
     )
     assert_pristine(model, before)
 
@@ -373,14 +363,12 @@ def test_the_model_and_the_random_state_are_as_before(model, tokenizer, vector):
         return [0] * len(texts)
 
     with pytest.raises(KeyError, match="broken"):
-        sweep(model, tokenizer, {"v": vector}, [3], [1.0], LONG, {"m": broken})
+        sweep(model, tokenizer, Grid({"v": vector}, [3], [1.0]), LONG, {"m": broken})
     with pytest.raises(KeyError, match="broken"):
         sweep_logits(
             model,
             tokenizer,
-            {"v": vector},
-            [3],
-            [1.0],
+            Grid({"v": vector}, [3], [1.0]),
             LONG,
             {"m": lambda steered, plain: broken([]) if steered.any() else [0, 0]},
         )
@@ -433,9 +421,7 @@ def test_logits_are_those_of_plain_passes(model, tokenizer, vector, memory):
     frame = sweep_logits(
         model,
         tokenizer,
-        {"v": vector, "w": x_vector(tokenizer)},
-        layers,
-        [-1.0, 2.0],
+        Grid({"v": vector, "w": x_vector(tokenizer)}, layers, [-1.0, 2.0]),
         prompts,
         metrics,
         max_memory=memory,
@@ -464,15 +450,13 @@ def test_other_architectures(name, tokenizer):
     vector = SteeringVector({layer: 2 * torch.randn(32, generator=generator) for layer in range(4)})
     steering = {"v": vector, "w": get_x_vector("Love", "Hate", 1, 0)}
     texts = by_cell(
-        sweep(other, tokenizer, steering, [0, 3], [2.0], LONG, max_new_tokens=NEW), "completion"
+        sweep(other, tokenizer, Grid(steering, [0, 3], [2.0]), LONG, sampling=GREEDY), "completion"
     )
     values = by_cell(
         sweep_logits(
             other,
             tokenizer,
-            steering,
-            [0, 3],
-            [2.0],
+            Grid(steering, [0, 3], [2.0]),
             LONG,
             {"at": lambda steered, plain: steered[:, 9]},
         ),
@@ -499,7 +483,7 @@ def test_other_architectures(name, tokenizer):
 
 def test_divergence_by_default_and_log_probabilities(model, tokenizer, vector):
     tokens = [11, 40, 900]
-    frame = sweep_logits(model, tokenizer, {"v": vector}, [2], [0.0, 1.0], PROMPTS)
+    frame = sweep_logits(model, tokenizer, Grid({"v": vector}, [2], [0.0, 1.0]), PROMPTS)
     assert list(frame) == ["steering", "kind", "layer", "coeff", "prompt", "kl"]
     assert (
         (frame["kl"] >= 0).all()
@@ -507,7 +491,7 @@ def test_divergence_by_default_and_log_probabilities(model, tokenizer, vector):
         and (frame[frame["coeff"] == 1]["kl"] > 0.01).all()
     )
     frame = sweep_logits(
-        model, tokenizer, {"v": vector}, [2], [1.0], PROMPTS, {"p": token_logprob(tokens)}
+        model, tokenizer, Grid({"v": vector}, [2], [1.0]), PROMPTS, {"p": token_logprob(tokens)}
     )
     for row in frame.itertuples():
         with SteeringVector({2: vector.layer_activations[2]}).apply(model, multiplier=row.coeff):
@@ -526,9 +510,7 @@ def test_metrics_of_logits_see_float32(model, tokenizer, vector):
     sweep_logits(
         copy.deepcopy(model).to(torch.bfloat16),
         tokenizer,
-        {"v": vector},
-        [2],
-        [1.0],
+        Grid({"v": vector}, [2], [1.0]),
         PROMPTS,
         {"m": metric},
     )
@@ -552,11 +534,11 @@ def counting(model, layer: int):
 def test_blocks_below_run_once_for_each_prompt(model, tokenizer, vector, run):
     """However many layers and coefficients are swept: this is what makes it fast. The last block sees every row but its own."""
     with counting(model, 0) as first, counting(model, 5) as last:
-        run(model, tokenizer, {"v": vector}, range(6), [-1.0, 1.0, 2.0], PROMPTS)
+        run(model, tokenizer, Grid({"v": vector}, range(6), [-1.0, 1.0, 2.0]), PROMPTS)
     assert first == [len(PROMPTS)]
     assert sum(last) == len(PROMPTS) * (1 + 5 * 3)
     with counting(model, 0) as first, counting(model, 5) as last:
-        run(model, tokenizer, {"v": vector}, range(6), [-1.0, 1.0], PROMPTS, max_memory=TINY)
+        run(model, tokenizer, Grid({"v": vector}, range(6), [-1.0, 1.0]), PROMPTS, max_memory=TINY)
     assert first == [1] * len(PROMPTS) and last == [1] * len(PROMPTS) * (
         1 + 5 * 2
     )  # no batch is larger than it may be
@@ -567,7 +549,9 @@ def test_what_block_0_reads_is_steered_there(model, tokenizer):
     additions = [ActivationAddition(1.0, 0, "Love")]
     for layers, rows in (([0], 1 + 3), ([1], 1), ([0, 1], 1 + 3)):
         with counting(model, 0) as first:
-            sweep_logits(model, tokenizer, {"a": additions}, layers, [1.0, 2.0, 3.0], LONG[:1])
+            sweep_logits(
+                model, tokenizer, Grid({"a": additions}, layers, [1.0, 2.0, 3.0]), LONG[:1]
+            )
         # Reading the addition itself at layer 1 is one pass more.
         assert sum(first) == rows + (1 in layers)
 
@@ -578,11 +562,9 @@ def test_generation_computes_prompts_once(model, tokenizer, vector):
         sweep(
             model,
             tokenizer,
-            {"v": vector},
-            [3, 4],
-            [1.0, 2.0, 3.0],
+            Grid({"v": vector}, [3, 4], [1.0, 2.0, 3.0]),
             LONG[:1],
-            max_new_tokens=4,
+            sampling=replace(GREEDY, max_new_tokens=4),
             prepend_bos=True,
         )
     assert first == [1] + [7] * 4
@@ -602,9 +584,7 @@ TEXTS = [
 @pytest.mark.parametrize("memory", [2**30, TINY])
 def test_losses_are_those_of_a_plain_pass(model, tokenizer, vector, mask_len, memory):
     """Mean loss with labels, BOS in front, in a padded batch; predictions made at positions in front can be left out."""
-    frame = sweep_perplexity(
-        model, tokenizer, {"v": vector, "w": x_vector(tokenizer)}, [0, 5], [2.0], TEXTS, mask_len=mask_len, max_memory=memory, controls={"c": a_vector(1)}
-    )  # fmt: skip
+    frame = sweep_perplexity(model, tokenizer, Grid({"v": vector, "w": x_vector(tokenizer)}, [0, 5], [2.0], controls={"c": a_vector(1)}), TEXTS, mask_len=mask_len, max_memory=memory)  # fmt: skip
     assert list(frame) == [
         "steering",
         "kind",
@@ -643,7 +623,7 @@ def test_losses_are_those_of_a_plain_pass(model, tokenizer, vector, mask_len, me
 
 
 def test_perplexity_ratios_are_over_all_tokens_of_all_texts(model, tokenizer, vector):
-    frame = sweep_perplexity(model, tokenizer, {"v": vector}, [2], [1.0, -1.0], TEXTS)
+    frame = sweep_perplexity(model, tokenizer, Grid({"v": vector}, [2], [1.0, -1.0]), TEXTS)
     ratios = perplexity_ratio_by_cell(frame).set_index("coeff")["ratio"]
 
     def total(context) -> tuple[float, int]:
@@ -669,33 +649,23 @@ def words(texts) -> list[int]:
     return [len(text.split()) for text in texts]
 
 
+def small_grid(steering) -> Grid:
+    return Grid(steering, [1, 4], [-1.0, 1.0], random_controls=1)
+
+
+def complete_all(model, tokenizer, steering, **options) -> pd.DataFrame:
+    given = {"metrics": {"words": words}, "sampling": replace(SAMPLING, max_new_tokens=3)}
+    options = {**given, "per_prompt": 3, **options}
+    return sweep(model, tokenizer, small_grid(steering), PROMPTS, **options)
+
+
 RUNS = {
-    "completions": lambda model, tokenizer, steering, **options: sweep(
-        model,
-        tokenizer,
-        steering,
-        [1, 4],
-        [-1.0, 1.0],
-        PROMPTS,
-        **{
-            "metrics": {"words": words},
-            "max_new_tokens": 3,
-            "random_controls": 1,
-            **SAMPLED,
-            **options,
-        },
-    ),
+    "completions": complete_all,
     "logits": lambda model, tokenizer, steering, **options: sweep_logits(
-        model,
-        tokenizer,
-        steering,
-        [1, 4],
-        [-1.0, 1.0],
-        PROMPTS,
-        **{"random_controls": 1, **options},
+        model, tokenizer, small_grid(steering), PROMPTS, **options
     ),
     "perplexity": lambda model, tokenizer, steering, **options: sweep_perplexity(
-        model, tokenizer, steering, [1, 4], [-1.0, 1.0], TEXTS, **{"random_controls": 1, **options}
+        model, tokenizer, small_grid(steering), TEXTS, **options
     ),
 }
 
@@ -794,12 +764,10 @@ def test_however_often_it_was_stopped(model, tokenizer, tmp_path_factory, stops,
             found = sweep(
                 model,
                 tokenizer,
-                {"v": a_vector()},
-                [2],
-                [1.0, 2.0],
+                Grid({"v": a_vector()}, [2], [1.0, 2.0]),
                 prompts,
                 {"m": metric},
-                max_new_tokens=2,
+                sampling=replace(GREEDY, max_new_tokens=2),
                 path=path,
                 max_memory=memory,
             )
@@ -885,19 +853,32 @@ def relabelled(tokenizer):
 def test_a_file_of_other_settings_is_left_alone(model, tokenizer, vector, tmp_path, what, says):
     """The error says what differs. The file stays as it is, byte for byte, and the model does not run."""
     path, w = tmp_path / "a.sweep", a_vector(1)
+    shifted = {layer: values + 1e-6 for layer, values in w.layer_activations.items()}
+    grid = Grid({"v": vector, "w": w}, [1, 4], [1.0, 2.0])
+    sampling = Sampling(max_new_tokens=2, temperature=1.0)
     given = {
-        "model": model, "tokenizer": tokenizer, "steering": {"v": vector, "w": w}, "layers": [1, 4], "coeffs": [1.0, 2.0], "prompts": PROMPTS[:2], "metrics": {"words": words},
-        "per_prompt": 2, "temperature": 1.0, "max_new_tokens": 2,
+        "model": model, "tokenizer": tokenizer, "grid": grid, "prompts": PROMPTS[:2],
+        "metrics": {"words": words}, "sampling": sampling, "per_prompt": 2,
     }  # fmt: skip
     sweep(path=path, **given)
     other = {
-        "coeffs": {"coeffs": [1.0, 2.5]}, "layers": {"layers": [1, 5]}, "prompts": {"prompts": PROMPTS[1:3]}, "seed": {"seed": 1},
-        "weights": {"model": changed(model)}, "dtype": {"model": copy.deepcopy(model).to(torch.float64)},
-        "vector": {"steering": {"v": vector, "w": SteeringVector({layer: values + 1e-6 for layer, values in w.layer_activations.items()})}},
-        "name": {"steering": {"v": vector, "x": w}}, "controls": {"controls": {"c": w}}, "kind": {"steering": {"v": vector}, "controls": {"w": w}},
-        "ends": {"model": ending_at(model, 3)}, "tokens": {"tokenizer": relabelled(tokenizer)}, "per_prompt": {"per_prompt": 3}, "temperature": {"temperature": 0.5}, "prepend_bos": {"prepend_bos": True},
-        "max_new_tokens": {"max_new_tokens": 3},
-    }[what]  # fmt: skip
+        "coeffs": lambda: {"grid": replace(grid, coeffs=[1.0, 2.5])},
+        "layers": lambda: {"grid": replace(grid, layers=[1, 5])},
+        "vector": lambda: {"grid": replace(grid, steering={"v": vector, "w": SteeringVector(shifted)})},
+        "name": lambda: {"grid": replace(grid, steering={"v": vector, "x": w})},
+        "controls": lambda: {"grid": replace(grid, controls={"c": w})},
+        "kind": lambda: {"grid": replace(grid, steering={"v": vector}, controls={"w": w})},
+        "prompts": lambda: {"prompts": PROMPTS[1:3]},
+        "prepend_bos": lambda: {"prepend_bos": True},
+        "weights": lambda: {"model": changed(model)},
+        "dtype": lambda: {"model": copy.deepcopy(model).to(torch.float64)},
+        "ends": lambda: {"model": ending_at(model, 3)},
+        "tokens": lambda: {"tokenizer": relabelled(tokenizer)},
+        "seed": lambda: {"seed": 1},
+        "per_prompt": lambda: {"per_prompt": 3},
+        "temperature": lambda: {"sampling": replace(sampling, temperature=0.5)},
+        "max_new_tokens": lambda: {"sampling": replace(sampling, max_new_tokens=3)},
+    }[what]()  # fmt: skip
     content, settings = path.read_bytes(), {**given, **other}
     with (
         passes(settings["model"]) as count,
@@ -913,11 +894,9 @@ def test_a_file_of_other_settings_is_left_alone(model, tokenizer, vector, tmp_pa
 def test_ends_in_another_form_are_the_same(model, tokenizer, vector, tmp_path):
     """An id or a list of ids, in any order."""
     given = {
-        "steering": {"v": vector},
-        "layers": [1],
-        "coeffs": [1.0],
+        "grid": Grid({"v": vector}, [1]),
         "prompts": PROMPTS[:1],
-        "max_new_tokens": 1,
+        "sampling": replace(GREEDY, max_new_tokens=1),
     }
     for number, (one, other) in enumerate(((3, [3]), ([0, 3], [3, 0, 3]))):
         path = tmp_path / f"{number}.sweep"
@@ -946,12 +925,10 @@ def test_a_metric_with_other_columns_than_at_its_trial_is_refused(model, tokeniz
             sweep(
                 model,
                 tokenizer,
-                {"v": vector},
-                [1],
-                [1.0],
+                Grid({"v": vector}, [1], [1.0]),
                 PROMPTS[:1],
                 {"m": metric},
-                max_new_tokens=1,
+                sampling=replace(GREEDY, max_new_tokens=1),
             )
 
 
@@ -963,7 +940,13 @@ FEW = [
 
 def few(model, tokenizer, vector, metrics, **options) -> pd.DataFrame:
     return sweep(
-        model, tokenizer, {"v": vector}, [2], [1.0], FEW, metrics, max_new_tokens=2, **options
+        model,
+        tokenizer,
+        Grid({"v": vector}, [2], [1.0]),
+        FEW,
+        metrics,
+        sampling=replace(GREEDY, max_new_tokens=2),
+        **options,
     )
 
 
@@ -1069,9 +1052,7 @@ def test_metrics_of_logits_that_give_no_numbers(model, tokenizer, vector, given)
         sweep_logits(
             model,
             tokenizer,
-            {"v": vector},
-            [2],
-            [1.0],
+            Grid({"v": vector}, [2], [1.0]),
             PROMPTS,
             {"m": lambda steered, plain: given},
         )
@@ -1154,17 +1135,14 @@ def test_a_sweep_is_free_of_the_settings_of_a_checkpoint(model, tokenizer, vecto
 
 def test_a_sweep_of_additions_goes_on(model, tokenizer, monkeypatch, tmp_path):
     """Also on another machine, where activations differ in the last bits; but not with other additions, or elsewhere."""
-    path, options = (
-        tmp_path / "a.sweep",
-        {"layers": [2], "coeffs": [1.0], "prompts": LONG, "random_controls": 1},
-    )
-    sweep_logits(model, tokenizer, {"w": x_vector(tokenizer)}, path=path, **options)
+    path, grid = (tmp_path / "a.sweep", Grid({"w": x_vector(tokenizer)}, [2], random_controls=1))
+    sweep_logits(model, tokenizer, grid, LONG, path=path)
     with monkeypatch.context() as patch:
         patch.setattr(
-            "common.sweeping.sweep.read_sites",
+            "common.sweeping.grid.read_sites",
             lambda *given: {key: hidden * (1 + 1e-6) for key, hidden in read_sites(*given).items()},
         )
-        sweep_logits(model, tokenizer, {"w": x_vector(tokenizer)}, path=path, **options)
+        sweep_logits(model, tokenizer, grid, LONG, path=path)
     first, second = x_vector(tokenizer)
     for other, more in (
         ([first], {}),
@@ -1173,8 +1151,9 @@ def test_a_sweep_of_additions_goes_on(model, tokenizer, monkeypatch, tmp_path):
         (x_vector(tokenizer), {"addition_location": "back"}),
         ([first, ActivationAddition(-1, 0, tokens=second.tokens.flip(0))], {}),
     ):
+        changed = replace(grid, steering={"w": other}, **more)
         with pytest.raises(ValueError, match=r"other settings \(steering\)"):
-            sweep_logits(model, tokenizer, {"w": other}, path=path, **options, **more)
+            sweep_logits(model, tokenizer, changed, LONG, path=path)
 
 
 def test_each_kind_of_sweep_has_its_own_file(model, tokenizer, vector, tmp_path):
@@ -1269,8 +1248,8 @@ WRONG = {
     "a coefficient twice": ({"coeffs": [1, 2, 1.0]}, "different finite coefficients"),
     "nan": ({"coeffs": [1.0, float("nan")]}, "finite number as coefficient"),
     "infinity": ({"coeffs": [float("inf")]}, "finite number as coefficient"),
-    "random controls below 0": ({"random_controls": -1}, "random controls"),
-    "half a random control": ({"random_controls": 0.5}, "random controls"),
+    "random controls below 0": ({"random_controls": -1}, "integer of 0 or more as random_controls"),
+    "half a random control": ({"random_controls": 0.5}, "integer of 0 or more as random_controls"),
     "same name": ({"controls": {"v": a_vector(1)}}, "'v' is the name of two"),
     "name of a random control": ({"controls": {"v, random 1": a_vector(1)}, "random_controls": 1}, "'v, random 1' is the name of two"),
     "no memory": ({"max_memory": 0}, "integer of 1 or more as max_memory"),
@@ -1288,17 +1267,13 @@ WRONG_COMPLETIONS = {
     ),
     "two metrics of one name": ({"metrics": {"Tone": words, "tone": words}}, "twice"),
     "metric with the name of a column": ({"metrics": {"layer": words}}, "twice"),
-    "no completions": ({"per_prompt": 0, "temperature": 1.0}, "integer of 1 or more as per_prompt"),
-    "True completions": (
-        {"per_prompt": True, "temperature": 1.0},
-        "integer of 1 or more as per_prompt",
-    ),
+    "no completions": ({"per_prompt": 0}, "integer of 1 or more as per_prompt"),
+    "True completions": ({"per_prompt": True}, "integer of 1 or more as per_prompt"),
     "several greedy completions": ({"per_prompt": 2}, "temperature"),
-    "negative temperature": ({"temperature": -1.0}, "temperature"),
-    "top_p of 0": ({"top_p": 0.0}, "top_p"),
-    "negative penalty": ({"freq_penalty": -1.0}, "frequency penalty"),
-    "no new tokens": ({"max_new_tokens": 0}, "new tokens"),
-    "more tokens than the model has positions": ({"max_new_tokens": 255}, "256 positions"),
+    "more tokens than the model has positions": (
+        {"sampling": Sampling(max_new_tokens=255)},
+        "256 positions",
+    ),
     "negative seed": ({"seed": -1}, "seed"),
     "half a seed": ({"seed": 0.5}, "seed"),
 }
@@ -1350,18 +1325,12 @@ def test_what_cannot_be_swept_is_refused_before_the_model_runs(
     }[run]
     given, says = own[name] if name in own else WRONG[name]
     call = {"sweep": sweep, "sweep_logits": sweep_logits, "sweep_perplexity": sweep_perplexity}[run]
-    arguments = {
-        "steering": {"v": vector},
-        "layers": [3],
-        "coeffs": [1.0],
-        "prompts": ["I think that", "My neighbour"],
-        "path": tmp_path / "a.sweep",
-        **given,
-    }
-    if run == "sweep_perplexity":
-        arguments["texts"] = arguments.pop("prompts")
+    swept = {"steering": {"v": vector}, "layers": [3], "coeffs": [1.0]}
+    swept |= {name: given[name] for name in given.keys() & {field.name for field in fields(Grid)}}
+    prompts = given.get("prompts", ["I think that", "My neighbour"])
+    options = {name: value for name, value in given.items() if name not in {*swept, "prompts"}}
     with passes(model) as count, pytest.raises(ValueError, match=says):
-        call(model, tokenizer, **arguments)
+        call(model, tokenizer, Grid(**swept), prompts, path=tmp_path / "a.sweep", **options)
     assert not count and not list(tmp_path.iterdir())
 
 

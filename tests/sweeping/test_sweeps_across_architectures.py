@@ -28,6 +28,8 @@ from transformers import (
 
 from common import (
     ActivationAddition,
+    Grid,
+    Sampling,
     addition_vectors,
     apply_activation_additions,
     complete,
@@ -48,13 +50,14 @@ from common.passes.running import input_device
 from common.places.blocks import get_blocks
 from common.places.sites import Site
 from common.texts.generation import completions, end_of_text, generate, joined, logits
-from common.texts.sampling import Sampling, sample
+from common.texts.sampling import sample
 from common.vectors.activation_additions import read_sites
 from common.vectors.steering_vector import SteeringVector
 
 PROMPTS = ["I think dogs are animals on the old bridge", "My neighbour said", "The library is"]
 EDGES = (0, LAYERS // 2, LAYERS - 1)
 NEW = 3
+GREEDY = Sampling(max_new_tokens=NEW, temperature=0.0)
 TOGETHER = {
     "BART decoder": "equal",
     "Whisper decoder": "equal",
@@ -120,7 +123,7 @@ def test_completions_are_those_of_single_runs(models, tokenizer, vector, name):
     before = snapshot(model)
     given = {"v": vector, "w": additions(0)}
     frame = sweep(
-        model, tokenizer, given, EDGES, [1.0], PROMPTS, max_new_tokens=NEW, prepend_bos=True
+        model, tokenizer, Grid(given, EDGES, [1.0]), PROMPTS, sampling=GREEDY, prepend_bos=True
     )
     assert len(frame) == len(PROMPTS) * (1 + len(given) * len(EDGES)) and frame[
         "completion"
@@ -152,14 +155,12 @@ def test_logits_and_losses_are_those_of_single_runs(models, tokenizer, vector, n
     frame = sweep_logits(
         model,
         tokenizer,
-        given,
-        EDGES,
-        [1.0],
+        Grid(given, EDGES, [1.0]),
         PROMPTS,
         {"at 5": lambda steered, plain: steered[:, 5]},
         prepend_bos=True,
     )
-    losses = sweep_perplexity(model, tokenizer, given, EDGES, [1.0], PROMPTS)
+    losses = sweep_perplexity(model, tokenizer, Grid(given, EDGES, [1.0]), PROMPTS)
     for label, layer, context in cells(model, tokenizer, given):
         for prompt, found, loss in zip(
             PROMPTS,
@@ -363,7 +364,10 @@ def test_other_models_are_refused_by_name(tokenizer, what):
     before = snapshot(model)
     for call in (
         lambda: sweep(
-            model, tokenizer, {"v": SteeringVector({0: torch.ones(D_MODEL)})}, [0], [1.0], PROMPTS
+            model,
+            tokenizer,
+            Grid({"v": SteeringVector({0: torch.ones(D_MODEL)})}, [0], [1.0]),
+            PROMPTS,
         ),
         lambda: SteeringVector({0: torch.ones(D_MODEL)}).patch_activations(model),
         lambda: train_steering_vector(model, tokenizer, [("Love", "Hate")]),
@@ -413,9 +417,11 @@ def test_an_offloaded_model_gives_the_same(tokenizer, vector, how, tmp_path):
     )
     steering = {"v": vector, "w": additions(0)}
     for call in (
-        lambda model: sweep(model, tokenizer, steering, EDGES, [1.0], PROMPTS, max_new_tokens=NEW),
-        lambda model: sweep_logits(model, tokenizer, steering, EDGES, [1.0], PROMPTS),
-        lambda model: sweep_perplexity(model, tokenizer, steering, EDGES, [1.0], PROMPTS),
+        lambda model: sweep(
+            model, tokenizer, Grid(steering, EDGES, [1.0]), PROMPTS, sampling=GREEDY
+        ),
+        lambda model: sweep_logits(model, tokenizer, Grid(steering, EDGES, [1.0]), PROMPTS),
+        lambda model: sweep_perplexity(model, tokenizer, Grid(steering, EDGES, [1.0]), PROMPTS),
         lambda model: complete(
             model,
             tokenizer,
@@ -425,7 +431,7 @@ def test_an_offloaded_model_gives_the_same(tokenizer, vector, how, tmp_path):
             sampling=Sampling(max_new_tokens=NEW),
         ),
         lambda model: sweep_logits(
-            model, tokenizer, {"v": vector}, EDGES, [1.0], PROMPTS, path=tmp_path / "one file"
+            model, tokenizer, Grid({"v": vector}, EDGES, [1.0]), PROMPTS, path=tmp_path / "one file"
         ),  # they are one model
     ):
         pd.testing.assert_frame_equal(call(model), call(plain), check_exact=True)
@@ -460,9 +466,11 @@ def test_dropout_is_off_in_whatever_mode_the_model_is(tokenizer, vector):
     assert config.resid_pdrop > 0
     model = tiny_model("GPT-2", len(tokenizer))
     calls = [
-        lambda: sweep(model, tokenizer, {"v": vector}, EDGES, [1.0], PROMPTS, max_new_tokens=NEW),
-        lambda: sweep_logits(model, tokenizer, {"v": vector}, EDGES, [0.0, 1.0], PROMPTS),
-        lambda: sweep_perplexity(model, tokenizer, {"v": vector}, EDGES, [1.0], PROMPTS),
+        lambda: sweep(
+            model, tokenizer, Grid({"v": vector}, EDGES, [1.0]), PROMPTS, sampling=GREEDY
+        ),
+        lambda: sweep_logits(model, tokenizer, Grid({"v": vector}, EDGES, [0.0, 1.0]), PROMPTS),
+        lambda: sweep_perplexity(model, tokenizer, Grid({"v": vector}, EDGES, [1.0]), PROMPTS),
         lambda: complete(
             model,
             tokenizer,
@@ -493,12 +501,10 @@ def test_dropout_is_off_in_whatever_mode_the_model_is(tokenizer, vector):
         sweep(
             model,
             tokenizer,
-            {"v": vector},
-            EDGES,
-            [1.0],
+            Grid({"v": vector}, EDGES, [1.0]),
             PROMPTS,
             {"m": broken},
-            max_new_tokens=NEW,
+            sampling=GREEDY,
         )
     assert_pristine(model, before)
 

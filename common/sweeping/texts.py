@@ -1,0 +1,119 @@
+"""The prompts of a sweep: as the model reads them, how long they are, which may share a batch."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from itertools import groupby
+from typing import TypeVar
+
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+
+from common.passes.batching import Batching, batching
+from common.passes.padding import encode
+from common.passes.prompts import Prompt, prompt_ids, prompt_text
+from common.passes.running import input_device
+from common.sweeping.grid import Cell
+
+Item = TypeVar("Item")
+
+
+class Texts:
+    """Prompts by their numbers.
+
+    Args:
+        model: the model that reads them.
+        tokenizer: its tokenizer.
+        prompts: texts, or messages for a chat model.
+        bos: what stands in front, see `prompt_ids`.
+
+    Raises:
+        ValueError: prompts that `encode` refuses.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[Prompt],
+        bos: bool | None,
+    ):
+        self.lengths = encode(tokenizer, prompts, bos)["attention_mask"].sum(-1).tolist()
+        self.model, self.tokenizer, self.bos = model, tokenizer, bos
+        self.prompts = list(prompts)
+        self.shown = [prompt_text(tokenizer, prompt) for prompt in self.prompts]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def check(self, cells: Sequence[Cell], new_tokens: int = 1) -> None:
+        """Refuse a prompt that is too short for an addition, or too long for the model.
+
+        Raises:
+            ValueError: with the prompt, or the number of positions.
+        """
+        additions = (
+            vectors
+            for cell in cells
+            if cell.steering and cell.steering.location
+            for vectors in cell.steering.vectors.values()
+        )
+        needed, shortest = max(map(len, additions), default=0), min(self.lengths)
+        if shortest < needed:
+            short = self.prompts[self.lengths.index(shortest)]
+            raise ValueError(
+                f"the addition has {needed} tokens and the prompt {short!r} only {shortest}:"
+                " expected one that is as long"
+            )
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        # The last new token is not read.
+        if limit and max(self.lengths) + new_tokens - 1 > limit:
+            raise ValueError(
+                f"{max(self.lengths)} tokens of a prompt and {new_tokens} new ones are more than"
+                f" the {limit} positions of the model"
+            )
+
+    def identity(self) -> list[tuple[str, list[int]]]:
+        """Return what the model reads: each prompt as text and as token ids."""
+        return list(zip(self.shown, prompt_ids(self.tokenizer, self.prompts, self.bos)))
+
+    def inputs(self, numbers: Sequence[int]) -> BatchEncoding:
+        """Return prompts as one batch, padded on the left, on the device of the model."""
+        chosen = [self.prompts[number] for number in numbers]
+        return encode(self.tokenizer, chosen, self.bos).to(input_device(self.model))
+
+    @cached_property
+    def together(self) -> Batching:
+        """Which prompts may share a batch, measured on the longest and the shortest one."""
+        return batching(self.model, self._both)
+
+    @cached_property
+    def samples(self) -> BatchEncoding:
+        """Prompts to try the model on: the longest and the shortest; the longest alone if need be."""
+        return self._both if self.together == "any" else self.inputs([self._longest])
+
+    def batches(
+        self, items: Sequence[Item], size: int, text_of: Callable[[Item], int]
+    ) -> Iterator[list[Item]]:
+        """Split items, in their order, into batches of up to `size` whose texts may share one."""
+        size = 1 if self.together == "alone" else size
+
+        def kind(item: Item) -> int | None:
+            return self.lengths[text_of(item)] if self.together == "equal" else None
+
+        for _, group in groupby(items, kind):
+            found = list(group)
+            for start in range(0, len(found), size):
+                yield found[start : start + size]
+
+    def bytes_of(self, length: int) -> int:
+        """Return about how much memory a text takes while it runs: its cache, and what a block holds."""
+        config = self.model.config.get_text_config()
+        size = next(self.model.parameters()).element_size()
+        return size * length * config.hidden_size * (2 * config.num_hidden_layers + 12)
+
+    @property
+    def _longest(self) -> int:
+        return self.lengths.index(max(self.lengths))
+
+    @cached_property
+    def _both(self) -> BatchEncoding:
+        return self.inputs([self._longest, self.lengths.index(min(self.lengths))])
