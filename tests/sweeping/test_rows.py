@@ -23,7 +23,7 @@ from common.sweeping.rows import (
     prefilled_cache,
     record_blocks,
     row_deltas,
-    steered_behind,
+    steered_after,
     steering_rows,
 )
 from common.texts.cache import ReservedLayer, reserved_cache
@@ -80,7 +80,7 @@ def steered_alone(model, row: RowSteering | None):
     if row is None:
         context = nullcontext()
     elif row.location is None:
-        context = SteeringVector({steered_behind(row): row.vectors[0]}).apply(model)
+        context = SteeringVector({steered_after(row): row.vectors[0]}).apply(model)
     else:
         context = adding_spans(model, {(row.site, len(row.vectors)): row.vectors}, row.location)
     with context:
