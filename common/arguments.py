@@ -4,13 +4,13 @@ import inspect
 import math
 from collections.abc import Callable, Iterable
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 
-def is_integer(value: object) -> bool:
+def is_integer(value: object) -> TypeGuard[int]:
     """Say whether a value is an integer; those of numpy are, and True is not."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
@@ -26,10 +26,8 @@ def integer(value: object, name: str, least: int | None = 0) -> int:
     Raises:
         ValueError: a bool, a float, a text; or an integer below `least`.
     """
-    if isinstance(value, Integral) and not isinstance(value, bool):
-        number = int(value)
-        if least is None or number >= least:
-            return number
+    if is_integer(value) and (least is None or value >= least):
+        return int(value)
     of = "" if least is None else f" of {least} or more"
     raise ValueError(f"expected an integer{of} as {name}, got {value!r}")
 
@@ -38,7 +36,7 @@ def finite_number(value: object, name: str) -> float:
     """Return a number, one of numpy included, as a float.
 
     Raises:
-        ValueError: a bool, a text, a tensor; nan, inf, or an integer that no float holds.
+        ValueError: a bool, a text, a tensor; nan, inf, or an integer too large for a float.
     """
     try:
         if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value):
@@ -49,7 +47,7 @@ def finite_number(value: object, name: str) -> float:
 
 
 def layer_list(layers: Iterable[int]) -> list:
-    """Return the layers as a list, whatever they are: whoever knows the model checks them.
+    """Return the layers as a list; each is checked by those who know the model.
 
     Raises:
         ValueError: a single number, or a text.
@@ -70,12 +68,12 @@ def function_of_two(function: Any, name: str, example: str) -> Callable:
     """Return a function that takes two arguments.
 
     Raises:
-        ValueError: something else; among them the factory of such a function, which was not called.
+        ValueError: something else, such as the factory of such a function that was not called.
     """
     try:
         inspect.signature(function).bind(None, None)
     except (TypeError, ValueError) as error:
-        # Some callables that are built in have no signature: ValueError.
+        # Some built-in callables have no signature: ValueError.
         if not callable(function) or isinstance(error, TypeError):
             raise ValueError(
                 f"expected a function of two tensors as {name}, for example {example}, got"
@@ -88,7 +86,7 @@ def finite_product(factor: float, vector: Tensor, dtype: torch.dtype, what: str)
     """Return factor times vector in `dtype`.
 
     Raises:
-        ValueError: a number of it lies outside `dtype`.
+        ValueError: one of its numbers lies outside `dtype`.
     """
     product = (factor * vector.to(torch.promote_types(vector.dtype, torch.float32))).to(dtype)
     if not torch.isfinite(product).all():

@@ -76,7 +76,7 @@ def test_parts_are_found(models, name):
 def test_a_missing_part_is_named_with_those_there_are(models, name, part):
     """The error lists what a block has, and how to name one of them."""
     with pytest.raises(
-        ValueError, match=f"no part that is known as '{part}'; a block of it has .*layer_config="
+        ValueError, match=f"no part that is known as '{part}'; its blocks have .*layer_config="
     ):
         vector_for(part).patch_activations(models[name])
     vector_for(part).patch_activations(

@@ -31,8 +31,8 @@ def get_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
     Raises:
         ValueError: the model has no list of modules that is as long as its config says, or more
-            than one; it is no causal language model, or its blocks give something else than one
-            residual stream [batch, pos, d_model].
+            than one; it is not a causal language model, or its blocks give something other than
+            one residual stream [batch, pos, d_model].
     """
     _refuse_other_models(model)
     count = text_config(model).num_hidden_layers
@@ -66,7 +66,11 @@ OTHER_STREAMS = {
 
 
 def _refuse_other_models(model: nn.Module) -> None:
-    """Refuse by name what is no causal language model, and blocks whose output is not [batch, pos, d_model]."""
+    """Refuse what is not a causal language model, and blocks that give no single stream.
+
+    Raises:
+        ValueError: it names the model and the reason.
+    """
     config, name = text_config(model), type(model).__name__
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(
@@ -92,8 +96,8 @@ def get_block(model: nn.Module, layer: int) -> nn.Module:
     """Return block `layer`, counted from 0; its output is resid_post of `layer`.
 
     Raises:
-        ValueError: there is no such layer. Negative numbers are refused, because -1 means something
-            else in `hidden_states` (the state after the final layer norm).
+        ValueError: there is no such layer. Negative numbers are refused: in `hidden_states`, -1
+            means something else (the state after the final layer norm).
     """
     _, blocks = get_blocks(model)
     if not is_integer(layer) or not 0 <= layer < len(blocks):
@@ -116,7 +120,7 @@ def get_hidden(output: Tensor | tuple | list) -> Tensor:
     Indexing the tensor with `[0]` would silently pick the first row of the batch.
 
     Raises:
-        ValueError: the output is no tensor, and no tuple that begins with one.
+        ValueError: the output is neither a tensor nor a tuple that begins with one.
     """
     hidden = output[0] if isinstance(output, tuple | list) and output else output
     if not isinstance(hidden, Tensor):
@@ -127,14 +131,17 @@ def get_hidden(output: Tensor | tuple | list) -> Tensor:
 
 
 def with_hidden(output: Tensor | tuple | list, hidden: Tensor) -> Tensor | tuple | list:
-    """Return a block's output with its hidden states [batch, pos, d_model] replaced, in the form it came in."""
+    """Return a block's output with other hidden states [batch, pos, d_model], in its own form."""
     if not isinstance(output, tuple | list):
         return hidden
     return type(output)([hidden, *output[1:]])
 
 
 def stream_dtype(module: nn.Module) -> torch.dtype:
-    """Return the dtype in which a module computes: that of its weights, but for quantised ones (int8, fp8, packed)."""
+    """Return the dtype in which a module computes: that of its weights that are not quantised.
+
+    Quantised weights (int8, fp8, packed) take one byte each or are integers.
+    """
     dtypes = (
         weight.dtype
         for weight in module.parameters()
@@ -144,7 +151,7 @@ def stream_dtype(module: nn.Module) -> torch.dtype:
 
 
 def check_vector(model: nn.Module, layer: int, vector: Tensor) -> Tensor:
-    """Return a steering vector as block `layer` needs it, or refuse it before anything is changed.
+    """Return a steering vector as block `layer` needs it, or refuse it before anything changes.
 
     Args:
         model: a Hugging Face causal language model.
@@ -153,11 +160,11 @@ def check_vector(model: nn.Module, layer: int, vector: Tensor) -> Tensor:
 
     Returns:
         The vector [d_model], in the dtype (`stream_dtype`) and on the device of the block's
-        weights; on its own device where these are offloaded and lie nowhere yet.
+        weights; on its own device where these are offloaded.
 
     Raises:
-        ValueError: no such layer; not a floating-point tensor; another shape than [d_model]; not
-            finite, also in that dtype.
+        ValueError: no such layer; not a floating-point tensor; a shape other than [d_model];
+            numbers that are not finite, also in that dtype.
     """
     block = get_block(model, layer)
     weight = next(block.parameters())

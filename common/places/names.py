@@ -1,4 +1,4 @@
-"""One place between two blocks, as each library names it, and what it is called in another one."""
+"""Translate the name of a place between two blocks from one library to another."""
 
 import re
 from typing import NamedTuple
@@ -8,20 +8,29 @@ from torch import nn
 from common.places.blocks import get_block, get_blocks
 from common.places.sites import Site, parse_site
 
-# --- the same place in several vocabularies ---
-
 
 class Place(NamedTuple):
-    """One place between two blocks, as the libraries name it; None where a vocabulary has no name for it."""
+    """The names of one place between two blocks; None where a vocabulary has none.
 
-    layer: int | None  # our number: the block whose resid_post it is
-    module: str | None  # the module of Hugging Face that gives it
-    resid_post: str | None  # TransformerLens, as what a block gives
-    resid_pre: str | None  # TransformerLens, as what the next block gets
-    hidden_states: str | None  # with output_hidden_states=True
-    nnsight: str | None  # in a trace; ARENA writes it this way
-    steering_vectors: str | None  # layer and layer type of that library, and of ours
-    post: str | None  # the activation-addition post and its library: what a block gets
+    Attributes:
+        layer: our number, the block whose resid_post it is.
+        module: the Hugging Face module that gives it.
+        resid_post: TransformerLens, as what a block gives.
+        resid_pre: TransformerLens, as what the next block reads.
+        hidden_states: its entry with `output_hidden_states=True`.
+        nnsight: in a trace; ARENA writes it this way.
+        steering_vectors: layer and layer type of that library, and of ours.
+        post: what a block reads, in the activation-addition post and its library.
+    """
+
+    layer: int | None = None
+    module: str | None = None
+    resid_post: str | None = None
+    resid_pre: str | None = None
+    hidden_states: str | None = None
+    nnsight: str | None = None
+    steering_vectors: str | None = None
+    post: str | None = None
 
 
 def where_is(model: nn.Module, place: int | str | Site) -> Place:
@@ -40,12 +49,17 @@ def where_is(model: nn.Module, place: int | str | Site) -> Place:
 
 
 def translate(model: nn.Module, name: str | Site, to: str) -> str | int:
-    """Return what another vocabulary, a field of `Place`, calls a place; for example "hidden_states[6]" to "layer".
+    """Return the name of a place in another vocabulary, for example of "hidden_states[6]".
+
+    Args:
+        model: a causal language model.
+        name: a name as in `Place`, in any of the vocabularies.
+        to: the vocabulary, a field of `Place`.
 
     Raises:
         ValueError: an unknown name or vocabulary, or one without a name for this place: no block
-            gives what block 0 reads, and what the last block gives is read by none, nor is it in
-            `hidden_states`. A number, which says no side of a block.
+            gives what block 0 reads, and no block reads what the last one gives, nor is that in
+            `hidden_states`. A number, which does not say which side of a block it means.
     """
     if to not in Place._fields or isinstance(name, int):
         raise ValueError(
@@ -65,32 +79,32 @@ def translate(model: nn.Module, name: str | Site, to: str) -> str | int:
 
 
 def _places(model: nn.Module) -> list[Place]:
-    """The names of all places: what block 0 reads, what the next ones read, what the last one gives."""
+    """Return the names of all places: what block 0 reads, …, what the last block gives."""
     path, blocks = get_blocks(model)
     found = []
     for place in range(len(blocks) + 1):
-        last = place - 1
-        given = (
-            (last, f"{path}.{last} output", str(Site(last, "resid_post"))) if place else (None,) * 3
-        )
-        read = (
-            (str(Site(place, "resid_pre")), f"hidden_states[{place}]")
-            if place < len(blocks)
-            else (None,) * 2
-        )
-        traced = (
-            (f"model.{path}[{last}].output", f"layer {last} decoder_block")
-            if place
-            else (None,) * 2
-        )
-        found.append(
-            Place(*given, *read, *traced, f"layer {place}" if place < len(blocks) else None)
-        )
+        names = {}
+        if place:
+            layer = place - 1
+            names |= {
+                "layer": layer,
+                "module": f"{path}.{layer} output",
+                "resid_post": str(Site(layer, "resid_post")),
+                "nnsight": f"model.{path}[{layer}].output",
+                "steering_vectors": f"layer {layer} decoder_block",
+            }
+        if place < len(blocks):
+            names |= {
+                "resid_pre": str(Site(place, "resid_pre")),
+                "hidden_states": f"hidden_states[{place}]",
+                "post": f"layer {place}",
+            }
+        found.append(Place(**names))
     return found
 
 
 def _find(model: nn.Module, name: int | str | Site) -> int:
-    """A name, or our layer, as the number of the block that reads there; as many as there are blocks is after the last one."""
+    """Return the index in `_places` of a name, or of our layer."""
     if isinstance(name, int):
         get_block(model, name)
         return name + 1
@@ -108,15 +122,12 @@ def _find(model: nn.Module, name: int | str | Site) -> int:
             return number
     last = len(places) - 2
     raise ValueError(
-        f"{name!r} is no place between two blocks of {type(model).__name__} (0 to {last}): expected"
-        f" a name such as {places[last][1:]}"
+        f"{name!r} is not a place between two blocks of {type(model).__name__} (0 to {last}):"
+        f" expected a name such as {places[last][1:]}"
     )
 
 
 def _plain(name: str) -> str:
-    """A name without the differences of writing: "h[5].output[0]", "h.5 output"."""
-    return re.sub(
-        r"\.output\[0\]$",
-        ".output",
-        re.sub(r"\[(\d+)\](?!$)", r".\1", name.replace(" output", ".output")),
-    )
+    """Return a name as all spellings of it share it: "h[5].output[0]" is "h.5 output"."""
+    name = re.sub(r"\[(\d+)\](?!$)", r".\1", name.replace(" output", ".output"))
+    return re.sub(r"\.output\[0\]$", ".output", name)

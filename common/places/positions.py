@@ -1,4 +1,4 @@
-"""Which position a token has, and which tokens of a text are chosen: all that counting needs.
+"""Count tokens: which position each has, and which ones of a text are steered.
 
 Notation: `attention_mask` is 1 at real tokens and 0 at padding, shape [batch, pos].
 """
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,9 @@ from common.arguments import integer, is_integer
 def position_ids(attention_mask: Tensor) -> Tensor:
     """Number the real tokens of every row from 0, so that padding on the left does not move them.
 
-    A plain forward pass of GPT-2 numbers the columns instead: the first real token of a row with
-    three padding tokens gets position 3, and its logits are off by several units. `model.generate`
-    does this by itself.
+    `model.generate` does this by itself. A plain forward pass of GPT-2 numbers the columns instead:
+    the first real token after three padding tokens gets position 3, and its logits are off by
+    several units.
 
     Args:
         attention_mask: [batch, pos], integer or bool.
@@ -34,25 +34,28 @@ def position_ids(attention_mask: Tensor) -> Tensor:
 
 
 def with_position_ids(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return what the tokenizer gave, with `position_ids` [batch, pos] counted from the attention mask."""
+    """Return what the tokenizer gave, with `position_ids` [batch, pos] by the attention mask."""
     return {**inputs, "position_ids": position_ids(inputs["attention_mask"])}
 
 
 class TokenSelection:
-    """Which tokens of a text are steered, as absolute positions: 0 is the first real token, padding has no position.
+    """Which tokens of a text are steered, as absolute positions.
+
+    Position 0 is the first real token; padding has none.
 
     Args:
         min_token_index: this token and all later ones.
         token_indices: a list of positions; a slice; or a mask of 0 and 1, [pos] or [batch, pos], in
-            which entry i stands for the i-th real token of the row (what lies after its end is not
+            which entry i means the i-th real token of the row (what comes after its end is not
             selected, and neither is padding). With several sequences per prompt
-            (`num_return_sequences`, `num_beams`) a row of the mask holds for all of its prompt's.
+            (`num_return_sequences`, `num_beams`) a row of the mask holds for all those of its
+            prompt.
 
     Negative numbers count from the end of the prompt, not of what was generated so far: -1 is the
     last token of the prompt, and slice(-1, None) that one and all that follow.
 
     Raises:
-        ValueError: both arguments; something else than the above; a slice with a step below 1.
+        ValueError: both arguments; anything but the above; a slice with a step below 1.
     """
 
     def __init__(
@@ -81,7 +84,7 @@ class TokenSelection:
 
     @property
     def needs_rows(self) -> bool:
-        """Whether a row of the batch has to be one text: not where several are packed into one."""
+        """Whether a row of the batch has to be one text, not several that are packed into one."""
         return self.counts_from_the_end or (isinstance(self.spec, Tensor) and self.spec.dim() == 2)
 
     def select(self, positions: Tensor, lengths: Tensor) -> Tensor:
@@ -95,8 +98,8 @@ class TokenSelection:
             [batch, pos], bool.
 
         Raises:
-            ValueError: a negative index in a list reaches before the prompt; a mask has another
-                number of rows.
+            ValueError: a negative index in a list reaches back before the prompt; a mask has
+                another number of rows.
         """
         if self.spec is None:
             return torch.ones_like(positions, dtype=torch.bool)
@@ -120,21 +123,11 @@ class TokenSelection:
             for index in self.spec:
                 chosen |= positions == (index if index >= 0 else lengths + index)
             return chosen
-        return self._by_mask(positions)
-
-    def _by_mask(self, positions: Tensor) -> Tensor:
-        mask = self.spec.to(positions.device)
-        mask = (
-            mask.expand(len(positions), -1)
-            if mask.dim() == 1
-            else of_rows(mask, len(positions), "the mask")
-        )
-        inside = positions < mask.shape[1]
-        return mask.gather(1, positions.clamp(max=mask.shape[1] - 1)) & inside
+        return _by_mask(self.spec, positions)
 
 
 class TokenSpan:
-    """The tokens of a prompt to which a sequence of vectors is added, one vector a token; as absolute positions.
+    """The tokens of a prompt to which vectors are added, one vector to each.
 
     Args:
         count: how many vectors.
@@ -147,9 +140,8 @@ class TokenSpan:
     """
 
     everything = False
-    counts_from_the_end = needs_rows = (
-        True  # also at the front, where a prompt that is too short is refused
-    )
+    # Also at the front, where a prompt that is too short is refused.
+    counts_from_the_end = needs_rows = True
 
     def __init__(
         self,
@@ -164,16 +156,13 @@ class TokenSpan:
         self.count, self.location, self.rows = count, location, rows
 
     def offsets(self, positions: Tensor, lengths: Tensor) -> Tensor:
-        """Return which of the vectors is meant for each entry, [batch, pos]; outside 0 to count - 1 it is none of them.
+        """Return which vector each entry gets, [batch, pos]; outside 0 to count - 1 it gets none.
 
         Raises:
             ValueError: a prompt has fewer tokens than there are vectors.
         """
-        meant = (
-            lengths
-            if self.rows is None
-            else lengths[of_rows(self.rows, len(lengths), "the steering").to(lengths.device)]
-        )
+        rows = self._of_batch(lengths)
+        meant = lengths if rows is None else lengths[rows]
         if len(meant) and (shortest := int(meant.min())) < self.count:
             raise ValueError(
                 f"the addition has {self.count} tokens and a prompt only {shortest}: expected a"
@@ -190,11 +179,25 @@ class TokenSpan:
         """Return to which entries a vector is added, [batch, pos], bool."""
         offsets = self.offsets(positions, lengths)
         chosen = (offsets >= 0) & (offsets < self.count)
-        return (
-            chosen
-            if self.rows is None
-            else chosen & of_rows(self.rows, len(chosen), "the steering").to(chosen.device)[:, None]
-        )
+        rows = self._of_batch(chosen)
+        return chosen if rows is None else chosen & rows[:, None]
+
+    def _of_batch(self, values: Tensor) -> Tensor | None:
+        """Return which rows of a pass, with values [batch, …], are meant; None where all are."""
+        if self.rows is None:
+            return None
+        return of_rows(self.rows, len(values), "the steering").to(values.device)
+
+
+def _by_mask(mask: Tensor, positions: Tensor) -> Tensor:
+    """Return which positions [batch, pos] a mask, [pos] or [prompt, pos], selects."""
+    mask = mask.to(positions.device)
+    if mask.dim() == 1:
+        mask = mask.expand(len(positions), -1)
+    else:
+        mask = of_rows(mask, len(positions), "the mask")
+    inside = positions < mask.shape[1]
+    return mask.gather(1, positions.clamp(max=mask.shape[1] - 1)) & inside
 
 
 _part: ContextVar[tuple[Tensor, int] | None] = ContextVar("part_of_a_batch", default=None)
@@ -202,7 +205,7 @@ _part: ContextVar[tuple[Tensor, int] | None] = ContextVar("part_of_a_batch", def
 
 @contextmanager
 def reading_part(rows: Tensor, total: int) -> Iterator[None]:
-    """Say that the passes in the block read these rows [n] of a batch of `total` rows, which is run in parts."""
+    """Say that the passes in the block read some rows [n] of `total`: a batch that runs in parts."""
     token = _part.set((rows, total))
     try:
         yield
@@ -215,9 +218,9 @@ def of_rows(values: Tensor, batch: int, what: str) -> Tensor:
 
     Args:
         values: one for each row of the batch or for each prompt of it, [prompt, ...]. Rows of one
-            prompt stand side by side.
+            prompt are neighbours.
         batch: how many rows the pass has; those of a part where `reading_part` is open.
-        what: has the values, for the error.
+        what: what has these values, for the message.
 
     Returns:
         [batch, ...].
@@ -229,11 +232,9 @@ def of_rows(values: Tensor, batch: int, what: str) -> Tensor:
     if total % len(values) or (rows is not None and batch % len(rows)):
         raise ValueError(f"{what} has {len(values)} rows and the batch has {total}")
     values = values.repeat_interleave(total // len(values), dim=0)
-    return (
-        values
-        if rows is None
-        else values[rows.to(values.device)].repeat_interleave(batch // len(rows), dim=0)
-    )
+    if rows is None:
+        return values
+    return values[rows.to(values.device)].repeat_interleave(batch // len(rows), dim=0)
 
 
 LOCATIONS = ("front", "mid", "back")
@@ -241,7 +242,7 @@ EVERYTHING = (slice(None), slice(0, None), slice(None, None, 1), slice(0, None, 
 
 
 def _checked(token_indices: list[int] | slice | Tensor | None) -> list[int] | slice | Tensor | None:
-    """Token indices in one of the forms that `select` knows."""
+    """Return token indices in one of the forms that `select` knows."""
     if token_indices is None:
         return None
     if isinstance(token_indices, Tensor):
@@ -274,22 +275,22 @@ def _checked(token_indices: list[int] | slice | Tensor | None) -> list[int] | sl
     )
 
 
-# What models call the memory of the tokens that they have read; transformers has no common name.
-# Those of XLNet and Reformer come last: with them a pass reads tokens again.
+# What models call the memory of the tokens that they have read: transformers has no common name.
+# Those of XLNet and Reformer come last, since a pass with them reads tokens again.
 CACHES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
 _TAG = "_text_of_this_cache"
 
 
 @dataclass
 class Text:
-    """What is known of the rows that several passes read one after the other.
+    """What is known of the rows that several passes read, one after the other.
 
     Attributes:
-        lengths: how many real tokens the prompts have, [prompt], int64; None where nobody knows.
+        lengths: how many real tokens the prompts have, [prompt], int64; None where unknown.
         mask: 1 at their real tokens and 0 at padding, [prompt, pos]; what follows is real.
         seen: how many columns have been read.
-        cache: what remembers them; only while `generate` runs, where a pass with another one reads
-            another text.
+        cache: what remembers them, only while `generate` runs: there a pass with another cache
+            reads another text.
     """
 
     lengths: Tensor | None = None
@@ -299,18 +300,23 @@ class Text:
 
     @classmethod
     def of(cls, mask: Tensor) -> "Text":
-        """A text whose prompts have this attention mask, [prompt, pos]."""
+        """Return a text whose prompts have this attention mask, [prompt, pos]."""
         return cls(mask.long().sum(-1), mask)
 
     @property
     def columns(self) -> int:
-        """How many columns the prompts take, 1 if nobody knows."""
+        """How many columns the prompts take, 1 where unknown."""
         if self.mask is not None:
             return self.mask.shape[1]
         return 1 if self.lengths is None else int(self.lengths.max())
 
     def mask_up_to(self, total: int, entries: Tensor) -> Tensor | None:
-        """The attention mask of the first columns, [batch, total], for the rows of a pass; None where nobody knows."""
+        """Return the attention mask of the first columns, [batch, total]; None where unknown.
+
+        Args:
+            total: how many columns.
+            entries: the rows of a pass, [batch, ...].
+        """
         if self.mask is None or len(entries) % len(self.mask):
             return None
         mask = _for_rows(self.mask, len(entries))[:, :total].to(entries.device)
@@ -324,7 +330,7 @@ _generating: ContextVar[tuple[tuple[nn.Module, Text], ...]] = ContextVar(
 
 @contextmanager
 def generating(module: nn.Module, text: Text) -> Iterator[None]:
-    """Say which text the passes of a module read while the block is open, in this thread; inside it another may be open."""
+    """Say which text the passes of a module read, in this thread; blocks may be nested."""
     token = _generating.set((*_generating.get(), (module, text)))
     try:
         yield
@@ -334,12 +340,12 @@ def generating(module: nn.Module, text: Text) -> Iterator[None]:
 
 
 def being_generated(module: nn.Module) -> Text | None:
-    """The text that the passes of a module read, if `generating` is open for it."""
+    """Return the text that the passes of a module read, if `generating` is open for it."""
     return next((text for other, text in reversed(_generating.get()) if other is module), None)
 
 
 class Pass(NamedTuple):
-    """One pass of a model, see `PositionTracker`; `text` is what it reads, up to column `total`."""
+    """One pass of a model (`PositionTracker`); `text` is what it reads, up to column `total`."""
 
     mask: Tensor | None = None
     positions: Tensor | None = None
@@ -349,7 +355,7 @@ class Pass(NamedTuple):
 
 
 class _OfThisThread(threading.local):
-    """The pass that this thread is in or was in last, and the cache it was given. A copy knows none."""
+    """The pass that this thread is in, or was in last, and its cache. A copy knows none."""
 
     now: Pass | None = None
     cache: Any = None
@@ -362,17 +368,16 @@ class _OfThisThread(threading.local):
 class PositionTracker:
     """Follows the passes of a model and says which of their entries are selected.
 
-    A pass need not be a text: with a cache it sees only new tokens, without one all of them again,
-    generation may cut the prompt into chunks or put guesses after it, and padding shifts
+    A pass is not always a text: with a cache it sees only new tokens, without one all of them
+    again; generation may cut the prompt into chunks or put guesses after it; padding shifts
     everything. The absolute positions come from the attention mask and the length of the cache.
-    Where the prompt ends is known while `generating` is open; in a pass by hand, all that it reads
+    Where the prompt ends is known while `generating` is open. In a pass by hand, all that it reads
     is the prompt, and passes with the cache that it leaves continue it. Caches of state-space
     models do not count their tokens, so the tracker does, for those that it saw filled.
 
-    It is to be called with the arguments of every pass of the module that holds the blocks, and
-    `finish` with what the pass gives (`hooking.hook_passes`). Each thread has a pass of its own.
-    Another one that runs blocks without a pass (as autograd's does under gradient checkpointing)
-    gets the latest.
+    `hooks.hook_passes` calls it with the arguments of every pass of the module that holds the
+    blocks, and `finish` with what the pass gives. Each thread has a pass of its own. A thread that
+    runs blocks without one (as autograd's does under gradient checkpointing) gets the latest.
 
     Attributes:
         mask: what the current pass selects, [batch, pos, 1], bool, or None where every entry is
@@ -419,15 +424,15 @@ class PositionTracker:
         return self._own.now or self._latest
 
     def note_mask(self, mask: Any) -> None:
-        """Note what attention mask the whole model was given, which may hand its blocks another one (Gemma 3 with images)."""
+        """Note the attention mask of the whole model: Gemma 3 with images gives blocks another."""
         self._own.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
     def __call__(self, args: tuple, kwargs: dict) -> None:
         """Note the positions of a pass that begins, from its arguments.
 
         Raises:
-            ValueError: the positions cannot be known, see `_columns_before` and `_lengths`; or what
-                `select` raises.
+            ValueError: the positions are not known, because nobody counted the tokens of a cache
+                or said which row belongs to which prompt; or what `select` raises.
         """
         thread = threading.get_ident()
         self._several |= thread != self._thread != 0
@@ -453,7 +458,7 @@ class PositionTracker:
             # None, or one that was made for the attention already.
             attention = self._own.mask if attention is not None else None
         if self.selection.everything:
-            # A token after others is real. There nothing is asked: a GPU would wait for the answer.
+            # A token after others is real. Asking would make a GPU wait for the answer.
             generated = attention is not None and attention.shape[1] > count == 1
             if attention is None or generated or bool(attention[:, -count:].all()):
                 return Pass()
@@ -482,10 +487,10 @@ class PositionTracker:
         return Pass(mask, positions, lengths, text, past + count)
 
     def _new_text(self, positions: Tensor, attention: Tensor | None) -> Text:
-        """All that a pass by hand has read is its prompt.
+        """Return the text of a pass by hand: all that it has read is its prompt.
 
         Raises:
-            ValueError: the pass is one of `generate`, where it need not be.
+            ValueError: the pass is one of `generate`, where that is not so.
         """
         text = being_generated(self.module)
         if text is not None and text.lengths is None:
@@ -496,14 +501,14 @@ class PositionTracker:
         return Text(positions[:, -1] + 1) if attention is None else Text.of(attention)
 
     def _text_with(self, cache: Any) -> Text:
-        """The text that a pass with this cache goes on with; a new one where there is none."""
+        """Return the text that a pass with this cache continues; a new one where there is none."""
         text = being_generated(self.module)
         if text is not None and (not text.seen or cache is text.cache):
             return text
         return getattr(cache, _TAG, None) or Text()
 
     def _columns_before(self, name: str, text: Text) -> int:
-        """How many columns the cache of a pass holds; `name` is what the model calls it.
+        """Return how many columns the cache of a pass holds; `name` is what the model calls it.
 
         Raises:
             ValueError: it holds some, and nobody counted them.
@@ -525,12 +530,12 @@ class PositionTracker:
         )
 
     def _lengths(self, text: Text, batch: int) -> Tensor:
-        """The lengths of the prompts for the rows of a pass, [batch].
+        """Return the lengths of the prompts for the rows of a pass, [batch].
 
         Raises:
             ValueError: they matter, and it is not known which row belongs to which prompt.
         """
-        lengths = text.lengths
+        lengths = cast(Tensor, text.lengths)  # a text without them became a new one with them
         if len(lengths) != batch and self.selection.counts_from_the_end:
             sure = text is being_generated(self.module) or bool((lengths == lengths[0]).all())
             if not sure or batch % len(lengths):
@@ -551,11 +556,14 @@ PACKED = (
 def _positions(
     entries: Tensor, past: int, attention: Tensor | None, numbers: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Absolute positions and which entries are real, both [batch, pos], by the mask or else the model's numbers."""
+    """Return absolute positions and which entries are real, both [batch, pos].
+
+    They come from the attention mask where there is one, else from the model's own numbers.
+    """
     batch, count = entries.shape[:2]
     if attention is not None:
         real = attention[:, -count:].bool()
-        return (attention.long().cumsum(-1) - 1).clamp(min=0)[:, -count:], real
+        return position_ids(attention)[:, -count:], real
     if numbers is None:
         numbers = torch.arange(past, past + count, device=entries.device)[None]
     numbers = numbers.expand(batch, count)
@@ -563,16 +571,14 @@ def _positions(
 
 
 def _for_rows(values: Tensor, batch: int) -> Tensor:
-    """Values of each prompt [prompt, ...] for the rows of a batch, [batch, ...]: beams of a prompt stand side by side."""
-    return (
-        values
-        if len(values) == batch
-        else values.repeat_interleave(-(-batch // len(values)), dim=0)[:batch]
-    )
+    """Return values of prompts [prompt, ...] by row, [batch, ...]; a prompt's rows are neighbours."""
+    if len(values) == batch:
+        return values
+    return values.repeat_interleave(-(-batch // len(values)), dim=0)[:batch]
 
 
 def _cache_in(output: Any) -> Any:
-    """The cache in what a model gives, or None."""
+    """Return the cache in what a model gives, or None."""
     if isinstance(output, tuple):
         return next((part for part in output if hasattr(part, "get_seq_length")), None)
     return next(
@@ -581,7 +587,7 @@ def _cache_in(output: Any) -> Any:
 
 
 def _is_empty(cache: Any) -> bool:
-    """Whether nothing has been written to a cache of layers without attention."""
+    """Say whether nothing has been written to a cache of layers without attention."""
     layers = getattr(cache, "layers", None)
     return layers is not None and not any(
         any(layer.has_previous_state.values()) for layer in layers

@@ -1,20 +1,19 @@
 """Which module of a block is read or steered: the five layer types, in a model of any architecture.
 
 A `layer_type` names a part of a block: "decoder_block" (its output is resid_post), "self_attn",
-"mlp", "input_layernorm" or "post_attention_layernorm" (the norm in front of the MLP). A
-`layer_config` maps layer types to layer matchers, and a
-matcher turns a layer number into the path of a module: a template such as
-"transformer.h.{num}.attn", or a callable. Names and meaning are those of the steering-vectors
-library (https://steering-vectors.github.io/steering-vectors).
+"mlp", "input_layernorm" or "post_attention_layernorm" (the norm before the MLP). A `layer_config`
+maps layer types to layer matchers, and a matcher turns a layer number into the path of a module: a
+template such as "transformer.h.{num}.attn", or a callable. Names and meaning are those of the
+steering-vectors library (https://steering-vectors.github.io/steering-vectors).
 
-A `Site` is a place in a numbered block, for those who name places as TransformerLens does
-("blocks.6.hook_resid_pre").
+A `Site` is a place in a numbered block, as TransformerLens names it ("blocks.6.hook_resid_pre").
 """
 
 import inspect
 import re
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Literal, NamedTuple, cast
 
 from torch import nn
 
@@ -28,7 +27,7 @@ LayerMatcher = str | Callable[[int], str] | Callable[[nn.Module, int], str]
 ModelLayerConfig = dict[LayerType, LayerMatcher]
 
 # What architectures call the parts of a block, the commonest name first.
-PART_NAMES: dict[str, tuple[str, ...]] = {
+PART_NAMES: dict[LayerType, tuple[str, ...]] = {
     "self_attn": ("self_attn", "attn", "attention", "self_attention"),
     "mlp": ("mlp", "feed_forward", "ffn", "block_sparse_moe"),
     "input_layernorm": (
@@ -47,11 +46,11 @@ PART_NAMES: dict[str, tuple[str, ...]] = {
         "norm_2",
     ),
 }
-LAYER_TYPES = ("decoder_block", *PART_NAMES)
+LAYER_TYPES: tuple[LayerType, ...] = ("decoder_block", *PART_NAMES)
 
 
 class Site(NamedTuple):
-    """A place in the residual stream or beside it: `part` is "resid_pre", "resid_post" or a layer type of block `layer`."""
+    """A place in block `layer`: `part` is "resid_pre", "resid_post" or a layer type."""
 
     layer: int
     part: str
@@ -82,12 +81,13 @@ def parse_site(act_name: int | str | tuple[int, str]) -> Site:
             with "resid_pre", "resid_post" or a layer type as part ("decoder_block" is resid_post).
 
     Raises:
-        ValueError: nothing of these, or a negative layer.
+        ValueError: none of these, or a negative layer.
     """
-    layer, part = (
-        act_name if isinstance(act_name, tuple) and len(act_name) == 2 else (act_name, "resid_pre")
-    )
-    if isinstance(act_name, str):
+    layer: object = act_name
+    part: object = "resid_pre"
+    if isinstance(act_name, tuple) and len(act_name) == 2:
+        layer, part = act_name
+    elif isinstance(act_name, str):
         hooks = {hook.partition(".{}.")[2]: part for part, hook in _HOOK_NAMES.items()}
         match = re.fullmatch(r"blocks\.(\d+)\.(\w+)", act_name)
         layer, part = (int(match[1]), hooks.get(match[2])) if match else (None, None)
@@ -98,11 +98,11 @@ def parse_site(act_name: int | str | tuple[int, str]) -> Site:
             " 'blocks.{l}.hook_resid_pre', 'blocks.{l}.hook_resid_post', or a pair (layer,"
             " part) with 'resid_pre', 'resid_post' or a layer type as part"
         )
-    return Site(int(layer), part)
+    return Site(int(layer), str(part))
 
 
 def find_site(model: nn.Module, site: Site) -> tuple[nn.Module, Literal["input", "output"]]:
-    """Return the module and the side of it where a site lies. resid_pre of a block is what the block before it gives.
+    """Return the module of a site, and which side of it: resid_pre is what the block before gives.
 
     Raises:
         ValueError: the model has no such layer, or no such part.
@@ -116,7 +116,8 @@ def find_site(model: nn.Module, site: Site) -> tuple[nn.Module, Literal["input",
         return (blocks[site.layer - 1], "output") if site.layer else (blocks[0], "input")
     if site.part == "resid_post":
         return blocks[site.layer], "output"
-    return get_layers(model, site.part, layers=[site.layer])[site.layer], "output"
+    part = cast(LayerType, site.part)
+    return get_layers(model, part, layers=[site.layer])[site.layer], "output"
 
 
 def guess_and_enhance_layer_config(
@@ -124,7 +125,7 @@ def guess_and_enhance_layer_config(
     layer_config: ModelLayerConfig | None = None,
     layer_type: LayerType | None = None,
 ) -> ModelLayerConfig:
-    """Return a layer config in which the missing matchers are filled in, as far as the model has such parts.
+    """Return a layer config with the missing matchers, as far as the model has such parts.
 
     Args:
         model: a causal language model.
@@ -134,7 +135,7 @@ def guess_and_enhance_layer_config(
     Raises:
         ValueError: an unknown layer type, or blocks that cannot be found.
     """
-    config = dict(layer_config or {})
+    config: ModelLayerConfig = dict(layer_config or {})
     wanted = LAYER_TYPES if layer_type is None else (layer_type,)
     for name in wanted:
         if name in config:
@@ -165,7 +166,7 @@ def get_layers(
     model: nn.Module,
     layer_type: LayerType = "decoder_block",
     layer_config: ModelLayerConfig | None = None,
-    layers: list[int] | None = None,
+    layers: Iterable[int] | None = None,
 ) -> dict[int, nn.Module]:
     """Find the modules of a layer type.
 
@@ -180,7 +181,7 @@ def get_layers(
 
     Raises:
         ValueError: an unknown layer type, a part or a layer that the model does not have, a layer
-            given twice, no list.
+            that is given twice, or layers that are not a list.
     """
     layers = None if layers is None else layer_list(layers)
     config = guess_and_enhance_layer_config(model, layer_config, layer_type)
@@ -188,7 +189,7 @@ def get_layers(
         _, blocks = get_blocks(model)
         parts = ", ".join(name for name, _ in blocks[0].named_children())
         raise ValueError(
-            f"{type(model).__name__} has no part that is known as {layer_type!r}; a block of it has"
+            f"{type(model).__name__} has no part that is known as {layer_type!r}; its blocks have"
             f" {parts}. Name the right one, as in layer_config={{{layer_type!r}:"
             f" '{get_blocks(model)[0]}.{{num}}.NAME'}}"
         )
@@ -201,7 +202,7 @@ def get_layers(
     if layers is None:
         return {layer: model.get_submodule(path) for layer, path in found.items()}
     count = max(found) + 1
-    numbers = []
+    numbers: list[int] = []
     for layer in layers:
         number = int(layer) + count * (layer < 0) if is_integer(layer) else None
         if number not in found:
@@ -216,7 +217,7 @@ def get_layers(
 
 
 def _matching_layers(model: nn.Module, layer_matcher: LayerMatcher) -> dict[int, str]:
-    """The paths that a matcher finds, by layer number."""
+    """Return the paths that a matcher finds, by layer number."""
     name_of = _callable(model, layer_matcher)
     names = {name for name, _ in model.named_modules()}
     try:
@@ -234,7 +235,7 @@ def _matching_layers(model: nn.Module, layer_matcher: LayerMatcher) -> dict[int,
 
 
 def _callable(model: nn.Module, layer_matcher: LayerMatcher) -> Callable[[int], str]:
-    """A matcher as a function of the layer number; callables may take the model as well."""
+    """Return a matcher as a function of the layer number; callables may take the model as well."""
     if isinstance(layer_matcher, str):
         if "{num}" not in layer_matcher:
             raise ValueError(
@@ -253,11 +254,11 @@ def _callable(model: nn.Module, layer_matcher: LayerMatcher) -> Callable[[int], 
         if p.kind in kinds and p.default is p.empty
     ]
     if len(needed) == 1:
-        return layer_matcher
-    return lambda num: layer_matcher(model, num)
+        return cast(Callable[[int], str], layer_matcher)
+    return partial(cast(Callable[[nn.Module, int], str], layer_matcher), model)
 
 
 def _some_names(model: nn.Module) -> str:
-    """The first names of a model's modules, for an error."""
+    """Return the first names of a model's modules, for an error."""
     names = [name for name, _ in model.named_modules() if name]
     return ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
