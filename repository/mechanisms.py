@@ -5,6 +5,7 @@ where the mechanism can do more than add (README.md, "How to add a seventh"). Te
 comparison take them from here, so that nothing holds a second copy.
 """
 
+import json
 import linecache
 import sys
 import zlib
@@ -13,8 +14,6 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
-
-import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
 MECHANISMS = (
@@ -50,8 +49,13 @@ def mechanism_cells(name: str, folder: Path = ROOT) -> list[str]:
     path = folder / f"{name}.ipynb"
     if not path.is_file():
         raise ValueError(f"no notebook {name!r}: expected one of {', '.join(MECHANISMS)}")
-    notebook = nbformat.read(path, as_version=4)
-    cells = [cell.source for cell in notebook.cells if "mechanism" in cell.metadata.get("tags", [])]
+    # Not by nbformat, whose import takes as long as that of torch.
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    cells = [
+        "".join(cell["source"])
+        for cell in notebook["cells"]
+        if "mechanism" in cell["metadata"].get("tags", [])
+    ]
     if not cells:
         raise ValueError(f"{path.name} has no cell tagged 'mechanism'")
     return cells

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn import functional
 
@@ -67,6 +66,8 @@ def logistic_aggregator(sklearn_kwargs: dict[str, Any] | None = None) -> Aggrega
     """
 
     def logistic(positive: Tensor, negative: Tensor) -> Tensor:
+        from sklearn.linear_model import LogisticRegression  # takes a second, and few need it
+
         half = _differences(positive, negative) / 2
         regression = LogisticRegression(**{"fit_intercept": False, **(sklearn_kwargs or {})})
         labels = [1] * len(half) + [-1] * len(half)

@@ -1,10 +1,7 @@
 """The published figures, and the code that checks them: tested on the embedded model with figures of its own."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +9,6 @@ import pytest
 
 from common.loading import preset_for
 from repository import published as figures
-from repository.mechanisms import ROOT
 from repository.published import compare, published_table, read_figures
 
 STORED = figures.DATA / "embedded.json"
@@ -154,13 +150,12 @@ def test_comparing_allows_the_last_digit_and_space_around():
     assert rows[~rows["agrees"]]["figure"].tolist() == ["norm at resid_post", "ln_1 -"]
 
 
-def test_without_the_model_one_sentence(tmp_path):
+def test_without_the_model_one_sentence(monkeypatch, capsys, tmp_path):
     """Where GPT2-XL cannot be had: one sentence on stderr, exit code 1, no traceback."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    command = [sys.executable, "-m", "repository.published", "gpt2-xl"]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert (result.returncode, result.stdout) == (1, "")
-    assert len(result.stderr.splitlines()) == 1 and "cannot be reached" in result.stderr
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert figures.main(["gpt2-xl"]) == 1
+    out, err = capsys.readouterr()
+    assert not out and len(err.splitlines()) == 1 and "cannot be reached" in err
 
 
 def test_model_without_figures_is_named(capsys):

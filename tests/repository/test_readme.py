@@ -1,11 +1,10 @@
 """README and model card: every snippet runs as it is printed, and every figure stands in a file that a command writes."""
 
+import contextlib
+import io
 import json
-import os
 import re
 import statistics
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
@@ -34,22 +33,16 @@ def stored(path: str) -> dict:
     ids=[re.split(r"\W+", code)[3] for code, _ in SNIPPETS],
 )
 def snippet(request, tmp_path_factory) -> tuple[str, str, list[str]]:
-    """A snippet, what the README prints under it, and what it prints when it is run twice in one clean folder."""
+    """A snippet, what the README prints below it, and what two runs in one clean folder print."""
     code, printed = SNIPPETS[request.param]
-    folder, found = tmp_path_factory.mktemp("reader"), []
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
-    environment.pop("STEERING_MODEL", None)
-    for _ in range(2):
-        run = subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert run.returncode == 0, run.stderr
-        found.append(run.stdout.partition("\n")[2])  # the first line says what was loaded
+    found = []
+    with pytest.MonkeyPatch.context() as reader:
+        reader.chdir(tmp_path_factory.mktemp("reader"))
+        reader.setenv("COLUMNS", "100")
+        for _ in range(2):
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+            found.append(out.getvalue().partition("\n")[2])  # the first line says what was loaded
     return code, printed, found
 
 

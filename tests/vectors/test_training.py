@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -27,7 +26,6 @@ from common import (
 )
 from common.checking.pristine import assert_pristine, snapshot
 from common.embedded import FOLDER
-from repository.mechanisms import ROOT
 
 PAIRS = [
     ("I love you", "I hate you"),
@@ -257,25 +255,25 @@ def test_all_documented_names_come_from_common():
         common.train
 
 
-def test_a_documented_program_runs_with_only_its_import_changed(tmp_path, model, tokenizer):
-    """The program runs in a process of its own, and trains what the functions here train."""
+def test_a_documented_program_runs_with_only_its_import_changed(
+    tmp_path, monkeypatch, capsys, model, tokenizer
+):
+    """The program runs, and trains what the functions here train."""
     source = Path(__file__).with_name("documented_program.py").read_text(encoding="utf-8")
     program = tmp_path / "program.py"
     program.write_text(
         source.replace("from steering_vectors import", "from common import"), encoding="utf-8"
     )
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    found = subprocess.run(
-        [sys.executable, str(program), str(FOLDER)], env=environment, capture_output=True, text=True
-    )
-    assert found.returncode == 0, found.stderr
+    monkeypatch.setattr(sys, "argv", [str(program), str(FOLDER)])
+    runpy.run_path(str(program), run_name="__main__")
+    printed = capsys.readouterr().out
     samples = [
         ("I love the garden", "I hate the garden"),
         SteeringVectorTrainingSample("We adore you", "We despise you", 1, 1),
         ("The soup is delicious", "The soup is rotten"),
     ]
     norms = train_steering_vector(model, tokenizer, samples, layers=[1, 2, 5]).norm()
-    assert found.stdout.split()[1:] == [f"{layer}:{norm:.3f}" for layer, norm in norms.items()]
+    assert printed.split()[1:] == [f"{layer}:{norm:.3f}" for layer, norm in norms.items()]
 
 
 def test_training_by_pca_differs_from_the_mean(model, tokenizer):
