@@ -1,16 +1,15 @@
-"""What a pass over a batch needs, whatever the architecture: the device of its inputs, evaluation mode, and padding that
-disturbs nobody.
+"""Which rows may share a batch, so that each gets what it gets alone.
 
 Most models take padding on the left well, once positions are counted from the attention mask. Some
 do not: the decoders of Bart and its kin number the columns, and in RWKV and RecurrentGemma the
-padding enters the recurrent state. Which rows may share a batch is not looked up in a list of names
-but measured on the model, once.
+padding enters the recurrent state. Which rows may share a batch is measured on the model, once, and
+not looked up in a list of names.
 """
 
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,15 +21,15 @@ from common.passes.running import in_evaluation_mode, pass_inputs
 from common.places.positions import reading_part
 
 Batching = Literal["any", "equal", "alone"]
-PROBE, PADDING = 8, 3  # tokens of the row on which batches are tried, and padding in front of it
+PROBE, PADDING = 8, 3  # tokens of the row that tries batches out, and padding before it
 _batching: WeakKeyDictionary[nn.Module, Batching] = WeakKeyDictionary()
 
 
 def unhooked(model: nn.Module) -> nn.Module:
-    """Return a copy of a model that shares everything but hooks and modes: whoever watches or steers the model sees nothing.
+    """Return a copy of a model that shares all but hooks and modes: hooks of the model miss it.
 
-    A model that is offloaded, or holds modules of other libraries, is returned as it is: accelerate
-    and TransformerLens tie modules together by themselves.
+    A model that is offloaded, or holds modules of other libraries, is returned itself: accelerate
+    and TransformerLens tie modules together in ways of their own.
     """
     known = ("torch.", "transformers.", "accelerate.")
     if any(
@@ -44,21 +43,21 @@ def unhooked(model: nn.Module) -> nn.Module:
         if module not in clones:
             twin = clones[module] = copy.copy(module)
             twin._modules = {
-                name: child and clone(child) for name, child in module._modules.items()
+                name: child if child is None else clone(child)
+                for name, child in module._modules.items()
             }
             twin._forward_hooks, twin._forward_pre_hooks = OrderedDict(), OrderedDict()
             for name in WATCHED:  # they belong to the original
                 vars(twin).pop(name, None)
         return clones[module]
 
-    return clone(
-        getattr(model, "_orig_mod", model)
-    )  # not the compiled one: it would be compiled for these shapes
+    # Not the compiled one: it would be compiled for these shapes.
+    return clone(getattr(model, "_orig_mod", model))
 
 
 @torch.no_grad()
 def same_logits(found: Tensor, expected: Tensor) -> bool:
-    """Return whether logits [..., vocab] of two passes differ by rounding only.
+    """Say whether logits [..., vocab] of two passes differ by rounding only.
 
     Rounding is about 1e-6 of them in fp32, and up to 2e-2 in bf16.
     """
@@ -70,7 +69,7 @@ def same_logits(found: Tensor, expected: Tensor) -> bool:
     return bool((found - expected).norm() <= (1e-4 if precise else 3e-2) * expected.norm())
 
 
-# What a checkpoint says about tokens, and not about sampling.
+# What a checkpoint says about tokens and not about sampling.
 _OF_THE_CHECKPOINT = {
     "pad_token_id",
     "bos_token_id",
@@ -80,40 +79,49 @@ _OF_THE_CHECKPOINT = {
 }
 # What has to have a value; for all other settings None means none.
 _NEUTRAL = {
-    "do_sample": False, "num_beams": 1, "num_return_sequences": 1, "min_length": 0, "use_cache": True, "return_dict_in_generate": False,
-    "repetition_penalty": 1.0, "length_penalty": 1.0, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0,
-}  # fmt: skip
+    "do_sample": False,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "min_length": 0,
+    "use_cache": True,
+    "return_dict_in_generate": False,
+    "repetition_penalty": 1.0,
+    "length_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+}
 
 
 def neutral_options() -> dict[str, Any]:
-    """Every setting of `generate`, as if no checkpoint had said anything.
+    """Return every setting of `generate`, as if no checkpoint had said anything.
 
-    They go in as keyword arguments: whatever a `GenerationConfig` leaves open, transformers takes
-    from the model's own.
+    They are to be keyword arguments: what a `GenerationConfig` leaves open, transformers takes from
+    the model's own.
     """
     names = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
     return {name: _NEUTRAL.get(name) for name in names - _OF_THE_CHECKPOINT}
 
 
 def first_logits(model: nn.Module, inputs: Mapping[str, Tensor], **options: Any) -> Tensor:
-    """Return the logits of the first two tokens that a model generates, [batch, 2, vocab], before anything is made of them."""
+    """Return the logits of the first two tokens that a model generates, [batch, 2, vocab]."""
     options |= {
         "max_new_tokens": 2,
         "eos_token_id": None,
         "output_logits": True,
         "return_dict_in_generate": True,
     }
-    found = model.generate(**inputs, **neutral_options() | options)
+    generate = cast(Callable, model.generate)
+    found = generate(**inputs, **neutral_options() | options)
     return torch.stack(found.logits, dim=1)
 
 
 @torch.no_grad()
 def batching(model: nn.Module, inputs: Mapping[str, Tensor]) -> Batching:
-    """Return which rows may share a batch, so that each gets what it gets alone, in a pass and in generation.
+    """Return which rows may share a batch, in a pass and in generation.
 
     It is measured once for each model, on the beginning of the longest row. Hooks on the model do
     not notice, unless it is offloaded or holds modules of other libraries. A model that refuses
-    these trials (it holds a module for batches of one shape, say) gets its batches whole.
+    these trials (because a module takes batches of one shape only, say) gets its batches whole.
 
     Args:
         model: a causal language model; unchanged.
@@ -125,9 +133,7 @@ def batching(model: nn.Module, inputs: Mapping[str, Tensor]) -> Batching:
     if model not in _batching:
         try:
             _batching[model] = _measured_batching(unhooked(model), inputs)
-        except (
-            Exception
-        ):  # whatever a module raises that somebody put there; the pass itself will say it
+        except Exception:  # whatever an unknown module raises; the pass itself will raise it again
             return "any"
     return _batching[model]
 
@@ -157,7 +163,7 @@ def _measured_batching(model: nn.Module, inputs: Mapping[str, Tensor]) -> Batchi
 
 
 def separate_parts(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Return the parts that a batch has to be run in; nothing where it can be run whole.
+    """Return the parts in which a batch has to run; none where it can run whole.
 
     Returns:
         For each part its rows [n], and which columns hold their tokens, [pos], bool.

@@ -1,13 +1,14 @@
-"""Hooks of this library: where they stand among others, what they see of a pass, and how they are switched off for a while."""
+"""The hooks of this library: their order among others, what they see, how to switch them off."""
 
 import functools
 import inspect
 import threading
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch._dynamo
@@ -28,10 +29,10 @@ _suspended: ContextVar[bool] = ContextVar("steering_is_suspended", default=False
 
 
 def forget_compiled() -> None:
-    """Drop what `torch.compile` made, in this process: a compiled model is compiled again at its next pass.
+    """Drop what `torch.compile` made in this process, so that the next pass compiles again.
 
-    Code that was compiled while a module had no hook never looks again whether one came. That one
-    went it does notice.
+    Code that was compiled while a module had no hook never checks whether one came. It does notice
+    that one went.
     """
     if torch._dynamo.convert_frame.input_codes.seen:
         torch.compiler.reset()
@@ -43,7 +44,7 @@ _uncompiled = 0
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """Run what is compiled as it is while the block is open: compiled code does not see hooks that come and go.
+    """Run compiled modules uncompiled while the block is open: compiled code sees no new hooks.
 
     torch has one stance for all threads, so it comes back when the last block ends, in any thread.
     """
@@ -62,12 +63,12 @@ def uncompiled() -> Iterator[None]:
 
 
 class EndOfPass(Exception):
-    """Raised in a hook to end a forward pass after the last place that is wanted; whoever ran the pass suppresses it."""
+    """Raised in a hook to end a pass after the last place that is wanted; its caller catches it."""
 
 
 @contextmanager
 def unsteered() -> Iterator[None]:
-    """Switch off all steering of this library while the block is open, so that a model can be read as it is."""
+    """Switch off all steering of this library while the block is open, to read the model itself."""
     token = _suspended.set(True)
     try:
         yield
@@ -76,27 +77,25 @@ def unsteered() -> Iterator[None]:
 
 
 def is_suspended() -> bool:
-    """Whether `unsteered` is open."""
+    """Say whether `unsteered` is open."""
     return _suspended.get()
 
 
 class SteeringHook(ABC):
-    """A hook that changes hidden states: as a forward hook what a module gives, as a pre-hook what it gets.
+    """A hook that changes hidden states: what a module gives, or as a pre-hook what it gets.
 
-    Subclasses define `steer(hidden)`, which returns the steered hidden states, both [batch, pos,
-    d_model].
+    Subclasses define `steer(hidden)`.
 
     Attributes:
         home: the id of the module it was registered on. A deep copy of the module has a copy of the
-            hook, which nobody takes off again; it is known by its home
-            (`pristine.copied_steering`).
+            hook, which nothing removes; `pristine.copied_steering` knows it by its home.
     """
 
     home: int | None = None
 
     @abstractmethod
     def steer(self, hidden: Tensor) -> Tensor:
-        """Return the steered hidden states."""
+        """Return the steered hidden states, [batch, pos, d_model] like `hidden`."""
 
     def on_output(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Steer what the module gives."""
@@ -119,14 +118,13 @@ def hook_output(module: nn.Module, hook: SteeringHook) -> RemovableHandle:
     transformers collects `hidden_states` by hooks of its own, which have to see the steering.
     """
     handle, hook.home = module.register_forward_hook(hook.on_output), id(module)
-    hooks = module._forward_hooks
-    for key in reversed(
-        [
-            key
-            for key, other in hooks.items()
-            if isinstance(getattr(other, "__self__", None), SteeringHook)
-        ]
-    ):
+    hooks = cast(OrderedDict[int, Callable], module._forward_hooks)
+    steering = [
+        key
+        for key, other in hooks.items()
+        if isinstance(getattr(other, "__self__", None), SteeringHook)
+    ]
+    for key in reversed(steering):
         hooks.move_to_end(key, last=False)
     forget_compiled()
     return handle
@@ -153,8 +151,8 @@ class PassHandle:
 def hook_passes(model: nn.Module, tracker: PositionTracker) -> PassHandle:
     """Let a tracker see every pass of a model before its blocks run, unless steering is suspended.
 
-    Where positions matter, `generate` is watched as well, since only there it is known what the
-    prompt is: until the handle is removed, the methods of `WATCHED` are set on the model itself.
+    Where positions matter, `generate` is watched too, since only there it is known what the prompt
+    is: until the handle is removed, the methods of `WATCHED` are set on the model itself.
     """
     forget_compiled()
     holder, handle = holder_of_blocks(model), PassHandle()
@@ -183,9 +181,17 @@ def hook_passes(model: nn.Module, tracker: PositionTracker) -> PassHandle:
 
 @contextmanager
 def prompts_of(model: nn.Module, mask: Tensor) -> Iterator[None]:
-    """Say, around a pass over prompts and what follows them, what the prompts are: their attention mask [batch, pos]."""
+    """Say what the prompts are, by their attention mask [batch, pos], where passes read more."""
     with generating(holder_of_blocks(model), Text.of(mask)):
         yield
+
+
+_Method = TypeVar("_Method", bound=Callable)
+
+
+def _uncounted(method: _Method) -> _Method:
+    """Keep a method out of compiled graphs: counting is not a part of them."""
+    return cast(_Method, torch.compiler.disable(cast(Any, method)))
 
 
 class _PassHook:
@@ -194,20 +200,20 @@ class _PassHook:
     def __init__(self, tracker: PositionTracker):
         self.tracker = tracker
 
-    @torch.compiler.disable  # counting is no part of a graph
+    @_uncounted
     def begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Before a pass."""
         if not is_suspended():
             self.tracker(args, kwargs)
 
-    @torch.compiler.disable
+    @_uncounted
     def note_mask(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Before a pass of the whole model."""
         if not is_suspended():
             names = list(inspect.signature(type(module).forward).parameters)[1:]
             self.tracker.note_mask({**dict(zip(names, args)), **kwargs}.get("attention_mask"))
 
-    @torch.compiler.disable
+    @_uncounted
     def finish(self, module: nn.Module, args: tuple, output: Any) -> None:
         """After it."""
         if not is_suspended():
@@ -215,13 +221,15 @@ class _PassHook:
 
 
 class _Watched:
-    """Stands on a model in the place of one of its methods, and calls `instead` with it."""
+    """Takes the place of one of a model's methods, and calls `instead` with itself."""
+
+    __wrapped__: Callable  # the method
 
     def __init__(self, model: nn.Module, name: str, instead: Callable, holder: nn.Module):
         self.model, self.instead, self.holder, self.users = model, instead, holder, 0
         self.before = vars(model).get(name)
         method = getattr(model, name) if self.before is None else self.before
-        functools.update_wrapper(self, method)  # for who looks at the signature
+        functools.update_wrapper(self, method)  # for those who look at the signature
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.instead(self, *args, **kwargs)
@@ -229,7 +237,7 @@ class _Watched:
 
 @contextmanager
 def _watching(model: nn.Module, name: str, instead: Callable, holder: nn.Module) -> Iterator[None]:
-    """Watch a method of one model. Whoever closes last puts back what was there, in whatever order they close."""
+    """Watch a method of one model. The block that closes last puts back what was there."""
     with _changing:
         watched = vars(model).get(name)
         if not isinstance(watched, _Watched):
@@ -249,8 +257,7 @@ def _watching(model: nn.Module, name: str, instead: Callable, holder: nn.Module)
 def _generate(watched: _Watched, *args: Any, **kwargs: Any) -> Any:
     """Generate with the prompts known.
 
-    Drafts that a model writes for itself (`assistant_early_exit`) have the prompts of the text they
-    are for.
+    Drafts that a model writes for itself (`assistant_early_exit`) have the prompts of their text.
     """
     mask, outer = kwargs.get("attention_mask"), being_generated(watched.holder)
     settings = kwargs.get("generation_config") or watched.model.generation_config
@@ -271,13 +278,13 @@ def _generate(watched: _Watched, *args: Any, **kwargs: Any) -> Any:
 
 
 def _expand(watched: _Watched, *args: Any, **kwargs: Any) -> Any:
-    """Look at the prompts of a `generate` without an attention mask as transformers has prepared them: it finds padding."""
+    """Note the prompts of a `generate` without attention mask: transformers found the padding."""
     text = being_generated(watched.holder)
     if text is not None and text.lengths is None:
         mask, entries = (kwargs.get(name) for name in ("attention_mask", "inputs_embeds"))
         entries = kwargs["input_ids"] if entries is None else entries
-        text.mask = torch.ones(entries.shape[:2], dtype=torch.long) if mask is None else mask
-        text.lengths = text.mask.long().sum(-1)
+        mask = torch.ones(entries.shape[:2], dtype=torch.long) if mask is None else mask
+        text.mask, text.lengths = mask, mask.long().sum(-1)
     return watched.__wrapped__(*args, **kwargs)
 
 
@@ -293,10 +300,10 @@ WATCHED: dict[str, Callable] = {
 
 
 def holder_of_blocks(model: nn.Module) -> nn.Module:
-    """The module that gets the token ids and the attention mask and hands them to the blocks; else the model itself.
+    """Return the module that gets token ids and attention mask for the blocks, or else the model.
 
-    Above the blocks of BERT stands an encoder that gets neither, but hidden states and a mask that
-    is made for the attention.
+    BERT's blocks are in an encoder that gets neither, but hidden states and a mask that is made for
+    the attention.
     """
     try:
         path, _ = get_blocks(model)

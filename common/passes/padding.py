@@ -1,7 +1,7 @@
 """Prompts of different lengths in one batch."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -33,7 +33,7 @@ def encode(
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return what to pad with: the pad token, else the end of text, else 0."""
     pad = tokenizer.pad_token_id
-    return int(pad if pad is not None else tokenizer.eos_token_id or 0)
+    return cast(int, pad if pad is not None else tokenizer.eos_token_id or 0)
 
 
 def padded(

@@ -1,11 +1,11 @@
 """From prompts to token ids: the one place that decides about BOS and applies chat templates.
 
-Everything that reads a prompt goes through here: training, sampling, sweeps, metrics, activation
+Everything that reads a prompt comes here: training, sampling, sweeps, metrics, activation
 additions, checks.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -20,33 +20,33 @@ def prompt_ids(
     """Return the token ids of prompts, by one rule for all of this library.
 
     A prompt is a text, or a list of messages such as `[{"role": "user", "content": "Hi"}]`. What
-    stands in front of a text:
+    comes before a text:
 
     - `prepend_bos=None`: what the tokenizer puts there by itself, as in `tokenizer(text)`. Llama's
       and Gemma's put BOS, GPT-2's does not, Qwen's has none.
     - `True`: exactly one BOS where the tokenizer has one, else nothing. It is the default of what
-      needs a BOS: activation additions, losses, the published experiments. Without BOS additions
+      needs a BOS: activation additions, losses, the published experiments. Without a BOS, additions
       begin at the first token of a text, and nothing predicts that token: its loss does not count.
     - `False`: nothing.
 
-    An end of text that the tokenizer puts behind a text by itself is left out: what is read or
-    goes on is the text.
+    An end of text that the tokenizer puts after a text by itself is left out: what is read, or
+    continued, is the text.
 
-    Ids are put together, never strings: many tokenizers make another first word of BOS and text
-    glued together. A text that begins with BOS, as one from a chat template does, keeps its own
-    and never gets a second one.
+    Ids are joined, never strings: many tokenizers read another first word where BOS is glued to the
+    text. A text that begins with BOS, as one from a chat template does, keeps its own and never
+    gets a second one.
 
     Messages go through the tokenizer's chat template once, and the template alone decides about
     BOS and other special tokens, whatever `prepend_bos` says. They end where the answer of the
-    assistant begins; where the last message is the assistant's, they end with its text, for the
-    model to go on.
+    assistant begins; if the last message is the assistant's, they end with its text, for the model
+    to continue.
 
     Returns:
         One list of ids for each prompt; that of an empty text without BOS is empty.
 
     Raises:
-        ValueError: no list of prompts, or something else in it; a prompt that begins with two BOS,
-            or is no UTF-8; messages that the chat template refuses, or a tokenizer without one.
+        ValueError: not a list of prompts; a prompt that begins with two BOS or is not UTF-8;
+            messages that the chat template refuses, or a tokenizer without one.
     """
     check_prompts(prompts)
     if prepend_bos is not None and not isinstance(prepend_bos, bool):
@@ -88,7 +88,7 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
 
 
 def check_prompts(prompts: Sequence[Prompt]) -> None:
-    """Refuse what is no list of prompts.
+    """Refuse what is not a list of prompts.
 
     Raises:
         ValueError: no prompts, messages that are not in a list of prompts, or something that is
@@ -109,7 +109,7 @@ def check_prompts(prompts: Sequence[Prompt]) -> None:
 
 
 def is_prompt(prompt: Any) -> bool:
-    """Whether something is a text or a list of messages, each with a role and a text."""
+    """Say whether something is a text or a list of messages, each with a role and a text."""
     return isinstance(prompt, str) or _is_messages(prompt)
 
 
@@ -124,8 +124,8 @@ def _is_messages(prompt: Any) -> bool:
 def _with_one_bos(
     tokenizer: PreTrainedTokenizerBase, text: str, row: list[int], prepend_bos: bool | None
 ) -> list[int]:
-    """The ids of a text with BOS where it is wanted, no second one, and no end of text behind it."""
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    """Return the ids of a text with one BOS where wanted, and no end of text after it."""
+    bos, eos = cast(int | None, tokenizer.bos_token_id), tokenizer.eos_token_id
     if prepend_bos and bos is not None and row[:1] != [bos]:
         return [bos, *row]
     if prepend_bos is not None or not (
@@ -149,7 +149,7 @@ def _with_one_bos(
 def _templated(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tokenize: bool
 ) -> Any:
-    """Messages as the chat template writes them: token ids, or the text."""
+    """Return messages as the chat template writes them: token ids, or the text."""
     goes_on = messages[-1]["role"] == "assistant"
     try:
         return tokenizer.apply_chat_template(

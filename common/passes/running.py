@@ -1,13 +1,14 @@
-"""What every pass needs: the device of its inputs, positions that padding does not shift, evaluation mode."""
+"""What every pass needs: the device of its inputs, its positions, evaluation mode."""
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from common.places.positions import with_position_ids
 
@@ -15,29 +16,32 @@ from common.places.positions import with_position_ids
 def input_device(model: nn.Module) -> torch.device:
     """Return the device that token ids go to.
 
-    Where accelerate offloads the embeddings their weight lies on "meta", and so does
-    `model.device`; accelerate knows the device that they are computed on.
+    Where accelerate offloads the embeddings, their weight and `model.device` are on "meta";
+    accelerate knows the device that they are computed on.
     """
-    for module in (model.get_input_embeddings(), model):
+    embeddings = cast(PreTrainedModel, model).get_input_embeddings()
+    for module in (embeddings, model):
         hook = getattr(module, "_hf_hook", None)
         for part in getattr(hook, "hooks", (hook,)):  # several hooks in one
             if (device := getattr(part, "execution_device", None)) is not None:
                 return torch.device(device)
-    devices = (weight.device for weight in model.get_input_embeddings().parameters())
+    devices = (weight.device for weight in embeddings.parameters())
     return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
 
 
 Steering = Callable[[], AbstractContextManager]  # makes what is open while a model runs steered
 
 _changing = threading.Lock()
-_evaluating: dict[
-    nn.Module, int
-] = {}  # modules that train, and how many blocks hold them in evaluation mode
+# Modules that train, and how many blocks hold them in evaluation mode.
+_evaluating: dict[nn.Module, int] = {}
 
 
 @contextmanager
 def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and each module's own mode again afterwards: when the last block that is open for it, in any thread, ends."""
+    """Hold a model in evaluation mode; each module gets its own mode back afterwards.
+
+    That is when the last block that is open for the module ends, in any thread.
+    """
     with _changing:
         training = [
             module for module in model.modules() if module.training or module in _evaluating
@@ -57,7 +61,7 @@ def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def evaluating(function: Callable) -> Callable:
-    """Let a function of a model run in evaluation mode: no dropout; each module's own mode comes back afterwards."""
+    """Let a function of a model run in evaluation mode, without dropout (`in_evaluation_mode`)."""
 
     @wraps(function)
     def run(model: nn.Module, *args: Any, **kwargs: Any) -> Any:

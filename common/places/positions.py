@@ -205,7 +205,7 @@ _part: ContextVar[tuple[Tensor, int] | None] = ContextVar("part_of_a_batch", def
 
 @contextmanager
 def reading_part(rows: Tensor, total: int) -> Iterator[None]:
-    """Say that the passes in the block read some rows [n] of `total`: a batch that runs in parts."""
+    """Say that the passes in the block read some rows [n] of a batch of `total`."""
     token = _part.set((rows, total))
     try:
         yield
@@ -571,7 +571,7 @@ def _positions(
 
 
 def _for_rows(values: Tensor, batch: int) -> Tensor:
-    """Return values of prompts [prompt, ...] by row, [batch, ...]; a prompt's rows are neighbours."""
+    """Return the values [prompt, ...] of prompts by row, [batch, ...]; beams are neighbours."""
     if len(values) == batch:
         return values
     return values.repeat_interleave(-(-batch // len(values)), dim=0)[:batch]
