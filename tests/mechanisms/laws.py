@@ -11,18 +11,17 @@ from support import Bench
 from torch import Tensor
 from transformers import BatchEncoding
 
+from repository.agreement import TOLERANCE
+
 NEW = 6  # tokens generated in each run: one from the prompt, the others from decoding steps
-# The largest difference of a logit from the plain hook. Four mechanisms do the same arithmetic in
-# the same order; a bridge computes attention with other kernels, and a bias is added before the
-# residual stream, not after it.
-TOLERANCE = {
-    "custom_wrapper": 0,
-    "pytorch_hooks": 0,
-    "baukit": 0,
-    "nnsight": 0,
-    "transformer_lens": 1e-5,
-    "bias_editing": 1e-5,
-}
+# Four mechanisms do the same arithmetic in the same order as the plain hook. A bridge computes
+# attention with other kernels, and a bias is added before the residual stream, not after it.
+EXACT = {"custom_wrapper", "pytorch_hooks", "baukit", "nnsight"}
+
+
+def tolerance(mechanism: str) -> float:
+    """The largest difference of a logit from the plain hook."""
+    return 0 if mechanism in EXACT else TOLERANCE
 
 
 class Steering(NamedTuple):
@@ -71,7 +70,7 @@ def logits_equal(bench: Bench, hooks: Bench, steering: Steering) -> None:
         steered_logits(bench, steering),
         steered_logits(hooks, steering),
         rtol=0,
-        atol=TOLERANCE[bench.mechanism.name],
+        atol=tolerance(bench.mechanism.name),
     )
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from laws import NEW, TOLERANCE, Steering, logits_equal, read_states, steered_ids
+from laws import NEW, Steering, logits_equal, read_states, steered_ids, tolerance
 from support import PROMPTS
 from torch import Tensor
 from transformers import BatchEncoding, GPT2Config, TopPLogitsWarper
@@ -204,7 +204,7 @@ def test_read_equals_the_hooks(bench, hooks, steering, case):
     inputs, layer, vector = steering(case)
     steered = Steering(inputs, LAST // 2, vector) if case.coeff else None
     mine, theirs = (read_states(each, inputs, layer, steered) for each in (bench, hooks))
-    torch.testing.assert_close(mine, theirs, rtol=0, atol=TOLERANCE[bench.mechanism.name])
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=tolerance(bench.mechanism.name))
 
 
 @in_passes
@@ -293,7 +293,7 @@ def test_bfloat16_is_within_its_own_rounding(
     reference = steered(hooks.mechanism, copy_sharing_weights(small))
     scores = steered(bench.mechanism, bench.mechanism.wrap(copy_sharing_weights(small), tokenizer))
     allowed, error = (reference - truth).abs(), (scores - truth).abs()
-    if TOLERANCE[bench.mechanism.name] == 0:
+    if tolerance(bench.mechanism.name) == 0:
         assert torch.equal(scores, reference)
     assert error.square().mean().sqrt() <= 1.5 * allowed.square().mean().sqrt()
     assert error.max() <= 2.5 * allowed.max()

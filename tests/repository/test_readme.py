@@ -1,27 +1,84 @@
-"""README and model card: every snippet runs as it is printed, and every figure stands in a file that a command writes."""
+"""README and docs: snippets run as printed, links lead somewhere, every figure has its source."""
 
 import contextlib
 import io
 import json
 import re
 import statistics
+import subprocess
 from collections.abc import Iterator
 
+import nbformat
 import pytest
+from architectures import ARCHITECTURES, ODD, RECURRENT
+from odd_tokenizers import KINDS as TOKENIZERS
 
 from benchmarks.ability_matrix import load_matrix
 from common.measuring.tone import tone
-from embedded_model import evaluate
+from embedded_model import evaluate, grammar
+from repository import agreement, readme
 from repository.mechanisms import MECHANISMS, ROOT
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]
+}
+README, ALL = PAGES["README.md"], "\n".join(PAGES.values())
 CARD = (ROOT / "embedded_model/README.md").read_text(encoding="utf-8")
-SNIPPETS = re.findall(r"```python\n(.*?)```\n(?:\n```\n(.*?)```)?", README, re.DOTALL)
-COMMANDS = re.findall(r"```\n((?:make|python -m) .*?)```", README, re.DOTALL)
+# Each with the page it is on, and the output that the page shows under it, if any.
+SNIPPETS = [
+    (page, *snippet)
+    for page, text in PAGES.items()
+    for snippet in re.findall(
+        r"```python\n(.*?)```\n(?:\n[^`\n]*writes:\n\n```\n(.*?)```)?", text, re.DOTALL
+    )
+]
 
 
 def stored(path: str) -> dict:
     return json.loads((ROOT / path).read_text(encoding="utf-8"))
+
+
+def test_the_readme_takes_ten_minutes():
+    assert len(README.split()) <= 1200
+
+
+@pytest.mark.parametrize("page", [*PAGES, "embedded_model/README.md"])
+def test_links_lead_somewhere(page):
+    """Every relative address of a page is a file of the project."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    addresses = re.findall(r"\]\(([^)#\s]+)", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    folder = (ROOT / page).parent
+    assert [it for it in addresses if "://" not in it and not (folder / it).exists()] == []
+
+
+def test_the_readme_leads_to_every_page_and_notebook():
+    notebooks = [*ROOT.glob("*.ipynb"), *ROOT.glob("guides/*.ipynb")]
+    wanted = {path.relative_to(ROOT).as_posix() for path in notebooks} | set(PAGES)
+    assert {it for it in wanted - {"README.md"} if f"]({it})" not in README} == set()
+
+
+def test_named_paths_exist():
+    """Each file and folder that a page names between backticks, and each line of the layout."""
+    now = "\n".join(text for page, text in PAGES.items() if page != "CHANGELOG.md")
+    named = re.findall(r"`([\w.-]+/[\w./-]*|[\w-]+\.(?:txt|toml|md|cff))`", now)
+    named = [it for it in named if "/" not in it or (ROOT / it.split("/")[0]).exists()]
+    layout = re.search(r"## Layout\n\n```\n(.*?)```", README, re.DOTALL)[1]
+    folders = re.findall(r"^(\w+/)(?:  (\w+/))?", layout, re.MULTILINE)
+    named += [it for pair in folders for it in pair if it]
+    assert len(folders) >= 6
+    assert [it for it in named if not (ROOT / it).exists()] == []
+
+
+def test_the_layout_names_every_folder():
+    """Nothing at the root that holds Python or pictures goes without a line, but hidden ones."""
+    command = ["git", "-C", str(ROOT), "ls-files"]
+    listed = subprocess.run(command, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git repository")
+    folders = {line.split("/")[0] for line in listed.stdout.splitlines() if "/" in line}
+    layout = re.search(r"## Layout\n\n```\n(.*?)```", README, re.DOTALL)[1]
+    assert {it for it in folders if not it.startswith(".") and f"{it}/" not in layout} == set()
 
 
 # --- snippets ---
@@ -30,23 +87,23 @@ def stored(path: str) -> dict:
 @pytest.fixture(
     scope="module",
     params=range(len(SNIPPETS)),
-    ids=[re.split(r"\W+", code)[3] for code, _ in SNIPPETS],
+    ids=[f"{page}, {re.split(r'[^a-z_]+', code)[3]}" for page, code, _ in SNIPPETS],
 )
 def snippet(request, tmp_path_factory) -> tuple[str, str, list[str]]:
-    """A snippet, what the README prints below it, and what two runs in one clean folder print."""
-    code, printed = SNIPPETS[request.param]
+    """A snippet, what its page shows under it, and what two runs in one clean folder print."""
+    _, code, printed = SNIPPETS[request.param]
     found = []
     with pytest.MonkeyPatch.context() as reader:
         reader.chdir(tmp_path_factory.mktemp("reader"))
         reader.setenv("COLUMNS", "100")
         for _ in range(2):
             with contextlib.redirect_stdout(io.StringIO()) as out:
-                exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+                exec(compile(code, "a snippet", "exec"), {"__name__": "__main__"})
             found.append(out.getvalue().partition("\n")[2])  # the first line says what was loaded
     return code, printed, found
 
 
-def test_a_snippet_runs_twice_and_prints_what_the_readme_shows(snippet):
+def test_a_snippet_runs_twice_and_prints_what_its_page_shows(snippet):
     """In a clean folder, and again in the folder that the first run left."""
     _, printed, found = snippet
     assert found[0] == found[1]
@@ -70,25 +127,27 @@ def test_a_snippet_that_steers_shows_it(snippet):
 
 
 def test_all_kinds_of_snippets_are_there():
-    """One that steers by a vector, one by an addition, one that loads; so that none of the tests above is empty."""
-    assert (
-        len(SNIPPETS) >= 3
-        and any("apply(" in code for code, _ in SNIPPETS)
-        and any("print_n_comparisons" in code for code, _ in SNIPPETS)
+    """None of the tests above is empty: the README steers by a vector, a page by an addition."""
+    assert any(
+        "apply(" in code and printed for page, code, printed in SNIPPETS if page == "README.md"
     )
+    assert any("print_n_comparisons" in code for _, code, _ in SNIPPETS)
 
 
 def test_commands_exist():
-    """Each `make` target and each module that the README names."""
+    """Each `make` target and each module that a page names."""
     targets = set(
         re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     )
-    named = set(re.findall(r"(?:`|^)make ([a-z][a-z0-9-]*)", README, re.MULTILINE))
-    assert {"run", "test", "lab"} <= named <= targets
-    modules = set(re.findall(r"python -m ((?:common|benchmarks)[\w.]+)", README))
-    assert modules and all(
-        (ROOT / (module.replace(".", "/") + ".py")).is_file() for module in modules
+    named = set(re.findall(r"(?:`|^)make ([a-z][a-z0-9-]*)", ALL, re.MULTILINE))
+    assert {"run", "test", "lint", "lab", "notebooks", "update"} <= named <= targets
+    modules = set(
+        re.findall(r"python -m ((?:common|benchmarks|repository|embedded_model)[\w.]+)", ALL)
     )
+    files = set(re.findall(r"\btests/[\w/]+\.py", ALL))
+    assert len(files) >= 3
+    wanted = {module.replace(".", "/") + ".py" for module in modules} | files
+    assert {path for path in wanted if not (ROOT / path).is_file()} == set()
 
 
 # --- figures ---
@@ -99,7 +158,7 @@ def percent(*ratios: float) -> str:
 
 
 def mechanism_figures() -> Iterator[str]:
-    """The table of the six, and what is said of their costs."""
+    """The tables of the six, and what is said of their costs."""
     found = stored("benchmarks/results/mechanisms.json")["models"]
     small, large, half = (
         found[name] for name in ("embedded", "gpt2-xl shape", "gpt2-xl shape, bf16")
@@ -113,50 +172,47 @@ def mechanism_figures() -> Iterator[str]:
         for size, model in (("small", small), ("large", large), ("half", half))
     }
     for name in MECHANISMS:
-        (difference,) = [
-            pair["largest difference"]
-            for pair in small["agreement"]
-            if {pair["a"], pair["b"]} == {name, "pytorch_hooks"}
-        ] or [None]
-        difference = (
-            "–"
-            if difference is None
-            else f"{difference:.1e}".replace("e-0", "e-")
-            if difference
-            else "0"
-        )
-        mine = cells[cells["mechanism"] == name]["outcome"]
+        yield f" | {largest_difference(small, name)} |"
+        if name not in large["times"]:  # a new one
+            continue
+        yes = cells[cells["mechanism"] == name]["outcome"] == "yes"
         yield (
-            f"| {difference} | {ratios['large'][name][1]:.2f} / {ratios['small'][name][1]:.2f} |"
-            f" {(mine == 'yes').sum()} of {len(mine)} |"
+            f"| {name} | {ratios['large'][name][1]:.2f} / {ratios['small'][name][1]:.2f} |"
+            f" {yes.sum()} of {len(yes)} |"
         )
     lens = "transformer_lens"
     yield (
         f"TransformerLens ({percent(*ratios['large'][lens])} in fp32,"
         f" {percent(*ratios['half'][lens])} in bf16)"
     )
-    yield "bars lie between {:.2f} and {:.2f}".format(
-        min(ratios["large"]["bias_editing"]), max(ratios["large"]["bias_editing"])
-    )
-    yield "TransformerLens takes {:.1f} to {:.1f} times as".format(
-        min(ratios["small"][lens]), max(ratios["small"][lens])
-    )
-    yield "nnsight {:.1f} to {:.1f} times".format(
-        min(ratios["small"]["nnsight"]), max(ratios["small"]["nnsight"])
-    )
-    reads = [large["times"][name]["read"]["median"] for name in MECHANISMS]
+    edited = ratios["large"]["bias_editing"]
+    yield f"bars lie between {min(edited):.2f} and {max(edited):.2f}"
+    slower = ratios["small"][lens]
+    yield f"TransformerLens takes {min(slower):.1f} to {max(slower):.1f} times as"
+    slower = ratios["small"]["nnsight"]
+    yield f"nnsight {min(slower):.1f} to {max(slower):.1f} times"
+    measured = [name for name in MECHANISMS if name in large["times"]]
+    reads = [large["times"][name]["read"]["median"] for name in measured]
     yield f"within {100 * max(abs(value - 1) for value in reads):.0f} %"
-    yield (
-        f"none adds memory ({max(abs(large['memory'][name]) for name in MECHANISMS):.1%} of".replace(
-            "%", " %"
-        )
-    )
+    most = max(abs(large["memory"][name]) for name in measured)
+    yield f"none adds memory ({100 * most:.1f} % of"
     yield (
         f"TransformerLens weigh {100 * small['memory'][lens]:.1f} % of it and those of nnsight"
         f" {100 * small['memory']['nnsight']:.1f} %"
     )
-    assert all(abs(small["memory"][name]) < 0.01 for name in set(MECHANISMS) - {lens, "nnsight"})
+    assert all(abs(small["memory"][name]) < 0.01 for name in set(measured) - {lens, "nnsight"})
     assert small["memory"]["transformer_lens, deep copy"] > 1
+
+
+def largest_difference(model: dict, name: str) -> str:
+    """As the table of the six writes it; the reference has none, what is not measured says so."""
+    if name == agreement.REFERENCE:
+        return "–"
+    pairs = [it for it in model["agreement"] if {it["a"], it["b"]} == {name, agreement.REFERENCE}]
+    if not pairs:
+        return "not measured yet"
+    found = pairs[0]["largest difference"]
+    return f"{found:.1e}".replace("e-0", "e-") if found else "0"
 
 
 def extraction_figures() -> Iterator[str]:
@@ -178,6 +234,8 @@ def extraction_figures() -> Iterator[str]:
             f" / {bare[1]:.2f} |"
         )
     yield f"faster than steering-vectors {found['peer']['steering-vectors']} |"
+    early = [row["faster than the peer"] for row in found["extraction"] if row["layers"] != "all"]
+    yield f"Training one early layer is {min(early):.1f} to {max(early):.1f} times as fast"
     small, large = found["steering"]
     yield (
         f"{large['of unsteered']:.2f} times as long as without at GPT2-XL shape, and"
@@ -189,7 +247,7 @@ def extraction_figures() -> Iterator[str]:
 
 
 def sweep_figures() -> Iterator[str]:
-    """A sweep beside one run each, and the table of perplexities."""
+    """A sweep beside one run each."""
     found = stored("benchmarks/results/sweep.json")["sweeps"]
     for row in found:
         name = {"embedded": "embedded model", "gpt2-small shape": "GPT-2-small shape"}[row["model"]]
@@ -202,52 +260,64 @@ def sweep_figures() -> Iterator[str]:
         )
     each = [found[0][f"spread, each {what}"] for what in ("setting", "prompt")]
     yield "between {:.1f}× and {:.1f}×, and between {:.0f}× and {:.0f}×".format(*each[0], *each[1])
-    topic = {
-        (row["condition"], row["text"]): row["ratio"]
-        for row in stored("embedded_model/evaluation.json")["topic"]
-    }
-    for condition, label in (("steering", "added"), ("prompting", "in the prompt")):
-        yield (
-            f'| " weddings" {label}, embedded model | {topic[condition, "on topic"]:.2f} |'
-            f" {topic[condition, 'off topic']:.2f} |"
-        )
-    published = stored("repository/data/demonstrations.json")["topic"]["published"]
-    on, off = (
-        [published[how][text] for how in ("steering", "prompting")]
-        for text in ("on topic", "off topic")
-    )
-    yield "published | {:.3f}, {:.3f} | {:.3f}, {:.3f} |".format(*on, *off)
+
+
+def counts(model) -> Iterator[str]:
+    """What can be counted, in digits or in words."""
+    yield f"{model.num_parameters() / 1e6:.2f} million parameters"
+    yield f"agree within {agreement.TOLERANCE:.0e} on every logit".replace("e-0", "e-")
+    points = readme.PER_PROMPT * len(grammar.TABLE_PROMPTS)
+    yield f"{points} sampled completions for each point"
+    yield f"which of {load_matrix()['ability'].nunique()} abilities each has"
+    words = {5: "five", 6: "six", 10: "ten", 12: "twelve", 20: "twenty"}
+    cells = nbformat.read(ROOT / "guides/failures.ipynb", as_version=4).cells
+    exhibits = sum(bool(re.match(r"## \d+ ", cell.source)) for cell in cells)
+    yield f"{words[exhibits]} silent mistakes"
+    yield f"with {words[len(TOKENIZERS)]} kinds of tokenizer"
+    assert len(ARCHITECTURES | ODD | RECURRENT) > 20
+    yield f"on tiny models of more than {words[20]} architectures"
 
 
 @pytest.fixture(scope="module")
 def figures(model) -> list[str]:
-    """Every measured figure of the README, with the words that say what it is."""
-    others = [f"{model.num_parameters() / 1e6:.2f} million parameters"]
-    return [*mechanism_figures(), *extraction_figures(), *sweep_figures(), *others]
+    """Every measured figure of the pages, with the words that say what it is."""
+    return [*mechanism_figures(), *extraction_figures(), *sweep_figures(), *counts(model)]
 
 
-def test_figures_of_the_readme_are_those_of_the_files(figures):
+def flat(text: str) -> str:
+    """Without the line breaks inside a paragraph."""
+    return re.sub(r"(?<![|\n])\n *(?=[^\n| ])", " ", text)
+
+
+def test_figures_of_the_pages_are_those_of_the_files(figures):
     """Each is written as the file has it."""
-    assert [figure for figure in figures if figure not in README] == []
+    assert [figure for figure in figures if figure not in flat(ALL)] == []
 
 
-def test_the_readme_has_no_other_figures(figures):
-    """What is left without them holds no ratio, share or decimal number, but those that are no measurements."""
-    rest = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
-    rest = re.sub(
-        r"\]\([^)]*\)|!\[[^\]]*\]|https?://\S+", "", rest
-    )  # addresses, and what stands for a picture
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_each_of_the_six_has_its_own_difference(name):
+    """Its row ends in the difference that was measured."""
+    (row,) = [line for line in README.splitlines() if line.startswith(f"| [{name}]({name}.ipynb)")]
+    found = stored("benchmarks/results/mechanisms.json")["models"]["embedded"]
+    assert row.endswith(f" | {largest_difference(found, name)} |")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_has_no_other_figures(figures, page):
+    """What is left without them holds no ratio, share or decimal number that is a measurement."""
+    rest = flat(re.sub(r"```.*?```", "", PAGES[page], flags=re.DOTALL))
+    # addresses, and what stands for a picture
+    rest = re.sub(r"\]\([^)]*\)|!\[[^\]]*\]|https?://\S+", "", rest)
     for figure in figures:
         rest = rest.replace(figure, "")
-    rest = re.sub(
-        r"^\| 3\.1\d \|.*$", "", rest, flags=re.MULTILINE
-    )  # the table of what was run, by versions
-    rest = re.sub(r"Python 3\.\d+|Apache-2\.0|6\.2 GB", "", rest)
+    # the table of what was run, by versions
+    rest = re.sub(r"^\| 3\.1\d \|.*$", "", rest, flags=re.MULTILINE)
+    rest = re.sub(r"Python 3\.\d+(?:, 3\.\d+)*(?: and 3\.\d+)?|Apache-2\.0|6\.2 GB", "", rest)
     assert re.findall(r".{0,30}\d+(?:\.\d+)?\s?(?:×|%|points)|.{0,30}\b\d+\.\d+\b", rest) == []
 
 
 def test_figures_of_the_card_are_those_of_the_evaluation(model):
-    """Its table is what `evaluate` writes, and what is said above the table are figures of the same file."""
+    """Its table is what `evaluate` writes, and the figures above it are those of the same file."""
     assert f"{model.num_parameters() / 1e6:.2f} million parameters" in CARD
     found = stored("embedded_model/evaluation.json")
     between = re.search(r"<!-- table -->\n(.*?)\n<!-- /table -->", CARD, re.DOTALL)[1]
