@@ -1,11 +1,11 @@
-"""Loading a model to steer: the embedded one, GPT2-XL, any causal language model of the hub, or a local folder."""
+"""Load a model to steer: the embedded one, GPT2-XL, another one of the hub, or a local folder."""
 
 import copy
 import importlib.util
 import json
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -25,7 +25,7 @@ from common import embedded
 
 EMBEDDED = "embedded"
 VARIABLE = "STEERING_MODEL"
-LARGE = 2**30  # bytes; from here on loading takes long enough to deserve a progress bar
+LARGE = 2**30  # bytes; from here on loading takes long enough for a progress bar
 
 
 class LoadError(ValueError):
@@ -125,11 +125,11 @@ def _published_presets() -> dict[str, dict]:
 
 
 def copy_sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """Copy a model's modules but not its weights: both models read the same tensors, and neither sees the other's hooks.
+    """Copy a model's modules but not its weights; neither model sees the other's hooks.
 
-    For libraries that rebuild the modules they are given, and for trying something on a large model
-    without a second copy in memory. Changing a weight in place changes it in both; replacing a
-    parameter does not.
+    It is for libraries that rebuild the modules they are given, and for trying something on a large
+    model without a second copy in memory. Changing a weight in place changes it in both; replacing
+    a parameter does not.
     """
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, shared)
@@ -144,7 +144,7 @@ def on_colab() -> bool:
 
 
 def _find(name: str) -> str:
-    """Return the folder, or the hub id of a model that can be had, without downloading it."""
+    """Return the folder, or the hub id of a model that is available, without downloading it."""
     if name == EMBEDDED:
         return str(embedded.FOLDER)
     folder = Path(os.path.expanduser(name))  # Path.expanduser raises where there is no such user
@@ -175,7 +175,7 @@ def _ask_hub(name: str) -> None:
     """Fail early and in one sentence if the hub does not have the model, or cannot be reached."""
     if not _is_hub_id(name):
         raise LoadError(
-            f"{name!r} is no model: expected 'embedded', a hub id such as 'gpt2-xl', or a local"
+            f"{name!r} is not a model: expected 'embedded', a hub id such as 'gpt2-xl', or a local"
             " folder"
         )
     unreachable = (
@@ -194,14 +194,12 @@ def _ask_hub(name: str) -> None:
         raise LoadError(
             f"the hub has no model {name!r}, or it is private and you are not logged in"
         ) from None
-    except (
-        Exception
-    ):  # whatever the HTTP library of this version raises: no network, no proxy, no certificate
+    except Exception:  # no network, proxy or certificate; each HTTP library raises its own
         raise LoadError(unreachable) from None
 
 
 def _read_config(name: str, source: str) -> transformers.PretrainedConfig:
-    """Read the configuration and refuse what is no causal language model, before any weight is loaded."""
+    """Read the configuration, and refuse what is not a causal language model."""
     try:
         config = AutoConfig.from_pretrained(source)
     except (
@@ -220,7 +218,7 @@ def _read_config(name: str, source: str) -> transformers.PretrainedConfig:
     given = set(config.architectures or [])
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (given and not given & causal):
         kind = ", ".join(sorted(given)) or config.model_type
-        raise LoadError(f"{name!r} is no causal language model: its config says {kind}")
+        raise LoadError(f"{name!r} is not a causal language model: its config says {kind}")
     return config
 
 
@@ -242,7 +240,7 @@ def _check_memory(
 
 
 def _free_memory(device: torch.device) -> int:
-    """Bytes of memory that can be had on a device."""
+    """Return the bytes of memory that are free on a device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     import psutil
@@ -253,16 +251,17 @@ def _free_memory(device: torch.device) -> int:
 def _load(
     name: str, source: str, dtype: torch.dtype, device: torch.device, show_progress: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load weights and tokenizer; the bar of transformers only where it is worth one."""
+    """Load weights and tokenizer, with the progress bar of transformers only where asked for."""
     bars = transformers.utils.logging
     shown = bars.is_progress_bar_enabled()
     if not show_progress:
         bars.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
+        model, loading = loaded
         model = model.to(device).eval()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise LoadError(

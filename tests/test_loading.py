@@ -150,7 +150,7 @@ def test_missing_folder(name):
 @pytest.mark.parametrize("name", ["no model", "-name", "a--b", "name!", "a/b.git"])
 def test_impossible_name(name):
     """What can be neither a folder nor a hub id is called no model, without asking the hub."""
-    assert refusal(name).startswith(f"{name!r} is no model")
+    assert refusal(name).startswith(f"{name!r} is not a model")
 
 
 def test_folder_without_config(tmp_path):
@@ -235,7 +235,7 @@ def test_no_causal_language_model(tmp_path, config, kind):
     """A model that cannot continue a text is refused by its kind, before any weights are read."""
     config.save_pretrained(tmp_path)
     message = refusal(tmp_path)
-    assert "is no causal language model" in message and kind in message
+    assert "is not a causal language model" in message and kind in message
 
 
 def test_too_little_memory(tmp_path):

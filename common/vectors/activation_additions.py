@@ -1,10 +1,10 @@
-"""Activation additions: the activations of one prompt, times a coefficient, added at the front of another prompt.
+"""Activation additions: activations of one prompt, multiplied and added to those of another.
 
 The method, its names and its three demonstrations are those of Turner et al., "Activation Addition:
 Steering Language Models Without Optimization" (https://arxiv.org/abs/2308.10248), and of the post
 and the library that went with it (https://github.com/montemac/activation_additions). Where that
-library goes wrong, this one differs: rows of a padded batch have each their own front, a prompt of
-one token is a prompt, a pad id of 0 is an id, and nothing is changed in place.
+library goes wrong, this one differs: each row of a padded batch has its own front, a prompt of one
+token is a prompt, a pad id of 0 is an id, and nothing is changed in place.
 
 Notation: resid_pre of block `l` is what the block reads, the same as resid_post of block `l - 1`.
 """
@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import pandas as pd
 import torch
@@ -44,22 +44,22 @@ AdditionLocation = Literal["front", "mid", "back"]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ActivationAddition:
-    """A prompt, the place where its activations are read and added, and the coefficient they are multiplied by.
+    """A prompt whose activations are added, the place where that is, and the coefficient.
 
     Args:
         coeff: the coefficient; negative ones subtract.
         act_name: a number l or "blocks.{l}.hook_resid_pre" (both: what block l reads),
             "blocks.{l}.hook_resid_post", or a pair (layer, part); see `sites.parse_site`. It is
             kept as the name that TransformerLens gives the place.
-        prompt: a text, or messages for a chat model. BOS is put in front of a text when it is read,
-            where the tokenizer has one; the text may then be empty. Prompts and additions follow
-            one rule, see `prompts.prompt_ids`.
-        tokens: token ids [pos] instead of a prompt, with BOS, if there is to be one.
+        prompt: a text, or messages for a chat model. When a text is read it gets a BOS, where the
+            tokenizer has one; the text may then be empty. Prompts and additions follow one rule,
+            see `prompts.prompt_ids`.
+        tokens: token ids [pos] instead of a prompt, including a BOS if one is wanted.
 
     Raises:
         ValueError: an unknown place, a coefficient that is not finite, both or neither of prompt
-            and tokens, a prompt that is neither text nor messages, tokens that are not
-            one-dimensional integers from 0 on.
+            and tokens, a prompt that is neither text nor messages, tokens that are not a row of
+            integers from 0 on.
     """
 
     coeff: float
@@ -102,41 +102,37 @@ class ActivationAddition:
             self, "act_name", str(site) if str(site).startswith("blocks.") else tuple(site)
         )
 
+    def _tokens(self) -> list[int] | None:
+        return None if self.tokens is None else torch.as_tensor(self.tokens).tolist()
+
     def _key(self) -> tuple:
-        return (
-            self.coeff,
-            self.act_name,
-            repr(self.prompt),
-            None if self.tokens is None else tuple(self.tokens.tolist()),
-        )
+        return self.coeff, self.act_name, repr((self.prompt, self._tokens()))
 
     def __eq__(self, other: object) -> bool:
-        """Whether both have the same coefficient, place, and prompt or tokens."""
-        return (
-            self._key() == other._key() if isinstance(other, ActivationAddition) else NotImplemented
-        )
+        """Say whether both have the same coefficient, place, and prompt or tokens."""
+        if not isinstance(other, ActivationAddition):
+            return NotImplemented
+        return self._key() == other._key()
 
     def __hash__(self) -> int:
         """Equal additions have equal hashes."""
         return hash(self._key())
 
     def __repr__(self) -> str:
-        """The call that makes it."""
-        what = (
-            f"prompt={self.prompt!r}"
-            if self.prompt is not None
-            else f"tokens={self.tokens.tolist()}"
-        )
+        """Return the call that makes it."""
+        tokens = self._tokens()
+        what = f"prompt={self.prompt!r}" if tokens is None else f"tokens={tokens}"
         return f"ActivationAddition(coeff={self.coeff:g}, act_name={self.act_name!r}, {what})"
 
     def token_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        """Return what is run through the model: the tokens as they are, or BOS and the prompt (`with_bos`).
+        """Return what the model reads: the tokens as they are, or BOS and the prompt (`with_bos`).
 
         Raises:
             ValueError: a prompt without tokens, as the empty text is where there is no BOS; or what
                 `prompt_ids` raises.
         """
-        ids = self.tokens.tolist() if self.tokens is not None else with_bos(tokenizer, self.prompt)
+        tokens = self._tokens()
+        ids = with_bos(tokenizer, cast(Prompt, self.prompt)) if tokens is None else tokens
         if not ids:
             raise ValueError(
                 f"{self.prompt!r} has no tokens, since {type(tokenizer).__name__} has no BOS: pad"
@@ -146,10 +142,11 @@ class ActivationAddition:
 
 
 def with_bos(tokenizer: PreTrainedTokenizerBase, text: Prompt) -> list[int]:
-    """Return BOS, where the tokenizer has one, and the tokens of a text; of messages, what the chat template gives.
+    """Return BOS, where the tokenizer has one, and the tokens of a text.
 
-    GPT-2's tokenizer puts no BOS in front by itself; the activation-addition work always has one,
-    and an X-vector is 0 there. Without BOS (Qwen) additions begin at the first token of the prompt.
+    Of messages it returns what the chat template gives. GPT-2's tokenizer adds no BOS by itself;
+    the activation-addition work always has one, and an X-vector is 0 there. Without a BOS (Qwen)
+    additions begin at the first token of the prompt.
 
     Raises:
         ValueError: see `prompts.prompt_ids`, which this is, with `prepend_bos=True`.
@@ -167,7 +164,9 @@ def get_x_vector(
     pad_method: Literal["tokens_right", "tokens_left"] | None = None,
     custom_pad_id: int | None = None,
 ) -> tuple[ActivationAddition, ActivationAddition]:
-    """Return two additions whose sum is an X-vector: coeff times the activations of one prompt minus those of another.
+    """Return two additions whose sum is an X-vector.
+
+    It is coeff times the difference between the activations of two prompts.
 
     Args:
         prompt1: what is added.
@@ -177,12 +176,12 @@ def get_x_vector(
         model: needed only if it brings the tokenizer, as models of TransformerLens do
             (`model.tokenizer`).
         tokenizer: needed for padding.
-        pad_method: how two prompts of different lengths are made equal: "tokens_right" puts padding
-            after the shorter, "tokens_left" in front of it, after BOS where there is one. None
-            leaves them as they are; the difference of prompts of different lengths then holds, from
-            the end of the shorter on, the longer one alone, which is rarely what is wanted.
-        custom_pad_id: the token to pad with, 0 like any other; the tokenizer's pad token by
-            default. The published vectors are padded with a space.
+        pad_method: how two prompts of different lengths become equally long: "tokens_right" puts
+            padding after the shorter, "tokens_left" before it, after BOS where there is one. None
+            leaves them as they are; past the end of the shorter the X-vector is then the longer one
+            alone, which is rarely what is wanted.
+        custom_pad_id: the token to pad with, 0 included; the tokenizer's pad token by default. The
+            published vectors are padded with a space.
 
     Raises:
         ValueError: an unknown pad method, no tokenizer to pad with, no pad token, an id outside the
@@ -199,7 +198,7 @@ def get_x_vector(
     tokenizer = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
     if tokenizer is None:
         raise ValueError("padding needs a tokenizer: give tokenizer=, or a model that has one")
-    pad = tokenizer.pad_token_id if custom_pad_id is None else custom_pad_id
+    pad: object = tokenizer.pad_token_id if custom_pad_id is None else custom_pad_id
     if not is_integer(pad) or not 0 <= pad < len(tokenizer):
         raise ValueError(
             f"expected a token id from 0 to {len(tokenizer) - 1} to pad with, got {pad!r}"
@@ -207,13 +206,9 @@ def get_x_vector(
     rows = [with_bos(tokenizer, prompt) for prompt in (prompt1, prompt2)]
     length = max(map(len, rows))
     for row in rows:
-        missing = [pad] * (length - len(row))
-        front = int(row[:1] == [tokenizer.bos_token_id])  # padding comes after BOS
-        row[:] = (
-            [*row, *missing]
-            if pad_method == "tokens_right"
-            else [*row[:front], *missing, *row[front:]]
-        )
+        bos = int(row[:1] == [tokenizer.bos_token_id])  # padding comes after it
+        place = len(row) if pad_method == "tokens_right" else bos
+        row[place:place] = [pad] * (length - len(row))
     return ActivationAddition(coeff, act_name, tokens=rows[0]), ActivationAddition(
         -coeff, act_name, tokens=rows[1]
     )
@@ -223,7 +218,7 @@ def get_x_vector(
 def read_sites(
     model: nn.Module, rows: Sequence[Sequence[int]], sites: Sequence[Site]
 ) -> dict[tuple[tuple[int, ...], Site], Tensor]:
-    """Read the activations of token sequences at some places, without the steering of this library.
+    """Read the activations of token sequences at some places, without any open steering.
 
     Args:
         model: a causal language model; unchanged, dropout is off while it reads.
@@ -236,7 +231,7 @@ def read_sites(
     Raises:
         ValueError: the model has no such place; a token outside its vocabulary.
     """
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = cast(Any, model).get_input_embeddings().num_embeddings
     if bad := [token for row in rows for token in row if not 0 <= token < vocabulary]:
         raise ValueError(
             f"token {bad[0]} does not exist: the model has tokens 0 to {vocabulary - 1}"
@@ -267,7 +262,7 @@ def addition_vectors(
         By (place, count), [count, d_model], in the dtype and on the device of the model.
 
     Raises:
-        ValueError: an addition that is none, or what `read_sites` raises.
+        ValueError: something that is not an addition, or what `read_sites` raises.
     """
     additions = list(activation_additions)
     if bad := [addition for addition in additions if not isinstance(addition, ActivationAddition)]:
@@ -289,30 +284,32 @@ def addition_vectors(
 
 
 class SpanHook(SteeringHook):
-    """Adds one vector to each token of a span of the prompt: vectors [count, d_model], or for each row [batch, count, d_model]."""
+    """Adds one vector to each token of a span of the prompt.
+
+    Args:
+        vectors: [count, d_model], or for each row [batch, count, d_model].
+        tracker: follows the passes, with a `TokenSpan` as its selection.
+    """
 
     def __init__(self, vectors: Tensor, tracker: PositionTracker):
         self.vectors, self.tracker = vectors, tracker
 
     def steer(self, hidden: Tensor) -> Tensor:
-        now, span = self.tracker.current, self.tracker.selection
+        """Return the hidden states with the vectors added, both [batch, pos, d_model]."""
+        now, span = self.tracker.current, cast(TokenSpan, self.tracker.selection)
         mask = now.mask
         if mask is not None and not mask.any():  # a decoding step: the prompt is in the cache
             return hidden
-        offsets = (
-            span.offsets(now.positions, now.lengths).clamp(0, span.count - 1).to(hidden.device)
-        )
+        offsets = span.offsets(cast(Tensor, now.positions), cast(Tensor, now.lengths))
+        offsets = offsets.clamp(0, span.count - 1).to(hidden.device)
         vectors = self.vectors.to(hidden)
         if vectors.dim() == 2:
             delta = vectors[offsets]
         else:
             vectors = of_rows(vectors, len(offsets), "the steering")
             delta = vectors[torch.arange(len(offsets), device=offsets.device)[:, None], offsets]
-        return (
-            hidden + delta
-            if mask is None
-            else torch.where(mask.to(hidden.device), hidden + delta, hidden)
-        )
+        steered = hidden + delta
+        return steered if mask is None else torch.where(mask.to(hidden.device), steered, hidden)
 
 
 @contextmanager
@@ -325,28 +322,28 @@ def apply_activation_additions(
 ) -> Iterator[None]:
     """Add activations to the tokens of every prompt that the model reads while the block is open.
 
-    They are added once, at positions of the prompt, for forward passes and for generation, with and
-    without a KV cache: what is generated is not touched. Rows of a left-padded batch have each
-    their own front. The prompts of the additions are read when the block opens, from the model
-    without any steering of this library, so nested blocks add up. Put BOS in front of the model's
-    prompt (`generation.encode`, `with_bos`), since additions have one where the tokenizer does:
-    otherwise they fall one token too late. What `SteeringVector.apply` says of models that are
-    copied or compiled holds here too.
+    They are added once, at positions of the prompt, in forward passes and in generation, with and
+    without a KV cache: what is generated is not touched. Each row of a left-padded batch has its
+    own front. The prompts of the additions are read when the block opens, from the model without
+    any steering of this library, so nested blocks add up. Let the model's prompt begin with BOS
+    (`padding.encode`, `with_bos`), since additions do where the tokenizer has one: otherwise they
+    fall one token too late. What `SteeringVector.patch_activations` says of models that are copied
+    or compiled holds here too.
 
     Args:
         model: a causal language model. It gets hooks while the block is open, and is as it was
             afterwards and after any exception.
         tokenizer: its tokenizer, for additions that are given as prompts.
-        activation_additions: what is added; none changes nothing.
+        activation_additions: what is added; an empty list changes nothing.
         addition_location: "front" (from the first token on), "mid" or "back" (up to the last token
             of the prompt).
-        res_stream_slice: which of the d_model numbers are added to; all by default.
+        res_stream_slice: to which of the d_model numbers to add; all by default.
 
     Raises:
         ValueError: before anything is changed: an unknown location or place, a slice that leaves
             nothing, tokens that the model does not have. In a forward pass: a prompt shorter than
-            an addition, or one whose end is not known (see `SteeringVector.patch_activations`; in
-            packed rows, as of `generate_batch`, no prompt's is).
+            an addition, or one whose end is not known (see `SteeringVector.patch_activations`), as
+            in the packed rows of `generate_batch`.
     """
     TokenSpan(0, addition_location)
     if not isinstance(res_stream_slice, slice):
@@ -368,15 +365,12 @@ def adding_spans(
     model: nn.Module, vectors: dict[tuple[Site, int], Tensor], location: AdditionLocation
 ) -> Iterator[None]:
     """Add vectors, by (place, count), to the tokens of every prompt while the block is open."""
-    trackers: dict[int, PositionTracker] = {}
     by_count: dict[int, list[tuple[Site, Tensor]]] = defaultdict(list)
     for (site, count), vector in vectors.items():
         by_count[count].append((site, vector))
     with ExitStack() as stack:
         for count, items in by_count.items():
-            tracker = trackers[count] = PositionTracker(
-                holder_of_blocks(model), TokenSpan(count, location)
-            )
+            tracker = PositionTracker(holder_of_blocks(model), TokenSpan(count, location))
             stack.callback(hook_passes(model, tracker).remove)
             for site, vector in items:
                 module, side = find_site(model, site)
@@ -392,20 +386,19 @@ def line_up(
     activation_additions: Sequence[ActivationAddition],
     addition_location: AdditionLocation = "front",
 ) -> pd.DataFrame:
-    """Show which tokens of the additions fall on which tokens of a prompt, and how large they are there.
+    """Show which tokens of additions fall on which tokens of a prompt, and how large they are.
 
     Args:
         model: a causal language model; unchanged.
         tokenizer: its tokenizer.
-        prompt: the prompt; BOS is put in front of a text, where the tokenizer has one.
+        prompt: the prompt; a text gets a BOS, where the tokenizer has one.
         activation_additions: all at one place.
         addition_location: as for `apply_activation_additions`.
 
     Returns:
         One row for each token: `prompt`, one column for each addition (headed by its coefficient),
-            `steering` and `residual`
-        (the norms of what is added and of what the prompt has at that place), and `ratio` of the
-        two.
+        `steering` and `residual` (the norms of what is added and of what the prompt has there), and
+        their `ratio`.
 
     Raises:
         ValueError: no addition, additions at different places, or a prompt shorter than one of
@@ -434,8 +427,7 @@ def line_up(
         inside = span.select(positions, lengths)[0]
         total[inside] += vectors.float().cpu()[offsets[inside]]
     frame["steering"] = total.norm(dim=-1).double().numpy()
-    frame["residual"] = (
-        read_sites(model, [ids], sites)[tuple(ids), sites[0]].double().norm(dim=-1).cpu().numpy()
-    )
+    residual = read_sites(model, [ids], sites)[tuple(ids), sites[0]]
+    frame["residual"] = residual.double().norm(dim=-1).cpu().numpy()
     frame["ratio"] = frame["steering"] / frame["residual"]
     return frame

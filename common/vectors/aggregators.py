@@ -2,8 +2,8 @@
 
 An aggregator takes the activations of the positive prompts and of the negative ones, each [prompt,
 d_model], and returns a vector [d_model]. Row i of both belongs to contrast pair i, except for
-`mean_centred_aggregator`, whose two sets need not match. All compute in float32 at least:
-differences of large bfloat16 activations would lose most of their digits.
+`mean_centred_aggregator`, whose two sets need not match. All compute in float32 at least: in
+bfloat16, differences of large activations would lose most of their digits.
 """
 
 from collections.abc import Callable
@@ -33,9 +33,9 @@ def mean_aggregator() -> Aggregator:
 def pca_aggregator() -> Aggregator:
     """Return an aggregator that takes the first principal component of the differences, of norm 1.
 
-    The differences are not centred, so it is the line through 0 that they lie closest to. Of its
-    two directions it takes the one along which the differences are positive on average
-    (https://arxiv.org/abs/2310.01405 uses it so).
+    The differences are not centred, so it is the line through 0 that lies closest to them. Of its
+    two directions it takes the one along which the differences are positive on average, as in
+    https://arxiv.org/abs/2310.01405.
     """
 
     def pca(positive: Tensor, negative: Tensor) -> Tensor:
@@ -56,9 +56,10 @@ def pca_aggregator() -> Aggregator:
 
 
 def logistic_aggregator(sklearn_kwargs: dict[str, Any] | None = None) -> Aggregator:
-    """Return an aggregator that takes the weights of a logistic regression between the two sets, of norm 1.
+    """Return an aggregator that takes the weights of a logistic regression, scaled to norm 1.
 
-    Each pair is centred on its own mean first, so that only what differs within a pair counts.
+    It tells the two sets apart. Each pair is centred on its own mean first, so that only what
+    differs within a pair counts.
 
     Args:
         sklearn_kwargs: for `sklearn.linear_model.LogisticRegression`; `fit_intercept` is False
@@ -80,11 +81,11 @@ def logistic_aggregator(sklearn_kwargs: dict[str, Any] | None = None) -> Aggrega
 
 
 def mean_centred_aggregator() -> Aggregator:
-    """Return an aggregator that subtracts the mean of a background set from the mean of a target set.
+    """Return an aggregator that subtracts the mean of a background set from that of a target set.
 
-    The target set comes first, in place of the positive prompts, and the background second; they
-    need not be of one size. Activations have a large common mean, which the background takes away
-    (https://arxiv.org/abs/2312.03813).
+    The target set takes the place of the positive prompts, the background that of the negative
+    ones; they need not be of one size. Activations have a large common mean, which the background
+    removes (https://arxiv.org/abs/2312.03813).
     """
 
     def mean_centred(target: Tensor, background: Tensor) -> Tensor:
@@ -95,15 +96,15 @@ def mean_centred_aggregator() -> Aggregator:
 
 
 def _precise(activations: Tensor) -> Tensor:
-    """The activations in float32, or in float64 where they are."""
+    """Return the activations in float32, or in float64 where they are."""
     return activations.detach().to(torch.promote_types(activations.dtype, torch.float32))
 
 
 def _differences(positive: Tensor, negative: Tensor) -> Tensor:
-    """The differences of the pairs, [pair, d_model].
+    """Return the differences of the pairs, [pair, d_model].
 
     Raises:
-        ValueError: the two sets have not the same shape.
+        ValueError: the two sets differ in shape.
     """
     if positive.shape != negative.shape:
         raise ValueError(

@@ -21,7 +21,7 @@ def random_directions(d_model: int, count: int = 1, seed: int = 0) -> Tensor:
         [count, d_model], fp32 on the CPU, each row at unit norm.
 
     Raises:
-        ValueError: `d_model` below 1, a negative `count`, or a seed that is not an integer from 0 on.
+        ValueError: `d_model` below 1, a negative `count` or `seed`, or one that is not an integer.
     """
     size = integer(count, "count"), integer(d_model, "d_model", least=1)
     generator = torch.Generator().manual_seed(integer(seed, "seed"))

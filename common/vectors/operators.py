@@ -1,8 +1,7 @@
-"""What is done at a steered position. Addition is the default; these are the others.
+"""What happens at a steered position: addition is the default, and these are the alternatives.
 
 An operator takes the hidden states [batch, pos, d_model] and the steering vector [1, 1, d_model],
-already multiplied, and
-returns what is added to the hidden states: `steered = hidden + operator(hidden, vector)`.
+already multiplied, and returns what is added: `steered = hidden + operator(hidden, vector)`.
 """
 
 from collections.abc import Callable
@@ -19,9 +18,9 @@ def addition_operator() -> PatchDeltaOperator:
 
 
 def ablation_operator() -> PatchDeltaOperator:
-    """Return an operator that takes the component along the vector away, so that the projection on it becomes 0.
+    """Return an operator that removes the component along the vector: the projection becomes 0.
 
-    The length of the vector and its multiplier do not matter; the vector 0 takes nothing away.
+    The length of the vector and its multiplier do not matter; the vector 0 removes nothing.
     """
 
     def ablate(hidden: Tensor, vector: Tensor) -> Tensor:
@@ -32,13 +31,16 @@ def ablation_operator() -> PatchDeltaOperator:
 
 
 def ablation_then_addition_operator() -> PatchDeltaOperator:
-    """Return an operator that ablates the vector and then adds it: the component along it becomes the vector itself."""
+    """Return an operator that makes the component along the vector the vector itself.
+
+    It ablates the vector and then adds it.
+    """
     ablate = ablation_operator()
     return lambda hidden, vector: ablate(hidden, vector) + vector
 
 
 def norm_preserving_addition_operator() -> PatchDeltaOperator:
-    """Return an operator that adds the vector and scales the sum back to the norm that the hidden states had.
+    """Return an operator that adds the vector and keeps the norm of the hidden states.
 
     It turns the residual stream and never makes it longer. A sum of exactly 0 has no direction, and
     stays 0.

@@ -1,11 +1,11 @@
-"""Read activations: of every forward pass while a block is open, or of one token of each of many prompts, fast."""
+"""Read activations: of all passes while a block is open, or of one token of many prompts, fast."""
 
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,9 +36,9 @@ def record_activations(
 ) -> Iterator[dict[int, list[Tensor]]]:
     """Record what every forward pass gives at the layers of a type, while the block is open.
 
-    What is recorded includes the steering that is open around it: activations are taken where the
-    next module reads them. What is compiled runs uncompiled meanwhile, since compiled code would
-    not see that somebody looks.
+    That includes the steering that is open around the block: activations are taken where the next
+    module reads them. A compiled model runs uncompiled meanwhile, since compiled code would not run
+    the hooks.
 
     Args:
         model: a causal language model. It is not changed; the hooks go when the block ends, also
@@ -83,12 +83,11 @@ def read_activations(
 ) -> dict[int, Tensor]:
     """Read the activations of one token of each prompt.
 
-    A prompt that occurs more than once is computed once, and of prompts that are the same up to the
-    token that is read only
-    the first is: no token looks ahead, so their activations there are equal, to the last bit.
-    Prompts of like length share a batch, the pass ends after the last layer that is wanted, and
-    only the tokens that are read are kept. Dropout is off while it reads, whatever the mode of the
-    model; the mode is put back afterwards. A compiled model runs uncompiled.
+    Of prompts that are the same up to the token that is read, only the first is computed: no token
+    looks ahead, so their activations there are equal. Prompts of similar length share a batch, the
+    pass ends after the last layer that is wanted, and only the tokens that are read are kept.
+    Dropout is off, whatever the mode of the model; the mode comes back afterwards. A compiled model
+    runs uncompiled.
 
     Args:
         model: a causal language model; unchanged afterwards.
@@ -100,11 +99,11 @@ def read_activations(
         layer_config: matchers for parts that are not found by themselves.
         read_token_index: which token: a number for all (-1 is the last), a callable of the prompt,
             or a list.
-        batch_size: prompts in one pass. The results do not depend on it but for rounding.
+        batch_size: prompts in one pass. The results depend on it by rounding only.
         move_to_cpu: keep the activations on the CPU, whatever the device of the model.
         show_progress: show a bar that counts the prompts that are computed.
-        tqdm_desc: what stands in front of the bar.
-        prepend_bos: what stands in front of a text: by default what the tokenizer puts there; see
+        tqdm_desc: the label of the bar.
+        prepend_bos: what comes before a text: by default what the tokenizer puts there; see
             `prompts.prompt_ids`.
 
     Returns:
@@ -146,7 +145,7 @@ def read_activations(
 def _reader(
     shape: torch.Size, wanted: Tensor, move_to_cpu: bool
 ) -> Callable[[int, Tensor], Tensor]:
-    """Return what keeps the tokens `wanted` [n, 2], as row and position, of a batch [batch, pos]."""
+    """Return what keeps the tokens `wanted` [n, 2], row and position, of a batch [batch, pos]."""
 
     def keep(layer: int, hidden: Tensor) -> Tensor:
         if hidden.shape[:2] != shape:
@@ -217,7 +216,7 @@ def _indices(
     if callable(read_token_index):
         return [read_token_index(prompt) for prompt in prompts]
     if not isinstance(read_token_index, Iterable) or getattr(read_token_index, "ndim", 1) == 0:
-        return [read_token_index] * len(prompts)
+        return [cast(int, read_token_index)] * len(prompts)
     indices = list(read_token_index)
     if len(indices) != len(prompts):
         raise ValueError(
@@ -227,6 +226,6 @@ def _indices(
 
 
 def _accepts(model: nn.Module, name: str) -> bool:
-    """Whether the forward pass takes an argument of this name."""
+    """Say whether the forward pass takes an argument of this name."""
     parameters = inspect.signature(model.forward).parameters.values()
     return any(p.name == name or p.kind is p.VAR_KEYWORD for p in parameters)

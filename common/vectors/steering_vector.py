@@ -94,7 +94,7 @@ class SteeringVector(LayerVectors):
         Raises:
             ValueError: before anything is changed: an unknown layer type or layer, a vector of the
                 wrong width or with nan or inf, also after multiplication and in the dtype of the
-                model, an operator that is no function of two tensors, both min_token_index and
+                model, an operator that is not a function of two tensors, both min_token_index and
                 token_indices or something wrong in them. Later, where positions are not known: of
                 `generate_batch` and other packed rows, if they count from the end or belong to
                 rows; of a pass by hand with a state that nobody counted (RWKV); of guidance without

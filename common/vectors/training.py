@@ -224,7 +224,7 @@ def train_steering_vector(
 
 
 def _samples(given: Sequence[Sample]) -> list[SteeringVectorTrainingSample]:
-    """The samples, tuples turned into samples."""
+    """Return the samples, with tuples turned into samples."""
     if isinstance(given, str) or not len(given):
         raise ValueError(f"expected a list of contrast pairs, got {given!r}")
     samples = []
