@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from common.passes.batching import first_logits, same_logits, unhooked
 from common.passes.hooks import (
@@ -26,7 +27,6 @@ from common.passes.running import input_device, pass_inputs
 from common.places.blocks import get_blocks, get_hidden, stream_dtype, with_hidden
 from common.places.positions import PositionTracker, TokenSpan, of_rows
 from common.places.sites import Site, find_site
-from common.texts.cache import ReservedLayer, reserved_cache
 from common.vectors.activation_additions import SpanHook
 
 
@@ -218,10 +218,7 @@ def row_deltas(rows: Sequence[RowSteering], hidden: Tensor, inputs: Mapping[str,
 
 @torch.no_grad()
 def prefilled_cache(
-    model: PreTrainedModel,
-    inputs: Mapping[str, Tensor],
-    rows: Sequence[RowSteering | None],
-    length: int,
+    model: PreTrainedModel, inputs: Mapping[str, Tensor], rows: Sequence[RowSteering | None]
 ) -> DynamicCache | None:
     """Return a KV cache with all tokens of the prompts but the last, for rows that are steered each in its own way.
 
@@ -232,19 +229,14 @@ def prefilled_cache(
         model: a causal language model; as it was afterwards.
         inputs: the prompts, [batch, pos], padded on the left.
         rows: how each row is steered.
-        length: how many tokens the texts will have.
 
     Returns:
         The cache; None where there is nothing to share (prompts of one token, or another kind of
         cache).
     """
-    cache = reserved_cache(model, length)
-    count = inputs["input_ids"].shape[1] - 1
-    if (
-        not count
-        or not all(isinstance(layer, ReservedLayer) for layer in cache.layers)
-        or len(cache.layers) != len(get_blocks(model)[1])
-    ):
+    cache, count = DynamicCache(config=model.config), inputs["input_ids"].shape[1] - 1
+    kinds = [type(layer) for layer in cache.layers]
+    if not count or kinds != [DynamicLayer] * len(get_blocks(model)[1]):
         return None
     both = torch.cat([inputs["input_ids"], inputs["attention_mask"]], dim=1)
     distinct, place = both.unique(dim=0, return_inverse=True)
@@ -253,12 +245,10 @@ def prefilled_cache(
     for number, row in enumerate(rows):
         if row is not None:
             groups[steered_after(row)].append(number)
-    plain = DynamicCache(config=model.config)
     outputs = record_blocks(
-        model, prompts, [layer for layer in groups if layer >= 0], True, plain
+        model, prompts, [layer for layer in groups if layer >= 0], True, cache
     ).outputs
-    for layer, found in zip(cache.layers, plain.layers):
-        layer.update(found.keys[place], found.values[place])
+    cache.batch_select_indices(place)
     for behind, members in groups.items():
         chosen = torch.tensor(members, device=place.device)
         part = {name: values[chosen] for name, values in inputs.items()}
@@ -282,7 +272,7 @@ def prefilled_cache(
                 own,
             )
         for layer, found in list(zip(cache.layers, own.layers))[behind + 1 :]:
-            layer.write(chosen, found.keys, found.values)
+            layer.keys[chosen], layer.values[chosen] = found.keys, found.values
     return cache
 
 
@@ -330,7 +320,7 @@ def can_prefill(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> bool:
     repeated = {name: values.repeat(len(rows), 1) for name, values in inputs.items()}
     steering = [row for row in rows for _ in range(prompts)]
     try:
-        cache = prefilled_cache(model, repeated, steering, inputs["input_ids"].shape[1] + 2)
+        cache = prefilled_cache(model, repeated, steering)
     except Exception:  # see `can_skip_blocks`
         return False
     return cache is not None and same_logits(

@@ -84,8 +84,7 @@ class Completing:
         """Rows of (cell, prompt, sample); `shared`: prompts may be read once for all their rows."""
         model, inputs = self.texts.model, self.texts.inputs([prompt for _, prompt, _ in rows])
         steering = [cell.row for cell, _, _ in rows]
-        length = inputs["input_ids"].shape[1] + self.sampling.max_new_tokens
-        cache = prefilled_cache(model, inputs, steering, length) if shared else None
+        cache = prefilled_cache(model, inputs, steering) if shared else None
         seeds = [(self.seed, prompt, number) for _, prompt, number in rows]
         with steering_rows(model, steering):
             ids = sample(model, inputs, seeds, self.sampling, past_key_values=cache)

@@ -26,7 +26,6 @@ from common.sweeping.rows import (
     steered_after,
     steering_rows,
 )
-from common.texts.cache import ReservedLayer, reserved_cache
 from common.texts.generation import generate, logits
 from common.texts.sampling import TopP
 from common.vectors.activation_additions import (
@@ -178,7 +177,7 @@ def test_a_prompt_shorter_than_its_own_addition_is_refused(model, tokenizer):
             ):
                 call()
         with pytest.raises(ValueError, match="the addition has 5 tokens and a prompt only 2"):
-            prefilled_cache(model, inputs, [None, long], 12)
+            prefilled_cache(model, inputs, [None, long])
     assert_pristine(model, before)
 
 
@@ -264,7 +263,7 @@ def test_a_pass_from_a_block_on_is_a_plain_steered_pass(name, tokenizer):
 
 def check_generation(model, inputs, rows, shared: bool = True) -> None:
     """Generation that goes on from a cache which is filled already gives what plain steered generation gives."""
-    cache = prefilled_cache(model, inputs, rows, inputs["input_ids"].shape[1] + NEW)
+    cache = prefilled_cache(model, inputs, rows)
     assert (cache is not None) == shared
     with steering_rows(model, rows):
         assert torch.equal(
@@ -322,7 +321,7 @@ def test_the_model_is_restored_after_an_exception(model, tokenizer, broken):
         inside = snapshot(model)
         for call in (
             lambda: record_blocks(model, inputs, [1, 2]),
-            lambda: prefilled_cache(model, inputs, rows, 12),
+            lambda: prefilled_cache(model, inputs, rows),
             lambda: (
                 logits_from(model, inputs, 3, outputs[3], get_hidden(outputs[3]))
                 if broken > 3
@@ -350,7 +349,7 @@ def test_a_forward_that_someone_set_is_given_back(model, tokenizer):
     )
     check_generation(other, inputs, rows)
     with pytest.raises(Broken), breaking(other.transformer.h[5]):
-        prefilled_cache(other, inputs, rows, 12)
+        prefilled_cache(other, inputs, rows)
     assert all(
         vars(block)["forward"] is forward
         for block, forward in zip(other.transformer.h, mine, strict=True)
@@ -365,7 +364,7 @@ def test_generation_from_a_filled_cache_is_plain_generation(model, tokenizer, dr
     """Every row the same tokens as alone: mixed layers, what block 0 reads included, spans that reach the last token, padding."""
     lengths, rows = drawn
     inputs = batch_of(tokenizer, lengths)
-    cache = prefilled_cache(model, inputs, rows, max(lengths) + NEW)
+    cache = prefilled_cache(model, inputs, rows)
     with steering_rows(model, rows):
         together = generate(
             model, inputs, max_new_tokens=NEW, past_key_values=cache, eos_token_id=None
@@ -391,7 +390,7 @@ def test_the_filled_cache_holds_the_prompts(model, tokenizer):
     """All tokens but the last; keys and values as a plain steered pass leaves them, below the steered block as unsteered."""
     inputs = batch_of(tokenizer, [8, 8])
     rows = [RowSteering(Site(3, "resid_post"), noise(model, 1, 0)), None]
-    cache, own = prefilled_cache(model, inputs, rows, 20), DynamicCache(config=model.config)
+    cache, own = prefilled_cache(model, inputs, rows), DynamicCache(config=model.config)
     with steering_rows(model, rows), torch.no_grad():
         model(inputs["input_ids"][:, :-1], past_key_values=own, use_cache=True)
     for found, expected in zip(cache.layers, own.layers, strict=True):
@@ -414,7 +413,7 @@ def test_what_is_below_is_computed_once_for_each_prompt(model, tokenizer):
         for layer in seen
     ]
     try:
-        prefilled_cache(model, inputs, rows, 12)
+        prefilled_cache(model, inputs, rows)
     finally:
         for handle in handles:
             handle.remove()
@@ -427,84 +426,17 @@ def test_where_there_is_nothing_to_share_there_is_no_cache(model, tokenizer):
     check_generation(model, batch_of(tokenizer, [1, 1]), rows, shared=False)
 
 
-# --- the cache, and top_p ---
+# --- sliding windows, and top_p ---
 
 
-@pytest.mark.parametrize("reserved", [14, 40, 10, 7, 3])
-def test_a_reserved_cache_gives_the_same_tokens(model, tokenizer, reserved):
-    """As long as the text, longer, and too short: then it grows as the default cache does."""
-    inputs = batch_of(tokenizer, [8, 5])
-    cache = reserved_cache(model, reserved)
-    ids = generate(model, inputs, max_new_tokens=NEW + 1, past_key_values=cache, eos_token_id=None)
-    assert torch.equal(ids, generate(model, inputs, max_new_tokens=NEW + 1, eos_token_id=None))
-    assert all(
-        isinstance(layer, ReservedLayer) and layer.get_seq_length() == 14 for layer in cache.layers
-    )
-
-
-def test_a_reserved_cache_does_not_copy():
-    """The keys stay where they are while there is room, and what is in the cache is what came in."""
-    layer, parts = ReservedLayer(6), torch.randn(8, 2, 3, 1, 4).split(1)
-    places = set()
-    for number, part in enumerate(parts):
-        keys, values = layer.update(part[0], -part[0])
-        assert torch.equal(
-            keys, torch.cat([one[0] for one in parts[: number + 1]], dim=-2)
-        ) and torch.equal(values, -keys)
-        if number < 6:
-            places.add((keys.data_ptr(), values.data_ptr()))
-    assert len(places) == 1 and layer.get_seq_length() == 8
-
-
-@pytest.mark.parametrize(
-    "change", ["reorder_cache", "batch_select_indices", "batch_repeat_interleave", "crop", "reset"]
-)
-def test_a_reserved_layer_can_be_changed_as_any_other(change):
-    """Beam search puts rows in another order, assisted generation takes tokens back; the tokens that follow join what is there then."""
-    arguments = {
-        "reorder_cache": torch.tensor([1, 1]),
-        "batch_select_indices": torch.tensor([1]),
-        "batch_repeat_interleave": 2,
-        "crop": -1,
-    }
-    reserved, plain = ReservedLayer(6), DynamicLayer()
-    first = torch.randn(2, 3, 4, 5)
-    for layer in (reserved, plain):
-        layer.update(first, -first)
-        getattr(layer, change)(*([arguments[change]] if change in arguments else []))
-    rows = {"batch_select_indices": 1, "batch_repeat_interleave": 4}.get(change, 2)
-    for step in range(4):
-        new = torch.randn(rows, 3, 1, 5)
-        for mine, theirs in zip(reserved.update(new, -new), plain.update(new, -new), strict=True):
-            assert torch.equal(mine, theirs)
-
-
-def test_beam_search_with_a_reserved_cache(model, tokenizer):
-    """Beams change the rows of the cache at each step."""
-    inputs = batch_of(tokenizer, [4, 7])
-    options = {"num_beams": 4, "max_new_tokens": 12}
-    assert torch.equal(
-        generate(model, inputs, past_key_values=reserved_cache(model, 19), **options),
-        generate(model, inputs, **options),
-    )
-
-
-def test_sliding_windows_stay_what_they_are(tokenizer):
+def test_nothing_is_shared_where_windows_slide(tokenizer):
     """A Mistral whose window is shorter than the text."""
     config = tiny_config("Mistral", len(tokenizer))
     config.sliding_window = 4
     torch.manual_seed(0)
     other = AutoModelForCausalLM.from_config(config).eval()
-    inputs = batch_of(tokenizer, [9, 9])
-    cache = reserved_cache(other, 9 + NEW)
-    assert not any(isinstance(layer, ReservedLayer) for layer in cache.layers)
-    assert torch.equal(
-        generate(other, inputs, max_new_tokens=NEW, past_key_values=cache),
-        generate(other, inputs, max_new_tokens=NEW),
-    )
-    check_generation(
-        other, inputs, [RowSteering(Site(1, "resid_post"), noise(other, 1, 0)), None], shared=False
-    )
+    rows = [RowSteering(Site(1, "resid_post"), noise(other, 1, 0)), None]
+    check_generation(other, batch_of(tokenizer, [9, 9]), rows, shared=False)
 
 
 @settings(max_examples=100)
