@@ -1,4 +1,4 @@
-"""Reading, steering, generating and training on tiny models of eleven architectures, at all five layer types."""
+"""Read, steer, generate and train on tiny models of eleven architectures, at all layer types."""
 
 import pytest
 import torch
@@ -53,7 +53,7 @@ def vector_for(part: str, layer: int = 1, size: float = 3.0) -> SteeringVector:
 
 
 def forward(model, inputs):
-    """A pass in which padding disturbs nobody: the model's own numbering where it takes one."""
+    """A pass that padding does not disturb: with positions, where the model takes them."""
     takes_positions = not model.config.model_type.startswith(
         ("bloom", "opt")
     )  # both number by the attention mask themselves
@@ -109,7 +109,7 @@ def test_an_output_without_positions_is_refused(models, tokenizer, texts):
 
 @pytest.mark.parametrize("name, part", PARTS)
 def test_steered_is_unsteered_plus_vector(models, texts, name, part):
-    """The output of the part moves by the vector at the real tokens, only there, and the model is restored."""
+    """The part's output moves by the vector, at real tokens only, and the model is restored."""
     model, vector, real = models[name], vector_for(part), texts["attention_mask"].bool()
     before = snapshot(model)
     states = []
@@ -166,7 +166,7 @@ def test_extraction_does_not_depend_on_the_batch(models, tokenizer, name, part):
 
 @pytest.mark.parametrize("name, part", PARTS)
 def test_training(models, tokenizer, texts, name, part):
-    """A trained vector is the mean difference of what the parts give, prompt by prompt, and steers."""
+    """A trained vector is the mean difference of what the parts give, and it steers."""
     model = models[name]
     vector = train_steering_vector(model, tokenizer, PAIRS, [2], part, batch_size=3)
     differences = []

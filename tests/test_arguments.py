@@ -1,4 +1,4 @@
-"""What is given: numbers of numpy are numbers; what is none is named before anything runs."""
+"""Arguments: numbers of numpy are numbers, and what is wrong is named before anything runs."""
 
 import numpy as np
 import pandas as pd
@@ -54,7 +54,7 @@ def logits(model) -> torch.Tensor:
 
 @pytest.mark.parametrize("size, multiplier", [(10, 1e4), (1e6, 1.0), (-10, 1e4), (10, -1e4)])
 def test_a_product_outside_the_dtype_is_refused(half, tokenizer, size, multiplier):
-    """In fp16 they would be inf, and the logits nan; in a sweep and in a mechanism's vector as well."""
+    """In fp16 they would be inf, and the logits nan; the same in a sweep and for a mechanism."""
     before = snapshot(half)
     says = "after multiplication by .*: float16, in which the model runs, ends at 6.55e[+]04"
     with pytest.raises(ValueError, match=f"the vector of layer 1 holds 1e[+]0[56] {says}"):
@@ -83,7 +83,7 @@ def test_an_addition_outside_the_dtype_is_refused(half, tokenizer):
 
 
 def test_a_product_inside_the_dtype_is_added(half, tokenizer):
-    """At the edge of fp16; and a vector in fp16, whose product only float32 holds, in a model of float32."""
+    """At the edge of fp16; and a vector in fp16 whose product only float32 holds."""
     assert torch.isfinite(logits(half)).all()
     with vector(60000).apply(half):
         assert torch.isfinite(logits(half)).all()
@@ -155,7 +155,7 @@ def test_integers_of_numpy(model, tokenizer):
 
 
 def test_numbers_of_numpy_times_a_vector():
-    """In front and behind, and as a divisor."""
+    """From the left, from the right, and as a divisor."""
     for product in (
         np.float32(2) * vector(),
         vector() * np.int64(2),
@@ -167,7 +167,7 @@ def test_numbers_of_numpy_times_a_vector():
         )
 
 
-# --- what is no number, no list, no function ---
+# --- what is not a number, a list or a function ---
 
 WRONG_NUMBERS = [
     True,
@@ -255,7 +255,7 @@ def test_a_single_layer_is_a_list_too(model, tokenizer, layers):
     ids=["text", "number", "factory", "tensor", "one"],
 )
 def test_what_is_no_operator(model, wrong):
-    """A name, a factory that was not called, a function of something else: before the model gets a hook."""
+    """A name, a factory that was not called, another function: before the model gets a hook."""
     before = snapshot(model)
     with pytest.raises(
         ValueError,
@@ -331,7 +331,7 @@ def test_working_window_in_another_order(tables):
 
 
 def test_columns_for_a_sweep(tables):
-    """Its prompts and completions are found by their own names, and joined like those of other tables."""
+    """Its prompts and completions are found by their names, and joined like other tables'."""
     rows, _ = tables
     found = add_metric_cols(rows, {"text": list})
     assert found["text"].tolist() == (rows["prompt"] + rows["completion"]).tolist()

@@ -53,7 +53,7 @@ def folder(tmp_path, tokenizer) -> Path:
 
 
 def refusal(name: str | Path, **options: object) -> str:
-    """Load what cannot be loaded and return the message: one line, and no traceback of somebody else's library."""
+    """Load what cannot be loaded and return the message: one line, without a traceback."""
     with pytest.raises(LoadError) as caught:
         load_model(str(name), **options)
     error, message = caught.value, str(caught.value)
@@ -66,7 +66,7 @@ def refusal(name: str | Path, **options: object) -> str:
 
 
 def test_embedded_is_the_default(capsys):
-    """Without argument and variable: the embedded model, ready to use, and one line that says so."""
+    """Without argument or variable: the embedded model, ready to use, and one line that says so."""
     model, tokenizer, preset = load_model()
     assert model.name_or_path == str(embedded.FOLDER)
     assert not model.training and {parameter.dtype for parameter in model.parameters()} == {
@@ -85,7 +85,7 @@ def test_embedded_is_the_default(capsys):
 
 
 def test_variable_is_used_and_the_argument_wins(folder, monkeypatch, capsys):
-    """`STEERING_MODEL` replaces the default; an argument goes before it; an empty one counts as none."""
+    """`STEERING_MODEL` replaces the default; an argument wins over it; an empty one is none."""
     monkeypatch.setenv(VARIABLE, str(folder))
     assert load_model().model.config.hidden_size == 16
     assert (
@@ -106,7 +106,7 @@ def test_colab_takes_gpt2_xl(monkeypatch):
 
 
 def test_local_folder(folder):
-    """A folder gives its own weights, in evaluation mode, padded on the left, in the dtype asked for."""
+    """A folder gives its own weights, in evaluation mode, padded on the left, in a given dtype."""
     model, tokenizer, preset = load_model(str(folder), dtype=torch.bfloat16)
     assert torch.equal(
         model.transformer.wpe.weight,
@@ -128,7 +128,7 @@ def test_tokenizer_without_padding_gets_one(folder):
 
 
 def test_presets(loaded):
-    """GPT2-XL has the published preset under both of its names, the embedded model its own, others a guess."""
+    """GPT2-XL has the published preset by both names, the embedded one its own, others a guess."""
     for name in ("gpt2-xl", "openai-community/gpt2-xl"):
         assert preset_for(name, 48)[:2] == (5, 10.0)
     stored = json.loads((embedded.FOLDER / "preset.json").read_text())
@@ -215,7 +215,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_folder(folder, damage):
-    """Weights or a tokenizer that are missing, damaged or of another model are refused in one sentence."""
+    """Weights or a tokenizer that are missing, damaged or another model's: one sentence refuses."""
     DAMAGES[damage](folder)
     assert refusal(folder).startswith(f"{str(folder)!r} cannot be loaded")
 
@@ -239,7 +239,7 @@ def test_no_causal_language_model(tmp_path, config, kind):
 
 
 def test_too_little_memory(tmp_path):
-    """A model larger than the free memory is refused before any weights are read, saying how much it needs."""
+    """A model larger than the free memory is refused before it is read, and its need is named."""
     config = GPT2Config(n_layer=96, n_embd=2**17, n_head=64, architectures=["GPT2LMHeadModel"])
     config.save_pretrained(tmp_path)
     needed = 96 * 12 * 2**34 * 4 / 1e9  # the blocks' matrices, fp32
@@ -334,7 +334,7 @@ def test_copy_keeps_its_hooks_and_parameters_to_itself(model, batch):
 
 
 def test_weights_are_the_pinned_ones():
-    """The weights have the hash that stands beside them, are stored as fp16, and take at most 8 MB."""
+    """The weights have the hash in the preset, are stored as fp16, and take at most 8 MB."""
     path = embedded.FOLDER / WEIGHTS
     pinned = json.loads((embedded.FOLDER / "preset.json").read_text())["sha256"]
     assert hashlib.sha256(path.read_bytes()).hexdigest() == pinned

@@ -207,7 +207,7 @@ def per_row(
 @pytest.mark.parametrize("name", ["GPT-2", "BART decoder", "RWKV"])
 @pytest.mark.parametrize("kind", ["mask", "None", "front", "back"])
 def test_steering_by_rows_stays_with_its_row(name, kind):
-    """Also where the rows of a batch are run in parts: logits and greedy ids are those of each row alone."""
+    """Logits and greedy ids are those of each row alone, also where a batch runs in parts."""
     model, inputs = tiny_model(name, 50), padded(ROWS)
     options = {"max_new_tokens": 3, "eos_token_id": None, "forced_eos_token_id": None}
     whole, alone = per_row(model)[kind]

@@ -153,7 +153,7 @@ def test_ids_are_bos_and_the_tokens_of_the_text(subject, text):
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_additions_and_prompts_begin_alike(subject, text):
-    """Token by token; a prompt's own activations, subtracted from it, leave nothing at its front."""
+    """Token by token: a prompt's own activations, subtracted, leave nothing at its front."""
     model, tokenizer = subject
     addition = c.ActivationAddition(-1.0, 2, prompt=text)
     longer = text + " the old garden"
@@ -219,7 +219,7 @@ def test_a_sweep_writes_what_plain_calls_write(subject):
 
 @pytest.mark.parametrize("way", [None, True, False])
 def test_a_text_that_begins_with_bos_gets_no_second(with_a_bos, way):
-    """It keeps its own, whoever reads it."""
+    """It keeps its own, in all that reads prompts."""
     model, tokenizer = with_a_bos
     text = tokenizer.bos_token + "I think"
     plain = plain_ids(tokenizer, text)
@@ -260,7 +260,7 @@ def test_two_bos_are_refused(with_a_bos, way):
 
 
 def test_bos_in_a_corpus_and_in_front_of_it(subjects):
-    """Pieces, windows and a text to prompt with that bring their own BOS: each row has one in front."""
+    """Pieces, windows and a prompt that bring their own BOS: each row begins with one."""
     model, tokenizer = subjects["Llama"]
     bos, (number,) = tokenizer.bos_token, bos_of(tokenizer)
     for method in ("sentence", "token"):
@@ -363,7 +363,7 @@ def test_next_tokens_without_bos(qwen):
 
 @pytest.mark.parametrize("method", ["tokens_left", "tokens_right"])
 def test_an_x_vector_without_bos(qwen, method):
-    """Padding goes to the very front or to the end, and additions begin at the prompt's first token."""
+    """Padding is at the very front or at the end; additions begin at the prompt's first token."""
     model, tokenizer = qwen
     additions = c.get_x_vector(
         "love", "", 2.0, 2, tokenizer=tokenizer, pad_method=method, custom_pad_id=7
@@ -393,7 +393,7 @@ def test_an_x_vector_without_bos(qwen, method):
 
 
 def test_an_addition_without_tokens_is_refused(qwen):
-    model, tokenizer = qwen
+    _, tokenizer = qwen
     with pytest.raises(
         ValueError, match="'' has no tokens, since Qwen2Tokenizer has no BOS: .*pad_method"
     ):
@@ -513,7 +513,7 @@ def test_messages_are_taken_wherever_a_prompt_is(chat, way):
 
 
 def test_training_on_messages(chat):
-    """Pairs of messages and of their texts make one vector; a callable gets each prompt as given."""
+    """Pairs of messages and their texts make one vector; a callable gets each prompt as given."""
     model, tokenizer = chat
     seen = []
 
@@ -761,7 +761,7 @@ def test_a_caller_can_choose(subjects, name):
 @pytest.mark.parametrize("template", ["$A {eos}", "{bos} $A {eos}"])
 @pytest.mark.parametrize("kind", ["Llama 3", "GPT-2"])
 def test_an_end_that_the_tokenizer_adds_is_left_out(kind, template):
-    """It would be read in place of the last word, and ends a text that is to go on; the text's own end stays."""
+    """It would be read in place of the last word, and end the text; the text's own end stays."""
     tokenizer = KINDS[kind]()
     bos, eos = tokenizer.bos_token, tokenizer.eos_token
     named = [(token, tokenizer.convert_tokens_to_ids(token)) for token in {bos, eos}]

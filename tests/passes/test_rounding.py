@@ -1,4 +1,4 @@
-"""A vector of nothing but rounding is refused, in every dtype; an honest one never is, however short."""
+"""A vector of nothing but rounding is refused, in every dtype; an honest one never is."""
 
 import copy
 
@@ -55,7 +55,7 @@ def tiny(request, tokenizer):
 def noisy(
     count: int, dtype: torch.dtype, size: float, d_model: int = 32
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two sets of activations that are one and the same row, but for noise of some roundings of `dtype`."""
+    """Two sets of activations that are one row, but for noise of some roundings of `dtype`."""
     generator = torch.Generator().manual_seed(0)
     row = 5 * torch.randn(d_model, generator=generator).double()
     noise = (
@@ -67,7 +67,7 @@ def noisy(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", AGGREGATORS)
 def test_prompts_that_are_equal_at_the_token_read(tiny, tokenizer, name, dtype):
-    """Thirty pairs that begin alike, in batches padded to many lengths: no aggregator makes a vector of them."""
+    """Thirty pairs that begin alike, padded to many lengths: no aggregator makes them a vector."""
     own = tiny.to(dtype)
     for options in ({"batch_size": 1}, {"batch_size": 7, "layer_type": "self_attn"}):
         with pytest.raises(
@@ -80,7 +80,7 @@ def test_prompts_that_are_equal_at_the_token_read(tiny, tokenizer, name, dtype):
 
 
 def test_activations_read_by_hand_hold_the_noise(tiny, tokenizer):
-    """Read prompt by prompt and padded in a batch the same token differs by rounding: refused at each layer where it does."""
+    """Alone or padded, the same token differs by rounding: that is refused at each such layer."""
     own, texts = tiny.float(), [pair[0] for pair in SAME]
     found = []
     for padded in (True, False):
@@ -113,7 +113,7 @@ def test_activations_read_by_hand_hold_the_noise(tiny, tokenizer):
 @pytest.mark.parametrize("counts", [(1, 1), (30, 30), (40, 40), (7, 3)], ids=str)
 @pytest.mark.parametrize("name", AGGREGATORS)
 def test_noise_is_refused(name, counts, dtype, size):
-    """Whatever the aggregator makes of it, of norm 1 or 1e4 times as long; sets of two sizes as well."""
+    """Whatever an aggregator makes of it, norm 1 or 1e4 times as long; of sets of two sizes too."""
     positive, negative = noisy(max(counts), dtype, size)
     sets = positive[: counts[0]], negative[: counts[1]]
     if counts[0] != counts[1] and name != "mean_centred":
@@ -127,7 +127,7 @@ def test_noise_is_refused(name, counts, dtype, size):
 @pytest.mark.parametrize("name", ["mean", "mean_centred"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_same_prompts_on_both_sides(name, dtype):
-    """In another order: every pair differs, and the mean difference is what adding up has rounded."""
+    """In another order, every pair differs, and the mean difference is the rounding of the sums."""
     acts = (
         torch.randn(1, 64) * 5 + torch.randn(9, 64, generator=torch.Generator().manual_seed(1))
     ).to(dtype)
@@ -142,7 +142,7 @@ def test_the_same_prompts_on_both_sides(name, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_honest_vectors_pass(tiny, tokenizer, dtype):
-    """Each pair alone, at every layer and in the MLP; and pairs of which most are equal at the token."""
+    """Each pair alone, at every layer and in the MLP; and pairs most of which are equal there."""
     own = tiny.to(dtype)
     for pair in HONEST:
         for layer_type in ("decoder_block", "mlp"):
@@ -161,7 +161,7 @@ def test_honest_vectors_pass(tiny, tokenizer, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_honest_pairs_with_a_short_mean_pass(dtype):
-    """Large differences that nearly cancel, faint ones beside a large common part, and an aggregator that scales down."""
+    """Large differences that nearly cancel, faint ones, and an aggregator that scales down."""
     generator = torch.Generator().manual_seed(3)
     common = 5 * torch.randn(64, generator=generator)
     many = (common + torch.randn(2, 500, 64, generator=generator)).to(dtype)
@@ -224,8 +224,8 @@ def test_the_direction_of_very_long_and_very_short_vectors(size):
     torch.testing.assert_close(unit, vector / vector.norm())
 
 
-def test_a_faint_difference_far_behind_is_no_rounding(model, tokenizer):
-    """What a word leaves after a hundred others is less than a ten-thousandth of the activation, and means something."""
+def test_a_faint_difference_far_away_is_not_rounding(model, tokenizer):
+    """After a hundred others a word leaves less than 1e-4 of the activation, with meaning."""
     tail = 100 * " and"
     pair = ("Love" + tail, "Hate" + tail)
     vector = train_steering_vector(model, tokenizer, [pair], layers=[0]).layer_activations[0]

@@ -1,4 +1,4 @@
-"""Finding a block in a model of any architecture, and its hidden states in any form a block returns them."""
+"""Finding a block in any architecture, and the hidden states in whatever it returns."""
 
 import copy
 
@@ -40,7 +40,7 @@ def build(config: PretrainedConfig) -> nn.Module:
 
 @pytest.mark.parametrize("path", CONFIGS)
 def test_blocks_are_found(path):
-    """Each architecture's blocks are found under their path, and block `n` is the n-th, by path too."""
+    """Each architecture's blocks have their path, and block `n` is the n-th, by path too."""
     model = build(CONFIGS[path])
     found, blocks = get_blocks(model)
     assert found == path and len(blocks) == 3
@@ -89,7 +89,7 @@ def test_wrong_layer_is_refused(wrong):
     "rest", [None, (), ("cache", "attention")], ids=["tensor", "tuple of one", "tuple"]
 )
 def test_output_keeps_its_form(rest):
-    """Tensor or tuple, with one or several rows: the whole hidden states are found and replaced, the rest stays."""
+    """Tensor or tuple, one row or several: the hidden states are replaced, and only they."""
     for rows in (1, 2):
         hidden = torch.arange(rows * 6.0).view(rows, 2, 3)
         output = hidden if rest is None else (hidden, *rest)
@@ -100,14 +100,14 @@ def test_output_keeps_its_form(rest):
 
 
 def test_vector_takes_the_blocks_dtype():
-    """A vector in another precision is converted to that of the block; the given one is not changed."""
+    """A vector in another precision is converted to the block's; the given one stays as it is."""
     model = build(CONFIGS["model.layers"]).bfloat16()
     vector = torch.ones(16, dtype=torch.float64)
     assert check_vector(model, 1, vector).dtype == torch.bfloat16 and vector.dtype == torch.float64
 
 
 def test_vector_stays_where_it_is_for_an_offloaded_block():
-    """Accelerate leaves the weights of an offloaded block on the meta device, where nothing can be added."""
+    """Accelerate keeps weights of an offloaded block on the meta device, where nothing adds up."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(CONFIGS["model.layers"])
     assert check_vector(model, 1, torch.ones(16)).tolist() == [1.0] * 16
@@ -115,7 +115,7 @@ def test_vector_stays_where_it_is_for_an_offloaded_block():
 
 @pytest.mark.parametrize("stored", [torch.int8, torch.float8_e4m3fn])
 def test_a_vector_keeps_its_numbers_beside_quantised_weights(stored):
-    """The first weight of a Llama block is quantised, and no dtype for a vector; the norms have that of the stream."""
+    """The first weight is quantised, its dtype none for a vector; the norms have the right one."""
     model = build(CONFIGS["model.layers"]).to(torch.bfloat16)
     weight = next(get_block(model, 1).parameters())
     weight.requires_grad_(False)

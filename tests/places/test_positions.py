@@ -1,4 +1,4 @@
-"""Which tokens are selected: absolute positions, whatever the padding, however the text is cut into passes."""
+"""Which tokens are selected: absolute positions, whatever the padding and the passes."""
 
 import copy
 import gc
@@ -46,7 +46,7 @@ def test_slices_are_pythons(start, stop, step, length, new):
 
 @given(start=ends, step=st.integers(1, 3), length=st.integers(1, 10), new=st.integers(0, 5))
 def test_open_slices_reach_over_what_is_generated(start, step, length, new):
-    """They go on behind the prompt in the same steps; a negative start still counts from the end of the prompt."""
+    """They go on after the prompt in the same steps; a negative start counts from its end."""
     first = 0 if start is None else max(0, start if start >= 0 else length + start)
     found = selected(TokenSelection(token_indices=slice(start, None, step)), length, length + new)
     assert found == list(range(first, length + new, step))
@@ -67,7 +67,7 @@ def test_lists(indices, length, new):
 
 @pytest.mark.parametrize("mask", [[0, 1, 1, 0], [[0, 1, 1, 0]]])
 def test_masks(mask):
-    """A mask selects what it marks, and nothing behind its end."""
+    """A mask selects what it marks, and nothing after its end."""
     assert selected(TokenSelection(token_indices=torch.tensor(mask)), 4, 9) == [1, 2]
 
 
@@ -109,7 +109,7 @@ def test_wrong_selections_are_refused(wrong, says):
 
 
 def test_an_index_before_the_prompt_is_refused():
-    """-5 in a prompt of 4 tokens is no token."""
+    """-5 in a prompt of 4 tokens is not a token."""
     with pytest.raises(
         ValueError, match="token index -5 lies before the first token of a prompt of 4 tokens"
     ):
@@ -117,7 +117,7 @@ def test_an_index_before_the_prompt_is_refused():
 
 
 def test_a_mask_of_other_rows_is_refused():
-    """Two rows of a mask do not fit three prompts; for four they stand for two completions each."""
+    """Two rows of a mask do not fit three rows; of four, each covers two completions."""
     selection = TokenSelection(token_indices=torch.tensor([[1, 0], [0, 1]]))
     with pytest.raises(ValueError, match="the mask has 2 rows and the batch has 3"):
         selection.select(torch.arange(2).expand(3, 2), torch.full((3,), 2))
@@ -136,7 +136,7 @@ def test_rows_that_a_span_does_not_mean_may_be_short():
 
 
 def test_tracker_knows_the_names_of_positional_arguments_under_another_forward():
-    """Nnsight replaces `forward` on the module by one without names; GPT-2 passes the ids by position."""
+    """Nnsight replaces `forward` by one without names; GPT-2 passes the ids by position."""
 
     class Model(nn.Module):
         def forward(self, input_ids, attention_mask=None):
@@ -183,7 +183,7 @@ def marks(tracker: PositionTracker, *ids: Tensor, **given) -> list[list[bool]]:
     ],
 )
 def test_texts_in_one_row(packed):
-    """Tokens from the front are found by the model's own numbers; where a prompt ends is refused, and whose row it is."""
+    """The model's numbers find tokens from the front; what needs prompts or rows is refused."""
     places = {"position_ids": torch.tensor([[4, 0, 1]]), **packed}
     for from_the_front in ([1], torch.tensor([0, 1])):
         tracker = PositionTracker(Reader(), TokenSelection(token_indices=from_the_front))
@@ -206,7 +206,7 @@ def test_a_prompt_that_generate_did_not_tell_is_refused():
 
 
 def test_padding_has_no_position():
-    """The first token is the first real one; what stands before it is not selected."""
+    """The first token is the first real one; what comes before it is not selected."""
     padded = torch.tensor([[0, 0, 1]])
     for first in ([0], slice(0, 1), torch.tensor([1])):
         assert marks(
@@ -230,7 +230,7 @@ def test_a_pass_after_a_padded_one_need_not_bring_the_mask():
 
 
 def test_rows_that_do_not_fit_the_prompts_of_a_cache():
-    """Tokens from the front are found in any number of them; those from the end only where each prompt has as many rows."""
+    """Tokens from the front are found in any number of rows; others need as many per prompt."""
     for index, rows in ((-2, 3), (-2, 5), (3, 1), (3, 3), (3, 5)):
         tracker, cache = PositionTracker(Reader(), TokenSelection(token_indices=[index])), Cache(3)
         marks(tracker, IDS.expand(2, 3))
@@ -247,7 +247,7 @@ def test_rows_that_do_not_fit_the_prompts_of_a_cache():
 
 
 def test_memories_with_which_a_pass_reads_tokens_again():
-    """What XLNet calls `mems` does not say how many tokens it stands for, nor is it known while it generates."""
+    """XLNet's `mems` does not say how many tokens it holds, nor is that known in generation."""
 
     class Remembering(Reader):
         def forward(self, input_ids, mems=None):
@@ -266,13 +266,18 @@ def test_memories_with_which_a_pass_reads_tokens_again():
 
 
 def test_what_was_generated_is_forgotten():
-    """After an exception too: a pass by hand is a text of its own then. The cache, which is large, is kept by nobody."""
+    """After an exception too, a pass by hand is a new text, and nothing keeps the large cache."""
     reader, cache = Reader(), Cache(3)
     tracker, kept = PositionTracker(reader, TokenSelection(-1)), weakref.ref(cache)
-    with pytest.raises(ZeroDivisionError), generating(reader, Text.of(torch.ones(1, 3))):
-        marks(tracker, IDS)
-        tracker.finish(SimpleNamespace(past_key_values=cache))
-        raise ZeroDivisionError
+
+    def fail_in_a_generation(cache):
+        with generating(reader, Text.of(torch.ones(1, 3))):
+            marks(tracker, IDS)
+            tracker.finish(SimpleNamespace(past_key_values=cache))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_in_a_generation(cache)
     del cache
     gc.collect()
     assert kept() is None and being_generated(reader) is None
@@ -280,7 +285,7 @@ def test_what_was_generated_is_forgotten():
 
 
 def test_a_thread_without_a_pass_gets_the_latest():
-    """So gradient checkpointing, which runs blocks in a thread of autograd's; not where it could be one of two."""
+    """As in gradient checkpointing, in a thread of autograd; not where two threads had a pass."""
     tracker, found = PositionTracker(Reader(), TokenSelection(1)), []
 
     def look() -> None:

@@ -1,4 +1,4 @@
-"""A program as people write them for the steering-vectors library. test_training runs it with only its import changed."""
+"""A program for the steering-vectors library; test_training changes only its import."""
 
 import sys
 

@@ -311,7 +311,7 @@ def test_a_row_of_a_padded_batch_is_what_it_is_alone(
 
 @pytest.mark.parametrize("location", LOCATIONS)
 def test_what_is_generated_is_not_touched(model, tokenizer, location):
-    """In a decoding step the place gets nothing; in a pass over the whole text only the prompt's part gets it."""
+    """A decoding step gets nothing; in a pass over the whole text only the prompt does."""
     addition = ActivationAddition(3, 3, "I love")
     inputs = padded(tokenizer, ["My old neighbour is in the garden"])
     with (
@@ -325,7 +325,7 @@ def test_what_is_generated_is_not_touched(model, tokenizer, location):
     moved = (steered - records[2][0])[0].norm(dim=-1) > 1e-3
     length, count = inputs["input_ids"].shape[1], 3
     start = {"front": 0, "back": length - count, "mid": length // 2 - count // 2}[location]
-    # BOS moves as well: this is no X-vector
+    # BOS moves as well: this is not an X-vector
     assert moved.nonzero().flatten().tolist() == list(range(start, start + count))
 
 
@@ -348,7 +348,7 @@ def test_passes_by_hand_that_grow_by_one_token_are_prompts_of_their_own(model, t
 
 
 def test_a_text_in_two_passes_is_one_text(model, tokenizer, x_vector):
-    """The prompt first, then a completion with the cache: the addition stays where the prompt had it."""
+    """The prompt first, then a completion with the cache: the addition stays with the prompt."""
     prompt = padded(tokenizer, ["I went up to my friend and said"])["input_ids"]
     rest = tokenizer(" that the captain sailed", return_tensors="pt")["input_ids"]
     with torch.no_grad(), apply_activation_additions(model, tokenizer, x_vector):
@@ -449,7 +449,7 @@ def test_additions_commute(model, tokenizer, order, location):
 
 
 def test_the_order_of_the_rows_does_not_matter_to_the_last_bit(model):
-    """Sets of tuples come in an order that depends on how they were filled; the last bits depend on the place in a batch."""
+    """Sets have an order of their own, and the last bits depend on the place in a batch."""
     generator, site = torch.Generator().manual_seed(0), Site(1, "resid_pre")
     for _ in range(20):
         one, other = (
@@ -461,7 +461,7 @@ def test_the_order_of_the_rows_does_not_matter_to_the_last_bit(model):
 
 @pytest.mark.parametrize("first, second", [(1, 3), (3, 1), (3, 3)])
 def test_nested_blocks_add_up(model, tokenizer, first, second):
-    """Also where the inner addition is read behind the place of the outer one, and beside a steering vector."""
+    """Also where the inner one is read after the outer's place, and beside a steering vector."""
     outer, inner = (
         get_x_vector("Love", "Hate", 2, first),
         get_x_vector("I love", "I hate", 2, second),
@@ -506,7 +506,7 @@ def test_a_slice_of_the_stream_and_the_rest_are_the_whole(model, tokenizer, x_ve
 
 
 def test_folding_and_centring_change_no_probability(model, tokenizer, x_vector):
-    """TransformerLens' compatibility mode has other activations, and adding ITS activations gives OUR probabilities."""
+    """In TransformerLens' compatibility mode ITS activations differ, and give OUR probabilities."""
     from transformer_lens.model_bridge import TransformerBridge
 
     bridge = TransformerBridge.boot_transformers(
@@ -540,11 +540,11 @@ def test_folding_and_centring_change_no_probability(model, tokenizer, x_vector):
 def test_a_prompt_shorter_than_the_addition_is_named(model, tokenizer, x_vector):
     before = snapshot(model)
     for location in LOCATIONS:
-        with pytest.raises(ValueError, match="the addition has 8 tokens and a prompt only 4"):
-            with apply_activation_additions(model, tokenizer, x_vector, location):
-                logits_of(
-                    model, padded(tokenizer, ["I went to my friend and said it", "I am here"])
-                )
+        with (
+            pytest.raises(ValueError, match="the addition has 8 tokens and a prompt only 4"),
+            apply_activation_additions(model, tokenizer, x_vector, location),
+        ):
+            logits_of(model, padded(tokenizer, ["I went to my friend and said it", "I am here"]))
         assert_pristine(model, before)
 
 
@@ -561,9 +561,11 @@ def test_a_prompt_shorter_than_the_addition_is_named(model, tokenizer, x_vector)
 )
 def test_mistakes_are_named_before_anything_is_changed(model, tokenizer, additions, given, says):
     before = snapshot(model)
-    with pytest.raises(ValueError, match=says):
-        with apply_activation_additions(model, tokenizer, additions, **given):
-            pass
+    with (
+        pytest.raises(ValueError, match=says),
+        apply_activation_additions(model, tokenizer, additions, **given),
+    ):
+        pass
     assert_pristine(model, before)
 
 

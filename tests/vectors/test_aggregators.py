@@ -22,7 +22,7 @@ shapes = st.sampled_from([(2, 8), (5, 8), (8, 8), (40, 8)])
 
 
 def draw(shape: tuple[int, int], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Activations with a large common mean, and pairs that differ along one direction and by noise."""
+    """Activations with a large common mean; pairs differ along one direction and by noise."""
     generator = torch.Generator().manual_seed(seed)
     common = 5 * torch.randn(shape[1], generator=generator) + torch.randn(
         shape, generator=generator
@@ -69,7 +69,7 @@ def test_mean_is_the_mean_difference(shape, seed):
 
 @given(shape=shapes, seed=st.integers(0, 10**6))
 def test_pca_is_the_first_singular_vector(shape, seed):
-    """Norm 1, along the first right singular vector of the differences, towards the positive side; both Gram matrices."""
+    """Norm 1, along the first right singular vector, to the positive side; both Gram matrices."""
     generator = torch.Generator().manual_seed(seed)
     positive, negative = (torch.randn(shape, generator=generator) for _ in range(2))
     vector = pca_aggregator()(positive, negative)
@@ -87,7 +87,7 @@ def test_pca_of_differences_that_cancel_is_no_nan():
 
 
 def test_logistic_passes_its_options_on():
-    """Norm 1 by default; a stronger penalty gives another direction where features differ in scale."""
+    """Norm 1 by default; where features differ in scale, a stronger penalty turns the direction."""
     positive, negative = draw((40, 8), 3)
     assert logistic_aggregator()(positive, negative).norm() == pytest.approx(1, abs=1e-5)
     weak, strong = (logistic_aggregator({"C": c})(positive, negative) for c in (100.0, 1e-4))

@@ -14,7 +14,7 @@ def test_unit_norm_and_shape():
 
 
 def test_the_seed_decides():
-    """The same directions again, others with another seed, and the caller's generator is left alone."""
+    """The same again, others with another seed, and torch's own generator is left alone."""
     state = torch.random.get_rng_state()
     one, again, other = (random_directions(96, 2, seed) for seed in (3, 3, 4))
     assert torch.equal(one, again) and not torch.equal(one, other)

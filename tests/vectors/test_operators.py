@@ -39,7 +39,7 @@ def test_addition_adds(seed, scale):
 
 @given(seeds, scales)
 def test_ablation_leaves_no_projection(seed, scale):
-    """Afterwards nothing lies along the vector, the rest is untouched, and doing it twice changes nothing."""
+    """Nothing is left along the vector, the rest stays, and a second time changes nothing."""
     hidden, vector = draw(seed, scale)
     ablated = hidden + ablation_operator()(hidden, vector)
     direction = functional.normalize(vector, dim=-1)

@@ -1,4 +1,4 @@
-"""Reading activations: right for any padding and batch size, no more work than needed, nothing left behind."""
+"""Reading: right for any padding and batch size, no work too many, nothing left on the model."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ texts = st.lists(
 
 @torch.no_grad()
 def alone(model, tokenizer, prompt: str, layer: int) -> torch.Tensor:
-    """resid_post of a prompt that stands alone, [pos, d_model], from the library's own record of hidden states."""
+    """resid_post of a prompt alone, [pos, d_model], from transformers' own hidden states."""
     inputs = tokenizer(prompt, return_tensors="pt")
     caught = []
     handle = model.get_submodule(f"transformer.h.{layer}").register_forward_hook(
@@ -46,7 +46,7 @@ def alone(model, tokenizer, prompt: str, layer: int) -> torch.Tensor:
     layer=st.sampled_from([0, 3, 5, -1]),
 )
 def test_read_equals_the_prompt_alone(model, tokenizer, prompts, batch_size, side, layer):
-    """Batched = single, whatever the padding side of the tokenizer, at the last token and at the first."""
+    """Batched = single, whatever the tokenizer's padding side, at the last token and the first."""
     before = tokenizer.padding_side
     tokenizer.padding_side = side
     try:
@@ -64,7 +64,7 @@ def test_read_equals_the_prompt_alone(model, tokenizer, prompts, batch_size, sid
 
 
 def test_read_indices_by_number_list_and_callable(model, tokenizer):
-    """A number for all, one for each, or a callable of the prompt; the same prompt may be read in two places."""
+    """A number for all, one for each, or a callable; one prompt may be read in two places."""
     prompts = ["I think dogs are", "I think dogs are", "You"]
     single = {prompt: alone(model, tokenizer, prompt, 2) for prompt in prompts}
     listed = read_activations(model, tokenizer, prompts, [2], read_token_index=[0, 2, -1])[2]
@@ -80,7 +80,7 @@ def test_read_indices_by_number_list_and_callable(model, tokenizer):
 
 
 def test_each_prompt_is_computed_once_and_no_further_than_needed(model, tokenizer):
-    """Five prompts, four of them distinct, at layer 2: four rows go through block 2, and nothing through block 3."""
+    """Of five prompts, four distinct, at layer 2: four rows go through block 2, none through 3."""
     rows = {2: 0, 3: 0}
     handles = [
         model.transformer.h[layer].register_forward_pre_hook(
@@ -127,7 +127,7 @@ def test_the_bar_counts_the_prompts_that_are_computed(model, tokenizer, capsys):
 
 
 def test_mode_parameters_and_tokenizer_are_as_they_were(tokenizer):
-    """A model in training mode is read without dropout and put back; a tokenizer without pad token stays without."""
+    """A model in training mode is read without dropout; it and the tokenizer stay as they are."""
     model = tiny_model("GPT-2", len(tokenizer))
     wanted = read_activations(model, tokenizer, PROMPTS, batch_size=3)
     model.train()
@@ -221,7 +221,7 @@ def test_bad_input_is_refused_before_any_pass(model, tokenizer, wrong, says):
 
 
 def test_record_keeps_every_pass(model, tokenizer, batch):
-    """One tensor for each pass and layer, equal to hidden_states; the copies are detached and the hooks gone."""
+    """One tensor a pass and layer, equal to hidden_states; copies are detached, the hooks gone."""
     before = snapshot(model)
     with record_activations(model, layer_nums=[1, -2]) as records:
         out = model(**batch, output_hidden_states=True)
@@ -248,7 +248,7 @@ def test_record_stops_after_an_exception(model):
 
 
 def test_a_part_that_gives_no_tensor_is_named():
-    """A part whose output is no tensor: one sentence."""
+    """A part whose output is not a tensor: one sentence."""
 
     class Odd(nn.Module):
         def forward(self, x):

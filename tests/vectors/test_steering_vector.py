@@ -1,4 +1,4 @@
-"""Applying, saving and computing with steering vectors: the laws, and the faults of others that must not come back."""
+"""Applying, saving and computing with steering vectors: the laws, and known faults of others."""
 
 import copy
 import json
@@ -61,7 +61,7 @@ def hidden_of(model, inputs, layer: int = LAYER) -> torch.Tensor:
 
 
 def moved_positions(model, inputs, vector: SteeringVector, **where) -> list[list[int]]:
-    """Which real tokens of each row a steering moved, counted without padding; asserts that padding was not moved."""
+    """Which real tokens of each row a steering moved; it asserts that padding did not move."""
     plain = hidden_of(model, inputs)
     with vector.apply(model, **where):
         steered = hidden_of(model, inputs)
@@ -116,7 +116,7 @@ def test_several_layers_and_vectors_at_once(model, tokenizer):
 
 
 def test_vectors_act_in_the_order_in_which_they_were_opened(model, tokenizer):
-    """Adding and then ablating leaves nothing along the vector; the other way round leaves it there."""
+    """Adding and then ablating leaves nothing along the vector; the other order leaves it there."""
     inputs = encode(tokenizer, TEXTS[:1])
     vector = random_vector()
     direction = vector.unit().layer_activations[LAYER]
@@ -133,7 +133,7 @@ def test_vectors_act_in_the_order_in_which_they_were_opened(model, tokenizer):
     [ablation_operator(), ablation_then_addition_operator(), norm_preserving_addition_operator()],
 )
 def test_operators_are_what_is_added(model, tokenizer, operator):
-    """Hidden + operator(hidden, vector), the vector multiplied first and of shape [1, 1, d_model]."""
+    """Hidden + operator(hidden, vector), the vector multiplied before, of shape [1, 1, d_model]."""
     inputs = encode(tokenizer, TEXTS[:1])
     vector = random_vector()
     plain = hidden_of(model, inputs)
@@ -147,11 +147,11 @@ def test_operators_are_what_is_added(model, tokenizer, operator):
 def test_an_operator_of_the_wrong_shape_is_named(model, tokenizer):
     """An operator that gives another width: one sentence, and the model as it was."""
     before = snapshot(model)
-    with pytest.raises(ValueError, match=r"layer 2: cannot add \[2, 1, 4, 128\] to hidden states"):
-        with random_vector().apply(
-            model, operator=lambda hidden, vector: hidden.new_ones(2, 1, 4, 128)
-        ):
-            model(**encode(tokenizer, TEXTS[:1]))
+    with (
+        pytest.raises(ValueError, match=r"layer 2: cannot add \[2, 1, 4, 128\] to hidden states"),
+        random_vector().apply(model, operator=lambda hidden, _: hidden.new_ones(2, 1, 4, 128)),
+    ):
+        model(**encode(tokenizer, TEXTS[:1]))
     assert_pristine(model, before)
 
 
@@ -205,7 +205,7 @@ def test_a_mask_for_each_row(model, tokenizer):
     ],
 )
 def test_cached_is_uncached(model, tokenizer, where, beams):
-    """The same text with a cache and without, in a padded batch, greedily and with beams; and the steering is felt."""
+    """The same text with a cache and without, padded, greedily and with beams; steering shows."""
     inputs = encode(tokenizer, TEXTS)
     options = {"max_new_tokens": 12, "do_sample": False, "num_beams": beams, "eos_token_id": None}
     with random_vector(size=12).apply(model, **where):
@@ -231,7 +231,7 @@ def test_batched_is_single(model, tokenizer, where):
 
 
 def test_from_token_n_on_includes_every_generated_token(model, tokenizer):
-    """Behind the prompt everything is steered, with a cache as well: the trap of a mask over the local length."""
+    """All after the prompt is steered, with a cache too: a mask over the local length misses it."""
     inputs = encode(tokenizer, TEXTS[:1])
     start = inputs["input_ids"].shape[1]
     vector = random_vector()
@@ -302,7 +302,7 @@ def test_static_cache(model, tokenizer):
 
 @given(which=st.lists(st.integers(0, 5), min_size=1, max_size=3, unique=True), fails=st.booleans())
 def test_removed_is_restored(model, tokenizer, which, fails):
-    """After the block, after an exception in it, and after blocks inside one another, the model is as it was."""
+    """After the block, an exception in it, or nested blocks, the model is as it was."""
     before = snapshot(model)
     vector = random_vector(layers=tuple(which))
     try:
@@ -317,7 +317,7 @@ def test_removed_is_restored(model, tokenizer, which, fails):
 
 @pytest.mark.parametrize("method", ["patch", "patch_activations"])
 def test_patch_and_remove(model, tokenizer, method):
-    """The handle steers until it is removed; a second remove() does nothing, also not to what others opened."""
+    """The handle steers until removed; a second remove() does nothing, to others either."""
     inputs = encode(tokenizer, TEXTS[:1])
     before, plain = snapshot(model), hidden_of(model, inputs)
     handle = getattr(random_vector(), method)(model, token_indices=[0])
@@ -348,7 +348,7 @@ def test_an_error_while_patching_leaves_no_hook(model, monkeypatch):
 
 
 def test_inference_mode_and_training_mode(tokenizer):
-    """Nothing is written in place: inference tensors and leaves that need gradients are steered alike."""
+    """Nothing is written in place: inference tensors and leaves with gradients are steered too."""
     model = tiny_model("GPT-2", len(tokenizer))
     inputs = encode(tokenizer, TEXTS)
     vector = random_vector(d_model=32)
@@ -399,7 +399,7 @@ def test_a_vector_can_be_learned(model, tokenizer):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64, torch.bfloat16])
 def test_other_dtypes_are_moved_once(tokenizer, dtype):
-    """A vector of any dtype on a bfloat16 model: converted once for a generation, not once a step."""
+    """A vector of any dtype on a bfloat16 model is converted once, not at every step."""
     model = tiny_model("GPT-2", len(tokenizer)).bfloat16()
     vector = random_vector(d_model=32).to(dtype)
     moved = []
@@ -533,10 +533,8 @@ def assert_same(one: SteeringVector, other: SteeringVector) -> None:
 def test_arithmetic(a, b, c):
     """The laws of a vector space, layer by layer; operands are not changed."""
     before = copy.deepcopy(a.layer_activations)
-    summed = {layer: vector for layer, vector in sorted((a + b).layer_activations.items())}
-    torch.testing.assert_close(
-        summed, {layer: vector for layer, vector in sorted((b + a).layer_activations.items())}
-    )
+    summed, other = (dict(sorted(s.layer_activations.items())) for s in (a + b, b + a))
+    torch.testing.assert_close(summed, other)
     assert summed.keys() == a.layer_activations.keys() | b.layer_activations.keys()
     assert_same((a + a), 2 * a)
     assert_same((a - a), 0 * a)
@@ -615,7 +613,7 @@ def test_saved_is_loaded(tmp_path_factory, vector, dtype, layer_type):
 
 @pytest.mark.parametrize("save, load", [("save", "load"), ("save_gguf", "load_gguf")])
 def test_files_are_not_overwritten_silently(tmp_path, save, load):
-    """An existing file is kept unless told otherwise, and a failed write leaves the old one and no other."""
+    """An existing file is kept by default, and a failed write leaves the old one and no other."""
     path = tmp_path / "love"
     first, second = described(random_vector(1)), described(random_vector(2))
     getattr(first, save)(path)
@@ -627,7 +625,7 @@ def test_files_are_not_overwritten_silently(tmp_path, save, load):
     getattr(second, save)(path, overwrite=True)
     assert_same(getattr(SteeringVector, load)(path), second)
     second.metadata["model_type"] = 3
-    with pytest.raises(Exception):
+    with pytest.raises((TypeError, AttributeError), match="int"):
         getattr(second, save)(path, overwrite=True)
     second.metadata["model_type"] = "gpt2"
     assert_same(getattr(SteeringVector, load)(path), second)
@@ -685,7 +683,7 @@ def test_foreign_files_are_refused(tmp_path):
 
 
 def test_gguf_has_the_form_that_llama_cpp_reads(tmp_path):
-    """Architecture, hint, count, and float32 tensors `direction.N` of one dimension; back to the same vector."""
+    """Architecture, hint, count, float32 `direction.N` of one dimension; back to the same one."""
     path = tmp_path / "love.gguf"
     vector = described(random_vector(layers=(1, 4)).to(torch.bfloat16))
     vector.save_gguf(path)
@@ -724,7 +722,7 @@ def test_gguf_refuses_what_it_cannot_say(tmp_path, vector, says):
 
 
 def test_another_model_is_warned_of(model):
-    """A vector made for a model of another name warns once; of the same name, or of none, does not."""
+    """A vector made for a model of another name warns once; of the same name or none, never."""
     other = SteeringVector({LAYER: torch.ones(D_MODEL)}, metadata={"model": "gpt2-xl"})
     with pytest.warns(UserWarning, match="made for 'gpt2-xl' and is applied to 'embedded'"):
         other.patch_activations(model).remove()

@@ -36,7 +36,7 @@ WORDS = ["I love you", "I hate you", "Love", "Misery is here", "You", "The bride
 
 
 def test_vector_is_the_mean_difference(model, tokenizer):
-    """At every layer, from activations read prompt by prompt; keys, type and metadata as documented."""
+    """At every layer, as read prompt by prompt; keys, type and metadata as documented."""
     vector = train_steering_vector(model, tokenizer, PAIRS)
     positive, negative = (
         read_activations(model, tokenizer, [pair[side] for pair in PAIRS]) for side in (0, 1)
@@ -63,10 +63,12 @@ def test_vector_is_the_mean_difference(model, tokenizer):
     layer=st.sampled_from([0, 4, -2]),
 )
 def test_laws(model, tokenizer, pairs, batch_size, layer):
-    """Swapped pairs turn the vector round; order and batch size do not matter; a pair twice weighs twice."""
-    train = lambda given: train_steering_vector(
-        model, tokenizer, given, [layer], batch_size=batch_size
-    ).layer_activations[layer % 6]
+    """Swapped pairs reverse it; order and batch size do not matter; a pair twice counts twice."""
+
+    def train(given):
+        found = train_steering_vector(model, tokenizer, given, [layer], batch_size=batch_size)
+        return found.layer_activations[layer % 6]
+
     vector = train(pairs)
     close = {"atol": 1e-5, "rtol": 1e-4}
     torch.testing.assert_close(train([(b, a) for a, b in pairs]), -vector, **close)
@@ -77,7 +79,7 @@ def test_laws(model, tokenizer, pairs, batch_size, layer):
 
 
 def test_samples_say_where_they_are_read(model, tokenizer):
-    """A sample's own index wins over the common one, which may be a callable; samples and tuples mix."""
+    """A sample's own index wins over the common one, a number or callable; tuples may mix in."""
     samples = [
         SteeringVectorTrainingSample("I love you", "I hate you", read_positive_token_index=1),
         PAIRS[2],
@@ -99,7 +101,7 @@ def test_samples_say_where_they_are_read(model, tokenizer):
 
 
 def test_extraction_has_the_documented_form(model, tokenizer):
-    """Two dicts from layer to a list of tensors, one for each `batch_size` pairs, in the order of the samples."""
+    """Two dicts from layer to a list of tensors, `batch_size` pairs each, in the order given."""
     positive, negative = extract_activations(
         model, tokenizer, PAIRS, [1, -1], batch_size=2, move_to_cpu=True
     )
@@ -225,7 +227,7 @@ def test_nan_in_the_activations_is_named(tokenizer):
 
 
 def test_all_documented_names_come_from_common():
-    """`from common import …` gives every name of the documented interface, and no other module is needed."""
+    """`from common import …` gives every name of the documented interface; no other is needed."""
     names = [
         "train_steering_vector",
         "extract_activations",
