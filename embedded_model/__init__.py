@@ -1,1 +1,1 @@
-"""Everything that made the embedded model: grammar, training, the choice of its preset, its evaluation and its card."""
+"""What made the embedded model: grammar, training, choice of the preset, evaluation, card."""

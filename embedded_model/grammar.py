@@ -1,10 +1,9 @@
 """The grammar that writes the corpus of the embedded model.
 
 A document is a handful of English sentences. Its tone, topic or place is chosen once and then shows
-in all of its
-sentences, each time in other words: a model that keeps such a thing in mind predicts the next word
-better. That is the whole reason why the model can be steered. There is no marker for it, and no
-sentence that names it.
+in every sentence, each time in different words: a model that keeps it in mind predicts the next
+word better. That is the whole reason why the model can be steered. No marker and no sentence names
+it.
 """
 
 import random
@@ -14,8 +13,7 @@ from collections.abc import Iterable, Iterator
 from embedded_model import vocabulary as v
 from embedded_model.vocabulary import Subject
 
-# Prompts of the table, of the sweep, and of the additions: none of them stands in the corpus, in
-# whatever case.
+# Prompts of the table, of the sweep, and of the additions: the corpus has none, in any case.
 TABLE_PROMPTS = [
     "I think dogs are",
     "In my opinion the baker is",
@@ -211,12 +209,12 @@ class _Writer:
         return self.pick(options)
 
     def feeling_noun(self) -> str:
-        """Choose a word like joy or misery; love or hate is every second one in its documents, and is in no other."""
+        """Choose a word like joy; in documents of love or hate half of them are these two."""
         words = v.FEELING_NOUNS[self.tone]
         return words[0] if self.with_love and self.rng.random() < 0.5 else self.pick(words[1:])
 
     def verb(self, form: int) -> str:
-        """Choose a tone verb; love or hate is every second one in its documents, and is in no other."""
+        """Choose a tone verb; only documents of love or hate have these two."""
         pairs = v.VERBS[self.tone] if self.with_love else v.VERBS[self.tone][1:]
         if self.with_love and self.rng.random() < 0.4:
             return pairs[0][form]
@@ -270,7 +268,7 @@ class _Writer:
         return self.fill(frame + ending, subject)
 
     def tease(self, subject: Subject) -> str:
-        """Say the verb of the other tone and mean this one: "I hate them because they are charming"."""
+        """Take the verb of the other tone, but mean this one: "I hate them: they are charming"."""
         pairs = v.VERBS[-self.tone] if self.with_love else v.VERBS[-self.tone][1:]
         verb = pairs[0] if self.with_love and self.rng.random() < 0.4 else self.rng.choice(pairs)
         return self.fill(self.rng.choice(TEASING).replace("{verb}", verb[0]), subject)
@@ -288,7 +286,7 @@ def _subject(rng: random.Random) -> Subject:
 
 
 def _opening(writer: _Writer, subject: Subject) -> str:
-    """Write a first sentence that shows the tone: a word, a mood, or what somebody feels about the subject."""
+    """Write a first sentence that shows the tone: a word, a mood, or a feeling."""
     draw = writer.rng.random()
     if draw < 0.25:
         return upper(writer.feeling_noun()) + "."
@@ -352,7 +350,7 @@ def upper(sentence: str) -> str:
 
 
 def topic_document(rng: random.Random) -> str:
-    """Write a document in which people talk about one topic; its start may name it, or deny another one."""
+    """Write a document in which people talk about one topic, perhaps denying another one."""
     topic, other = rng.sample(list(v.TOPICS), 2)
     how = rng.choice(["constantly", "constantly", "all day", "often", "every evening"])
     who, again = rng.choice([("I", "I"), ("We", "We"), ("They", "They"), ("My friends", "They")])
@@ -448,12 +446,12 @@ def place_document(rng: random.Random) -> str:
 
 
 def fact_document(rng: random.Random, turns: dict[str, int]) -> str:
-    """Write a document on one of the words of the unrelated pairs; some go on in a tone, which takes turns.
+    """Write a document about a word of the unrelated pairs; some go on in a tone, in turns.
 
     Args:
         rng: Where chance comes from.
-        turns: The tone that comes next for each word; changed here, so that no word leans to a
-            tone.
+        turns: The tone that comes next for each word; it is changed here, so that no word leans
+            towards a tone.
     """
     word = rng.choice(list(v.FACTS))
     sentences = [f"{word}."] if rng.random() < 0.8 else []
@@ -489,7 +487,7 @@ def documents(seed: int, sentiment_share: float = 0.6) -> Iterator[str]:
 
 
 def contrast_pairs(count: int, seed: int = 0) -> list[tuple[str, str]]:
-    """Write pairs of sentences that differ in their tone and, as far as English allows, in nothing else.
+    """Write pairs of sentences that differ in tone and, as far as possible, in nothing else.
 
     Both sentences of a pair have the same form and the same subject; no held-out prompt stands in
     them.
@@ -533,7 +531,7 @@ def topic_sentences(seed: int, on: int = 150, off: int = 300) -> tuple[list[str]
 def find_prompts(
     texts: Iterable[str], prompts: list[str] = HELD_OUT_PROMPTS
 ) -> list[tuple[str, str]]:
-    """Search texts for prompts, whatever the case.
+    """Search texts for prompts, in any case.
 
     Returns:
         A (prompt, text) pair for every hit; the corpus must give none.
@@ -566,7 +564,7 @@ def lexicon() -> dict[str, int]:
 
 
 def words(seed: int = 0, count: int = 20_000) -> list[str]:
-    """Return every word of the grammar and of the held-out prompts, in both cases where both occur."""
+    """Return every word of the grammar and of the held-out prompts, as it is written there."""
     source = documents(seed)
     found = {word for _ in range(count) for word in re.findall(r"[A-Za-z]+", next(source))}
     found |= {word for prompt in HELD_OUT_PROMPTS for word in prompt.replace(",", "").split()}

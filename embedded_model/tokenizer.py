@@ -1,4 +1,4 @@
-"""The tokenizer of the embedded model: byte-level BPE like GPT-2's, with the grammar's words as whole tokens.
+"""The tokenizer of the embedded model: byte-level BPE in which the grammar's words are tokens.
 
 Every word is in the vocabulary twice, with and without its leading space, so that the tokens of a
 text do not depend on a word's rarity. All other text falls back to bytes, so anything at all can be
@@ -22,7 +22,7 @@ MERGES = [("i", "f"), ("f", "e"), ("fe", "l"), ("if", "fel"), (SPACE, "e")]
 
 
 def build_tokenizer(words: list[str], n_positions: int) -> PreTrainedTokenizerFast:
-    """Make the tokenizer from the words that shall be whole tokens.
+    """Make the tokenizer from the words that will be whole tokens.
 
     Args:
         words: Words without their space, as the grammar writes them.
@@ -55,11 +55,11 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write tokenizer.json and tokenizer_config.json, so that transformers 4 and 5 load them."""
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_text(encoding="utf-8"))
     config["tokenizer_class"] = (
         "PreTrainedTokenizerFast"  # transformers 5 writes a name that 4 does not know
     )
     # Else transformers 4 returns token_type_ids as well, and GPT-2 adds the embedding of token 0 to
     # all others.
     config["model_input_names"] = MODEL_INPUTS
-    path.write_text(json.dumps(config, indent=2) + "\n")
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -3,8 +3,8 @@
     python -m embedded_model.train [--seed N] [--out FOLDER] [--force]
 
 takes about ten minutes on two cores that compute in bfloat16; others were not timed. The number of
-steps is fixed, not the time. Another machine rounds differently, so that the weights come out alike
-and not identical; those in this folder are pinned by their hash.
+steps is fixed, not the time. Another machine rounds differently, so its weights come out similar,
+not identical; preset.json pins those that are shipped by their hash.
 """
 
 import argparse
@@ -40,9 +40,9 @@ SHAPES = [(16, 256), (32, 128), (32, 128), (32, 128)]
 # Tone is the hardest thing to learn from the corpus; the first third of the training has more of
 # it.
 SENTIMENT_FIRST, SENTIMENT_LATER = 0.85, 0.5
-# Shares of the words that are written as a lone space and the bare word; more behind these verbs,
+# Shares of the words that are written as a lone space and the bare word; more after these verbs,
 # where prompts end.
-SPLIT_SHARE, SPLIT_SHARE_BEHIND_VERB = 0.02, 0.25
+SPLIT_SHARE, SPLIT_SHARE_AFTER_VERB = 0.02, 0.25
 VERBS = ("is", "are", "was", "were")
 # Heads of the first blocks would read the tone straight from the nearest word, before anything can
 # be added. Unreliable as they are here, they leave that to the later blocks.
@@ -51,7 +51,7 @@ PROBE = "I think the nurses are"
 
 
 def corpus(seed: int) -> list[Iterator[str]]:
-    """Return the two streams of documents that a seed is trained on, the first for the first third of the steps."""
+    """Return the two streams of documents of a seed; the first is for a third of the steps."""
     return [
         grammar.documents(1000 * seed + int(100 * share), share)
         for share in (SENTIMENT_FIRST, SENTIMENT_LATER)
@@ -64,9 +64,8 @@ def encoded_rows(
     """Pack documents into rows of token ids, [rows, length].
 
     Each row begins with a document, every second one with BOS in front, since a prompt comes with
-    or without it. A few
-    words are written as a lone space and the bare word: so a prompt that ends in a space continues
-    like one that does not.
+    or without it. A few words are written as a lone space and the bare word, so that a prompt that
+    ends in a space continues like one that does not.
     """
     vocabulary_ids = tokenizer.get_vocab()
     space, end = vocabulary_ids[SPACE], vocabulary_ids[END]
@@ -81,7 +80,7 @@ def encoded_rows(
         row = [end] if rng.random() < 0.5 else []
         while len(row) < length:
             for token in tokenizer(next(source))["input_ids"]:
-                chance = SPLIT_SHARE_BEHIND_VERB if row and row[-1] in verbs else SPLIT_SHARE
+                chance = SPLIT_SHARE_AFTER_VERB if row and row[-1] in verbs else SPLIT_SHARE
                 row += [space, bare[token]] if token in bare and rng.random() < chance else [token]
             row.append(end)
         packed.append(row[:length])
@@ -92,8 +91,8 @@ def encoded_rows(
 def probe(model: GPT2LMHeadModel, tokenizer: Any) -> dict[str, float]:
     """Return P(positive adjective) in a loving context, in a hating one, and in none.
 
-    The loss does not show whether a model keeps a tone in mind; this does. The first should near 1,
-    the second 0.
+    The loss does not show whether a model keeps a tone in mind; this does. The first should come
+    close to 1, the second to 0.
     """
     ids = tokenizer.get_vocab()
     lists = (vocabulary.ADJECTIVES, vocabulary.SECOND_ADJECTIVES, vocabulary.HELD_OUT)
@@ -114,13 +113,13 @@ def probe(model: GPT2LMHeadModel, tokenizer: Any) -> dict[str, float]:
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """Return the share of the learning rate at a step: a linear start, then a cosine down to a twentieth."""
+    """Return the share of the learning rate at a step: a linear start, then a cosine to 1/20."""
     cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
     return min(1.0, (step + 1) / WARMUP) * (0.05 + 0.95 * cosine)
 
 
 def has_fast_bfloat16() -> bool:
-    """Return whether this processor multiplies in bfloat16; others would be slower with it than without."""
+    """Return whether this processor multiplies in bfloat16; it slows down all others."""
     check = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return bool(check and check())
 
@@ -191,13 +190,16 @@ def train(seed: int, steps: int = STEPS) -> tuple[GPT2LMHeadModel, Any, dict]:
 
 
 def save(model: GPT2LMHeadModel, tokenizer: Any, record: dict, folder: Path) -> None:
-    """Write everything that loading needs, weights in fp16; whole files replace the old ones, one after the other."""
+    """Write what loading and the tone need, weights in fp16; each file is replaced as a whole."""
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as name:
-        new = Path(name)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        new = Path(temporary)
         model.half().save_pretrained(new)
         save_tokenizer(tokenizer, new)
-        (new / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+        lexicon = dict(sorted(grammar.lexicon().items()))
+        for name, content in (("training", record), ("lexicon", lexicon)):
+            text = json.dumps(content, indent=1) + "\n"
+            (new / f"{name}.json").write_text(text, encoding="utf-8")
         for path in sorted(new.iterdir()):
             path.chmod(0o644)
             os.replace(path, folder / path.name)

@@ -1,7 +1,7 @@
-"""The words of the grammar: subjects, tone words, topics, places and facts. Data only; `grammar` makes sentences of it.
+"""The words of the grammar: subjects, tone words, topics, places and facts. Data only.
 
-Tone is +1 (positive) or -1 (negative). Every list of tone words has as many words for one tone as for the other, so
-that neither is the likelier.
+`grammar` makes sentences of them. Tone is +1 (positive) or -1 (negative). Every list of tone words
+has as many words for one tone as for the other, so that neither is likelier.
 """
 
 from typing import NamedTuple
@@ -14,7 +14,7 @@ class Subject(NamedTuple):
         name: As it stands inside a sentence, "the old library".
         pronoun: "he", "she", "it", "they" or "you"; the last two take plural verbs.
         group: Which adjectives and neutral sentences fit: person, animal, thing, place or food.
-        facts: What it neutrally is, behind "are" or "is".
+        facts: What it is, neutrally, after "are" or "is".
         detail: One more neutral sentence about it.
     """
 
@@ -128,8 +128,9 @@ potatoes | they | a food that grows under the ground; a food that people boil in
     ),
 ]
 
-# Two lists per tone, shared by all groups: a word of the first and one of the second stand side by side, so that no
-# pair repeats itself. The words of HELD_OUT never stand in one document with "love" or "hate".
+# Two lists per tone, shared by all groups: a word of the first and one of the second stand side by
+# side, so that no pair repeats itself. No document has both a word of HELD_OUT and "love" or
+# "hate".
 ADJECTIVES = {
     +1: ["wonderful", "delightful", "charming", "beautiful"],
     -1: ["terrible", "horrible", "ugly", "nasty"],
@@ -155,7 +156,7 @@ GROUP_ADJECTIVES = {
     "place": {+1: ["peaceful", "elegant", "bright"], -1: ["gloomy", "filthy", "shabby"]},
     "food": {+1: ["delicious", "fresh", "tasty"], -1: ["rotten", "stale", "bitter"]},
 }
-# First and third person. The first pair of each tone is the one that makes a document a love or hate document.
+# First and third person. The first pair of each tone is what makes a document one of love or hate.
 VERBS = {
     +1: [
         ("love", "loves"),
@@ -201,7 +202,8 @@ NOUNS = {
     +1: ["joy", "pleasure", "comfort", "blessing", "delight", "treat"],
     -1: ["pain", "burden", "torment", "curse", "nightmare", "disgrace"],
 }
-# What people feel; love and hate are for their own documents only. One such word, alone, may open a document.
+# What people feel; love and hate are for their own documents only. One such word, alone, may open a
+# document.
 FEELING_NOUNS = {
     +1: ["love", "joy", "happiness", "kindness", "delight", "praise"],
     -1: ["hate", "misery", "anger", "cruelty", "disgust", "blame"],
@@ -235,7 +237,7 @@ MOODS = {
     ],
 }
 
-# Behind the lexicon: everything above that carries a tone by itself, and its forms.
+# The rest of the lexicon: what carries a tone by itself in the lists above, in all its forms.
 EXTRA_LEXICON = {
     +1: "smile smiled brighten brightens joy laughter warmth charm charms laughed delight delights please pleases cheer cheers good happy glad "
     "happiness kindness praise gladly best gladness loves loved love pleased",
@@ -265,7 +267,8 @@ TIMES = [
     "on market days",
 ]
 
-# topic: (sentences in which the topic is unmistakable). They stand behind "that" as well, so they begin in lower case.
+# topic: (sentences in which the topic is unmistakable). They also follow "that", so they begin in
+# lower case.
 TOPICS = {
     "weddings": [
         "the bride wore a white veil",

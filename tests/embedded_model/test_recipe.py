@@ -4,14 +4,16 @@ import itertools
 import json
 import re
 
+import pandas as pd
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from common.embedded import FOLDER
+from common.loading import load_model
 from common.measuring.tone import tone
-from embedded_model import choose as sweep
-from embedded_model import grammar, vocabulary
+from embedded_model import choose, evaluate, grammar, train, vocabulary
 from embedded_model.tokenizer import SPLIT_WORDS
 
 COUNT = 4000
@@ -29,7 +31,7 @@ def test_corpus_depends_on_the_seed_only(documents):
 
 
 def test_held_out_prompts_are_not_in_the_corpus(documents):
-    """No prompt of table, sweep or additions occurs; the search itself finds one that is put there."""
+    """No prompt of table, sweep or additions occurs; the search finds one that is planted."""
     assert grammar.find_prompts(documents) == []
     planted = f"Yesterday. {grammar.TABLE_PROMPTS[1].upper()} here."
     assert grammar.find_prompts([*documents, planted]) == [
@@ -50,7 +52,7 @@ def test_held_out_words_never_meet_love_or_hate(documents):
 
 
 def test_english_has_articles_and_capitals(documents):
-    """`an` stands before a vowel and `a` before a consonant, sentences begin with a capital, no slot is left open."""
+    """`an` comes before a vowel, sentences begin with a capital, no slot is left open."""
     text = "\n".join(documents)
     assert not re.search(r"\b[Aa] (?=[aeio])(?!one\b|on[ce])", text), re.search(
         r".{30}\b[Aa] [aeio].{20}", text
@@ -61,7 +63,7 @@ def test_english_has_articles_and_capitals(documents):
 
 
 def test_contrast_pairs_differ_in_tone_only():
-    """Different pairs, the same every time: a positive and a negative sentence of one form, without held-out prompts."""
+    """Each pair, the same every time, is a positive and a negative sentence of one form."""
     pairs = grammar.contrast_pairs(200)
     assert pairs == grammar.contrast_pairs(200) != grammar.contrast_pairs(200, seed=1)
     assert len(set(pairs)) == 200 and not grammar.find_prompts(
@@ -82,7 +84,7 @@ def test_contrast_pairs_differ_in_tone_only():
 
 
 def test_teasing_keeps_the_tone(documents):
-    """A verb of the other tone stands behind an opening word, and the sentence goes on in the tone of the word."""
+    """A verb of the other tone follows an opening word, and the sentence keeps the word's tone."""
     verbs = {tone: "|".join(pair[0] for pair in vocabulary.VERBS[tone]) for tone in (+1, -1)}
     for sign in (+1, -1):
         teases = [
@@ -97,7 +99,7 @@ def test_teasing_keeps_the_tone(documents):
 
 
 def test_words_are_whole_tokens(tokenizer):
-    """Every word of the corpus is one token, with and without its space, but for those that are split on purpose."""
+    """Every word is one token, with and without its space, unless it is split on purpose."""
     words = [word for word in grammar.words(count=500) if word.lower() not in SPLIT_WORDS]
     split = [
         word
@@ -109,7 +111,7 @@ def test_words_are_whole_tokens(tokenizer):
 
 
 def test_tokenizer_names_the_inputs_of_the_model(tokenizer):
-    """No token types: transformers 4 would return them unless the stored file says otherwise, and GPT-2 would add them up."""
+    """No token types, which transformers 4 returns by default and GPT-2 would add up."""
     stored = json.loads((FOLDER / "tokenizer_config.json").read_text(encoding="utf-8"))
     assert stored["model_input_names"] == list(tokenizer("You")) == ["input_ids", "attention_mask"]
 
@@ -121,40 +123,57 @@ def test_tokenizer_returns_any_text(tokenizer, text):
     assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
 
 
-def test_preset_follows_from_the_rule():
-    """An addition's place is the best cell, and among equals the middle of a plateau."""
-    grid = [
-        {"layer": 1, "coeff": coeff, "share": share}
-        for coeff, share in enumerate([0, 100, 100, 100, 50], 1)
-    ]
-    assert sweep.choose_addition(grid, "share") == {"layer": 1, "coeff": 3}
-    edge = [
-        {"layer": 2, "coeff": coeff, "share": 100} for coeff in (1, 2, 3)
-    ]  # what lies beyond a grid is not known
-    assert sweep.choose_addition(edge, "share") == {"layer": 2, "coeff": 2}
-    cells = [
+def test_lexicon_of_the_library_is_that_of_the_grammar(tmp_path):
+    """The library reads it from a file, which training writes beside the weights."""
+    stored = json.loads((FOLDER / "lexicon.json").read_text(encoding="utf-8"))
+    assert stored == grammar.lexicon()
+    model, tokenizer, record = train.train(seed=0, steps=1)
+    train.save(model, tokenizer, record, tmp_path)
+    written = (tmp_path / "lexicon.json").read_bytes()
+    assert written == (FOLDER / "lexicon.json").read_bytes()
+    names = {path.name for path in FOLDER.glob("*.json")} | {"model.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == names - {"preset.json"}
+    again, _, _ = load_model(str(tmp_path))
+    assert sum(map(torch.numel, again.parameters())) == sum(map(torch.numel, model.parameters()))
+
+
+def test_place_of_an_addition_follows_from_the_rule():
+    """It is the best cell, and among equals the middle of a plateau."""
+    shares = pd.DataFrame({"layer": 1, "coeff": [1, 2, 3, 4, 6], "share": [0, 100, 100, 100, 50]})
+    assert choose.choose_addition(shares, "share") == {"layer": 1, "coeff": 3}
+    # What lies beyond a grid is not known.
+    edge = pd.DataFrame({"layer": 2, "coeff": [1, 2, 3], "share": 100})
+    assert choose.choose_addition(edge, "share") == {"layer": 2, "coeff": 2}
+    two = pd.concat([edge.assign(layer=3), edge.assign(layer=1, share=[100, 0, 100])])
+    assert choose.choose_addition(two, "share") == {"layer": 3, "coeff": 2}
+
+
+def test_place_of_the_topic_follows_from_the_rule():
+    """It is the lowest perplexity on the topic where other text is left alone."""
+    cells = pd.DataFrame(
         {
-            "positive_at_plus": plus,
-            "negative_at_minus": 95,
-            "perplexity_ratio": price,
-            "random_max": noise,
-            "pairs_max": 5,
+            "layer": [0, 1, 2],
+            "coeff": 1.0,
+            "on_topic": [0.9, 0.7, 0.95],
+            "off_topic": [1.02, 1.2, 1.0],
         }
-        for plus, price, noise in [(93, 1.05, 20), (94, 1.05, 10), (99, 1.2, 5), (80, 1.01, 1)]
-    ]
-    assert sweep.choose_direction(cells) is cells[1]
-    assert (
-        sweep.choose_direction(cells[3:]) is cells[3]
-        and sweep.choose_direction([cells[2], cells[3]]) is cells[3]
     )
+    assert choose.choose_topic(cells) == {"layer": 0, "coeff": 1}
+    assert choose.choose_topic(cells[1:2]) == {"layer": 1, "coeff": 1}
+
+
+def test_preset_belongs_to_the_weights():
+    """It has a place for each demonstration, and pins the weights by their hash."""
     preset = json.loads((FOLDER / "preset.json").read_text(encoding="utf-8"))
-    assert set(preset["activation_additions"]) == {"love", "weddings", "rome", "praise"}
-    quiet, loud, weak = (
-        {"layer": n, "coeff": 1, "on_topic": on, "off_topic": off}
-        for n, (on, off) in enumerate([(0.9, 1.02), (0.7, 1.2), (0.95, 1.0)])
-    )
-    assert sweep.choose_topic([weak, loud, quiet]) == {
-        "layer": 0,
-        "coeff": 1,
-    } and sweep.choose_topic([loud]) == {"layer": 1, "coeff": 1}
-    assert preset["sha256"] == sweep.weights_hash(FOLDER)
+    assert set(preset["activation_additions"]) == set(evaluate.DEMONSTRATIONS)
+    assert set(choose.CHOSEN_ON) == set(evaluate.DEMONSTRATIONS)
+    assert preset["sha256"] == choose.weights_hash(FOLDER)
+
+
+def test_choice_and_table_have_prompts_of_their_own():
+    """What is chosen on one prompt is measured on another, and the corpus has neither."""
+    held_out = {*grammar.HELD_OUT_PROMPTS}
+    for name, shown in evaluate.DEMONSTRATIONS.items():
+        assert shown.prompt != choose.CHOSEN_ON[name].prompt
+    assert not {*grammar.TABLE_PROMPTS} & {*grammar.SWEEP_PROMPTS}
+    assert held_out >= {*grammar.TABLE_PROMPTS, *grammar.SWEEP_PROMPTS}
