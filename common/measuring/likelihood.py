@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from typing import Literal
 
 import pandas as pd
+import torch
 from torch import Tensor
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -13,6 +14,7 @@ from common.passes.padding import pad_id, padded
 from common.passes.prompts import prompt_ids
 from common.passes.running import Steering, input_device
 from common.texts.generation import logits
+from common.texts.likelihood import chosen_logprobs
 
 
 def get_loss_metric(
@@ -87,21 +89,14 @@ def get_logprob_metric(
         rows = []
         for inputs in _batches(model, tokenizer, texts, batch_size, prepend_bos):
             with steering():
-                steered = logits(model, inputs).float().log_softmax(-1)
-            plain = logits(model, inputs).float().log_softmax(-1)
-            kl = kl_divergence(steered, plain)
-            for index, (chosen, before) in enumerate(
-                zip(_actual(steered, inputs), _actual(plain, inputs))
-            ):
-                change = (chosen - before).mean().item()
-                at = kl[index, :-1][inputs["attention_mask"][index, :-1].bool()]
-                rows.append(
-                    {
-                        "logprob": chosen.mean().item(),
-                        "logprob_change": change,
-                        "kl": at.mean().item(),
-                    }
-                )
+                steered = logits(model, inputs)
+            plain = logits(model, inputs)
+            after, before = (
+                chosen_logprobs(part, inputs["input_ids"]) for part in (steered, plain)
+            )
+            kl = kl_divergence(steered.float(), plain.float())[:, :-1]
+            found = torch.stack([after, after - before, kl], dim=-1)  # [batch, pos - 1, column]
+            rows += [row.mean(0).tolist() for row in _after_a_token(found, inputs)]
         return pd.DataFrame(rows, columns=["logprob", "logprob_change", "kl"])
 
     return measured
@@ -132,10 +127,8 @@ def token_logprobs(
     found: list[Tensor] = []
     for inputs in _batches(model, tokenizer, texts, batch_size, prepend_bos):
         with steering() if steering else nullcontext():
-            logprobs = (
-                logits(model, inputs).float().log_softmax(-1)
-            )  # in bf16 a log-probability has three digits
-        found += _actual(logprobs, inputs)
+            logprobs = chosen_logprobs(logits(model, inputs), inputs["input_ids"])
+        found += _after_a_token(logprobs, inputs)
     return found
 
 
@@ -161,7 +154,6 @@ def _batches(
         yield inputs
 
 
-def _actual(logprobs: Tensor, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-    """The log-probabilities of the tokens that are there, row by row."""
-    chosen = logprobs[:, :-1].gather(-1, inputs["input_ids"][:, 1:, None])[..., 0]
-    return [row[mask].cpu() for row, mask in zip(chosen, inputs["attention_mask"][:, :-1].bool())]
+def _after_a_token(values: Tensor, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    """What belongs to tokens that have one before them, row by row; `values` is [batch, pos - 1, …]."""
+    return [row[mask].cpu() for row, mask in zip(values, inputs["attention_mask"][:, :-1].bool())]

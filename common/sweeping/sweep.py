@@ -15,7 +15,6 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.arguments import integer
@@ -32,6 +31,7 @@ from common.sweeping.identity import identity_of_metric, identity_of_model, iden
 from common.sweeping.runs import MEMORY, Completing, Predicting, Row, Run
 from common.sweeping.store import SweepStore, typed
 from common.sweeping.texts import Texts
+from common.texts.likelihood import mean_losses
 from common.texts.sampling import Sampling
 
 GREEDY = Sampling(max_new_tokens=16, temperature=0.0)
@@ -291,14 +291,9 @@ def _table(
 def _losses(first: int, steered: Tensor, plain: Tensor, inputs: Mapping[str, Tensor]) -> list[Row]:
     """The mean loss of each text over its tokens from position `first` on, steered and unsteered."""
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    counted = (mask.bool() & (mask.cumsum(-1) - 1 >= first))[:, 1:]
-    tokens = counted.sum(-1)
-
-    def mean(logits: Tensor) -> Tensor:
-        losses = cross_entropy(logits[:, :-1].transpose(1, 2).float(), ids[:, 1:], reduction="none")
-        return (losses * counted).sum(-1) / tokens
-
-    rows = zip(mean(steered).tolist(), mean(plain).tolist(), tokens.tolist())
+    counted = mask.bool() & (mask.cumsum(-1) - 1 >= first)
+    losses = [mean_losses(logits, ids, counted).tolist() for logits in (steered, plain)]
+    rows = zip(*losses, counted.sum(-1).tolist())
     return [dict(zip(("loss", "unsteered_loss", "tokens"), row)) for row in rows]
 
 

@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.arguments import integer
@@ -24,6 +23,7 @@ from common.passes.padding import encode
 from common.passes.prompts import Prompt, prompt_text
 from common.passes.running import input_device
 from common.texts.generation import completions, real_tokens, text_logits
+from common.texts.likelihood import mean_losses
 from common.texts.sampling import Sampling, sample
 from common.vectors.activation_additions import (
     ActivationAddition,
@@ -88,33 +88,22 @@ def complete(
         )
         logits = text_logits(model, inputs, ids)
     real = real_tokens(model, inputs, ids)
-    loss = mean_losses(logits, ids, real)
+    # What follows padding is predicted from nothing, and does not count.
+    counted = real & nn.functional.pad(real[:, :-1], (1, 0), value=False)
+    loss = mean_losses(logits, ids, counted).tolist()
     texts = [prompt_text(tokenizer, prompt) for prompt in prompts]
     frame = pd.DataFrame(
         {"prompts": texts, "completions": completions(tokenizer, inputs, ids, real), "loss": loss}
     )
     frame["unsteered_loss"] = (
-        loss if steering is None else mean_losses(text_logits(model, inputs, ids), ids, real)
+        loss
+        if steering is None
+        else mean_losses(text_logits(model, inputs, ids), ids, counted).tolist()
     )
     frame["is_modified"] = steering is not None
     if include_logits:
         frame["logits"] = [row[mask].cpu() for row, mask in zip(logits, real)]
     return frame
-
-
-def mean_losses(logits: Tensor, ids: Tensor, real: Tensor) -> list[float]:
-    """Return the mean loss of each text over its real tokens but the first, in nats.
-
-    Args:
-        logits: [batch, pos, vocab].
-        ids: [batch, pos].
-        real: which tokens count, [batch, pos], bool.
-    """
-    predicted = real[:, 1:] & real[:, :-1]
-    losses = torch.nn.functional.cross_entropy(
-        logits[:, :-1].transpose(1, 2).float(), ids[:, 1:], reduction="none"
-    )
-    return ((losses * predicted).sum(-1) / predicted.sum(-1)).tolist()
 
 
 def gen_using_activation_additions(
