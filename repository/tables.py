@@ -31,7 +31,9 @@ def show_table(frame: pd.DataFrame | Mapping, index: bool = False, decimals: int
 def _written(value: object, decimals: int) -> str:
     if pd.isna(value):
         return ""
-    return f"{value:.{decimals}f}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        value = f"{round(value, decimals) + 0.0:.{decimals}f}"  # never -0.00
+    return str(value)
 
 
 def _html(cells: dict[str, list[str]], right: list[bool]) -> str:

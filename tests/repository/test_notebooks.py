@@ -40,7 +40,12 @@ HEADINGS = [
     "Recap and references",
 ]
 
-MOST_CELLS = {"failures": 64}
+MOST_CELLS = {
+    "failures": 64,
+    "training_vectors": 36,
+    "activation_additions": 40,
+    "nnsight_additions": 40,
+}
 
 
 def read(name: str) -> NotebookNode:
