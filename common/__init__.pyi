@@ -1,4 +1,4 @@
-"""The public names of the library, and where each is defined; `__init__.py` loads them from here."""
+"""The public names of the library and where each is defined; `__init__.py` loads them by it."""
 
 from .checking.checks import assert_adds as assert_adds
 from .checking.checks import assert_beats_random as assert_beats_random

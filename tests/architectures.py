@@ -1,4 +1,4 @@
-"""Tiny models with random weights: eleven architectures, for what must work on all of them, and some with ways of their own."""
+"""Tiny models with random weights: eleven architectures, and some that are unlike them."""
 
 import torch
 from transformers import (
@@ -128,7 +128,7 @@ def tiny_config(name: str, vocab_size: int) -> PretrainedConfig:
 
 
 def tiny_model(name: str, vocab_size: int, seed: int = 0) -> PreTrainedModel:
-    """A tiny model in evaluation mode, with weights large enough that greedy texts do not stand still."""
+    """A tiny model in evaluation mode, with weights so large that greedy texts keep moving."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(tiny_config(name, vocab_size)).eval()
     with torch.no_grad():

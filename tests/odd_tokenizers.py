@@ -1,4 +1,4 @@
-"""Small tokenizers of the kinds that differ in how a prompt begins, of the classes of real models."""
+"""Small tokenizers that differ in how a prompt begins, of the classes of real models."""
 
 import json
 from collections.abc import Sequence
@@ -55,7 +55,7 @@ def _byte_level(specials: list[str]) -> tuple[dict, list]:
 
 
 def llama() -> PreTrainedTokenizerBase:
-    """Adds BOS; only a word at the very front of a string gets a space; no pad token; chats with BOS."""
+    """Adds BOS; only the first word of a string gets a space; no pad token; chats with BOS."""
     vocab, merges = _bpe(["<unk>", "<s>", "</s>"], pre_tokenizers.Metaspace(prepend_scheme="first"))
     return LlamaTokenizer(vocab, merges, add_bos_token=True, chat_template=MISTRAL_CHAT)
 

@@ -1,4 +1,4 @@
-"""The small GPT-2 that ships with the project: weights, tokenizer, preset and lexicon. `embedded_model/` made it."""
+"""The small GPT-2 that ships with the project: data only, made by `embedded_model/`."""
 
 from pathlib import Path
 

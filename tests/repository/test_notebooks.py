@@ -23,7 +23,6 @@ from jupyter_client.kernelspec import get_kernel_spec
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-from common import progress
 from repository import notebooks
 from repository.mechanisms import MECHANISMS, ROOT
 from repository.notebooks import IGNORED, WIDGET, notebook_paths, problems, store
@@ -388,17 +387,6 @@ def test_what_is_saved_beside_notebooks_or_over_one_without_a_version(tmp_path):
     notebook.metadata.language_info.version = "3.99.0"
     notebooks.before_saving({"type": "notebook", "content": notebook}, "a.ipynb", folder)
     assert notebook.metadata.language_info.version == "3.99.0"
-
-
-def test_a_bar_without_text_makes_no_output(monkeypatch):
-    """The first thing that is written may be a blank line; an output without anything in it would stay."""
-    shown = []
-    monkeypatch.setattr("IPython.display.display", lambda *args, **kwargs: shown.append(args))
-    for text in ("\r", "   ", "\n"):
-        progress._Output().write(text)
-    assert not shown
-    progress._Output().write("\r 1 of 2")
-    assert shown == [({"text/plain": "1 of 2"},)]
 
 
 def test_bars_leave_nothing_in_a_notebook(tmp_path, monkeypatch):
