@@ -124,6 +124,24 @@ def has_fast_bfloat16() -> bool:
     return bool(check and check())
 
 
+def build_model(tokenizer: Any) -> GPT2LMHeadModel:
+    """Return a model with random weights, ready for training."""
+    end = tokenizer.eos_token_id
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=N_POSITIONS, n_embd=128, n_layer=6, n_head=4,
+        bos_token_id=end, eos_token_id=end, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    # Rows this short are faster with plain attention than with the fused one.
+    config._attn_implementation = "eager"
+    model = GPT2LMHeadModel(config).train()
+    # For generation only, as in GPT-2: named in the config as well, it makes every text that begins
+    # with BOS look padded.
+    model.generation_config.pad_token_id = end
+    for block, share in zip(model.transformer.h, ATTENTION_DROPOUT, strict=True):
+        block.attn.attn_dropout.p = share
+    return model
+
+
 def train(seed: int, steps: int = STEPS) -> tuple[GPT2LMHeadModel, Any, dict]:
     """Train a model from scratch.
 
@@ -133,27 +151,7 @@ def train(seed: int, steps: int = STEPS) -> tuple[GPT2LMHeadModel, Any, dict]:
     torch.manual_seed(seed)
     rng = random.Random(seed)
     tokenizer = build_tokenizer(grammar.words(), N_POSITIONS)
-    end = tokenizer.eos_token_id
-    config = GPT2Config(
-        vocab_size=len(tokenizer),
-        n_positions=N_POSITIONS,
-        n_embd=128,
-        n_layer=6,
-        n_head=4,
-        bos_token_id=end,
-        eos_token_id=end,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-    )
-    # Rows this short are faster with plain attention than with the fused one.
-    config._attn_implementation = "eager"
-    model = GPT2LMHeadModel(config).train()
-    # For generation only, as in GPT-2: named in the config as well, it makes every text that begins
-    # with BOS look padded.
-    model.generation_config.pad_token_id = end
-    for block, share in zip(model.transformer.h, ATTENTION_DROPOUT, strict=True):
-        block.attn.attn_dropout.p = share
+    model = build_model(tokenizer)
     matrices = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]

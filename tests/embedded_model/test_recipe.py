@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from common.embedded import FOLDER
 from common.loading import load_model
 from common.measuring.tone import tone
-from embedded_model import choose, evaluate, grammar, train, vocabulary
+from common.sweeping.grid import Grid
+from embedded_model import card, choose, evaluate, grammar, train, vocabulary
 from embedded_model.tokenizer import SPLIT_WORDS
 
 COUNT = 4000
@@ -177,3 +178,78 @@ def test_choice_and_table_have_prompts_of_their_own():
         assert shown.prompt != choose.CHOSEN_ON[name].prompt
     assert not {*grammar.TABLE_PROMPTS} & {*grammar.SWEEP_PROMPTS}
     assert held_out >= {*grammar.TABLE_PROMPTS, *grammar.SWEEP_PROMPTS}
+
+
+# --- the evaluation ---
+
+
+@pytest.fixture(scope="module")
+def evaluation() -> dict:
+    return json.loads((card.HERE / "evaluation.json").read_text(encoding="utf-8"))
+
+
+def test_evaluation_belongs_to_the_preset(evaluation):
+    """Whoever changes one has to measure again."""
+    preset = json.loads((FOLDER / "preset.json").read_text(encoding="utf-8"))
+    assert evaluation["preset"].items() <= preset.items()
+
+
+def test_greedy_texts_are_those_that_are_stored(model, tokenizer, evaluation):
+    """Unsteered, at +c and at -c: measured again, they are those of the card."""
+    layer, coeff = evaluation["preset"]["layer"], evaluation["preset"]["coeff"]
+    love = evaluate.train_direction(model, tokenizer, "Love", "Hate", [layer])
+    grid = Grid({"love": love}, layers=[layer], coeffs=[coeff, -coeff])
+    assert evaluate.greedy_texts(model, tokenizer, grid) == evaluation["direction"]["greedy"]
+
+
+@pytest.mark.parametrize("name", evaluate.DEMONSTRATIONS)
+def test_demonstrations_are_about_what_is_stored(model, tokenizer, evaluation, name: str):
+    """A fifth of the completions has the shares of all of them, within ten points."""
+    shown, stored = evaluate.DEMONSTRATIONS[name], evaluation["additions"][name]
+    place = [stored["layer"]], [stored["coeff"]]
+    found = evaluate.demonstration_shares(model, tokenizer, shown, *place, count=20, seed=2)
+    for what in shown.counted:
+        assert found[what].tolist() == pytest.approx([*stored[what].values()], abs=10)
+
+
+def test_price_is_about_what_is_stored(model, tokenizer, evaluation):
+    """On 20 of the 400 documents perplexity and its ratios are near those of all."""
+    layer, coeff = evaluation["preset"]["layer"], evaluation["preset"]["coeff"]
+    love = evaluate.train_direction(model, tokenizer, "Love", "Hate", [layer])
+    grid = Grid({"love": love}, layers=[layer], coeffs=[coeff, -coeff])
+    texts = evaluate.held_out_documents(20)
+    found = evaluate.measure_perplexity(model, tokenizer, grid, texts)
+    stored = evaluation["direction"]["perplexity"]
+    for name, near in (("unsteered", 0.15), ("love", 0.05), ("hate", 0.05)):
+        assert found[name] == pytest.approx(stored[name], rel=near)
+
+
+def test_direction_is_chosen_by_its_window(model, tokenizer, monkeypatch):
+    """A small grid: the only layer, and a coefficient that is a share of its norm."""
+    documents = evaluate.held_out_documents(403)
+    for name, value in {
+        "LAYERS": [3],
+        "SHARES": [0.2, 0.225],
+        "PER_PROMPT": 2,
+        "CONTROLS": 1,
+    }.items():
+        monkeypatch.setattr(choose, name, value)
+    monkeypatch.setattr(evaluate, "held_out_documents", lambda count: documents)
+    chosen, cells = choose.sweep_direction(model, tokenizer)
+    norm = choose.residual_norms(model, tokenizer, [3])[3]
+    assert chosen in [{"layer": 3, "coeff": round(share * norm, 1)} for share in (0.2, 0.225)]
+    assert cells["share of norm"].tolist() == [0.2, 0.225]
+    assert cells["coeff"].tolist() == pytest.approx([0.2 * norm, 0.225 * norm])
+
+
+def test_tables_go_between_their_markers(tmp_path):
+    """What stands around them stays, and a card without markers is refused."""
+    path = tmp_path / "README.md"
+    path.write_text("before\n<!-- table -->\nold\n<!-- /table -->\nafter\n")
+    text = card.markdown_table(["a", "b"], [["1", "2"]])
+    card.write_between(path, "table", text)
+    assert path.read_text() == (
+        "before\n<!-- table -->\n| a | b |\n| --- | --- |\n| 1 | 2 |\n<!-- /table -->\nafter\n"
+    )
+    with pytest.raises(ValueError, match="expected the markers <!-- sweep -->"):
+        card.write_between(path, "sweep", text)
