@@ -31,7 +31,8 @@ run: $(STAMP) ## steer by all six mechanisms and compare (MODEL=gpt2-xl: the rea
 
 # A worker for each core. The cells of a notebook depend on each other, so a file stays with one.
 test: lint ## lint, then run the tests and every notebook
-	$(RUN) pytest --nbval --numprocesses logical --maxprocesses 8 --dist loadfile
+	$(RUN) pytest --nbval --numprocesses logical --maxprocesses 8 --dist loadfile \
+	  --no-loadscope-reorder
 
 # import-linter has no `-m`. Without the variable pyright asks the net whether there is a newer one.
 lint: export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
@@ -70,14 +71,14 @@ picture: $(STAMP) ## draw the picture of the README again
 	$(RUN) repository.readme
 
 benchmark-extraction: $(STAMP) $(PEERS)/.installed ## measure what training costs, beside steering-vectors (16 GB)
-	$(RUN) benchmarks.extraction --peer $(PEERS)/bin/python
+	$(RUN) benchmarks.training_costs --peer $(PEERS)/bin/python
 
 benchmark-sweep: $(STAMP) ## measure what a sweep costs, beside one run each
-	$(RUN) benchmarks.sweep
+	$(RUN) benchmarks.sweep_costs
 
 benchmark-mechanisms: $(STAMP) $(PEERS)/.installed ## measure what the six cost and can do (half an hour, 16 GB)
 	$(RUN) benchmarks.abilities
-	$(RUN) benchmarks.mechanisms --peer $(PEERS)/bin/python
+	$(RUN) benchmarks.mechanism_costs --peer $(PEERS)/bin/python
 
 # Under the Python of the stored outputs. torch without its build, so that pip takes the build the
 # machine offers; what a CUDA build brings is pinned by torch itself.

@@ -21,7 +21,7 @@ from rich.progress import track
 from benchmarks.ability_matrix import RESULTS, load_matrix, matrix_table, plot_matrix, print_limits
 from benchmarks.ability_subject import Elsewhere, Silently, Subject, embedded_subject
 from benchmarks.ability_trials import TRIALS
-from benchmarks.timing import machine
+from benchmarks.stored import machine
 from repository.mechanisms import MECHANISMS
 
 

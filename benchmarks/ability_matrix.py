@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from benchmarks.timing import provenance
+from benchmarks.stored import provenance
 
 RESULTS = Path(__file__).resolve().parent / "results"
 OUTCOMES = {

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks.timing import provenance
+from benchmarks.stored import provenance
 from common.loading import load_model
 from common.texts.generation import logits
 from repository.mechanisms import MECHANISMS, ROOT, load_mechanism
@@ -174,7 +174,7 @@ def plot_profile(results: dict[str, Any]) -> Figure:
     """Draw the milliseconds of one steered forward pass, by whose code runs.
 
     Args:
-        results: what `mechanisms.load_results` returns.
+        results: what `mechanism_costs.load_results` returns.
     """
     rows = results["profile"]
     figure = Figure(figsize=(10, 0.5 * len(rows) + 1.9), layout="constrained")

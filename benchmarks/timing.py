@@ -1,4 +1,4 @@
-"""Timing: ways that take turns, and the ratio of their medians; peak memory. Only ratios within one run mean anything.
+"""Timing in turns, ratios and peak memory; only ratios within one run mean anything.
 
 It imports nothing from this project, since the peers run it in their own environment.
 """
@@ -6,18 +6,13 @@ It imports nothing from this project, since the peers run it in their own enviro
 import ctypes
 import gc
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tqdm import tqdm
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 STATUS = "/proc/self/status"
 
@@ -56,7 +51,7 @@ def ratio(above: list[float], below: list[float]) -> tuple[float, float, float]:
 
 
 def summary(above: list[float], below: list[float]) -> dict[str, float]:
-    """Return what is stored of a way: its ratio to another one with quartiles, and its own median in seconds."""
+    """Return the ratio of one way to another with quartiles, and its own median in seconds."""
     median, low, high = ratio(above, below)
     return {"median": median, "low": low, "high": high, "seconds": statistics.median(above)}
 
@@ -104,80 +99,3 @@ def _status(name: str) -> int:
     """A figure of this process, in bytes."""
     with open(STATUS, encoding="utf-8") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
-
-
-def bars(
-    axis: "Axes",
-    labels: list[str],
-    values: list[float],
-    spreads: list[tuple[float, float]],
-    marks: list[float | None],
-    colors: str | list[str] = "#4878a8",
-    start: float = 0.0,
-    form: str = ".3g",
-) -> None:
-    """Draw horizontal bars from top to bottom, with quartiles, the figure behind each, and a red mark at what was asked for.
-
-    Args:
-        axis: where to draw.
-        labels: one for each bar.
-        values: where the bars end; nan for none.
-        spreads: the quartiles of each.
-        marks: what was asked for, or None.
-        colors: of all, or of each bar.
-        start: where the bars begin.
-        form: how the figures are written.
-    """
-    errors = [
-        [value - low for value, (low, _) in zip(values, spreads)],
-        [high - value for value, (_, high) in zip(values, spreads)],
-    ]
-    widths = [value - start for value in values]
-    axis.barh(labels, widths, left=start, xerr=errors, color=colors, ecolor="#333333", capsize=3)
-    for place, (value, (_, high), mark) in enumerate(zip(values, spreads, marks)):
-        if value == value:
-            end = max(value, high, start)
-            axis.annotate(
-                f"{value:{form}}",
-                (end, place),
-                (5, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=9,
-            )
-        if mark:
-            axis.plot([mark] * 2, [place - 0.4, place + 0.4], color="#c0392b", linewidth=2)
-    axis.spines[["top", "right"]].set_visible(False)
-    if not axis.yaxis_inverted():
-        axis.invert_yaxis()
-
-
-def machine(*packages: str) -> dict[str, str]:
-    """Say where figures come from: processor, cores, threads, versions."""
-    processor = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            processor = next(
-                (line.split(":")[1].strip() for line in file if line.startswith("model name")),
-                processor,
-            )
-    return {
-        "processor": processor,
-        "cores": str(os.cpu_count()),
-        "threads": str(torch.get_num_threads()),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", *packages)},
-    }
-
-
-def provenance(results: dict[str, Any]) -> str:
-    """Say in one line when and where stored results were measured: their `measured` and `machine`."""
-    there = dict(results["machine"])
-    processor, cores, versions = (
-        there.pop("processor"),
-        there.pop("cores"),
-        {name: there[name] for name in there if name not in ("threads", "python")},
-    )
-    return f"measured {results['measured']}, {processor}, {cores} cores; " + ", ".join(
-        f"{name} {version}" for name, version in versions.items()
-    )

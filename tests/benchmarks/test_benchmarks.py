@@ -6,14 +6,15 @@ import pandas as pd
 import pytest
 import torch
 
-from benchmarks.agreement import pairwise, plot_agreement
-from benchmarks.bench import TIMES, XL, Bench, cases
-from benchmarks.extraction import bare_blocks
-from benchmarks.mechanisms import asked, cost_table, count_lines, lines_of_code, plot_cost
+from benchmarks.logit_differences import pairwise, plot_agreement
+from benchmarks.mechanism_costs import asked, cost_table, count_lines, lines_of_code, plot_cost
 from benchmarks.profiling import KERNELS, OTHER, OWN, owner_of, plot_profile, shares
 from benchmarks.shapes import WORDS, random_pairs, word_tokenizer
-from benchmarks.sweep import Ways
-from benchmarks.timing import interleaved, peak_memory, provenance, ratio
+from benchmarks.stored import provenance
+from benchmarks.sweep_costs import Ways
+from benchmarks.timing import interleaved, peak_memory, ratio
+from benchmarks.training_costs import bare_blocks
+from benchmarks.workbench import TIMES, XL, Workbench, cases
 from common.texts.generation import logits
 from common.vectors.steering_vector import SteeringVector
 from repository.mechanisms import MECHANISMS
@@ -84,9 +85,9 @@ def test_three_ways_of_a_sweep_do_the_same(model, tokenizer, kind):
 
 
 @pytest.fixture(scope="module")
-def cost() -> Bench:
+def cost() -> Workbench:
     """The embedded model, as the costs of the mechanisms are measured on it."""
-    return Bench(cases("cpu", quick=True)[0], "cpu")
+    return Workbench(cases("cpu", quick=True)[0], "cpu")
 
 
 @pytest.mark.parametrize("name", MECHANISMS)

@@ -1,4 +1,4 @@
-"""One model with the six mechanisms on it, to be timed, weighed and compared in turns. `mechanisms` runs it and makes tables."""
+"""One model with the six mechanisms on it, timed, weighed and compared in turns."""
 
 import copy
 import json
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks.agreement import pairwise
-from benchmarks.extraction import bare_blocks
+from benchmarks.logit_differences import pairwise
 from benchmarks.shapes import random_gpt2
 from benchmarks.timing import interleaved, peak_memory, seconds_of, summary
+from benchmarks.training_costs import bare_blocks
 from common import embedded
 from common.loading import copy_sharing_weights, load_model
 from common.texts.generation import generate, logits
@@ -71,7 +71,7 @@ def _has_bf16() -> bool:
     )
 
 
-class Bench:
+class Workbench:
     """One model, what is run on it, and the six mechanisms, which all share its weights."""
 
     def __init__(self, case: Case, device: str):

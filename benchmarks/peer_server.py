@@ -1,8 +1,8 @@
 """Runs in the environment of the peers: times steering-vectors and repeng whenever it is told to.
 
 It reads one JSON object a line and answers each with another one. The job "training" is timed once,
-and `extraction` takes turns with it; the job "cost" is all rounds of steering, each peer in turn
-with its own unsteered model, for `mechanisms`.
+and `training_costs` takes turns with it; the job "cost" is all rounds of steering, each peer in turn
+with its own unsteered model, for `mechanism_costs`.
 """
 
 import json

@@ -1,6 +1,6 @@
-"""What a sweep over layers, coefficients and prompts costs, beside one run for each prompt and setting, and for each setting.
+"""What a sweep over layers, coefficients and prompts costs, beside separate runs.
 
-    python -m benchmarks.sweep [--quick]
+    python -m benchmarks.sweep_costs [--quick]
 
 prints tables and writes `results/sweep.json` and `results/sweep.png`. Three ways do the same:
 `sweep` puts every (layer, coefficient, prompt) into one batch; "each setting" runs a batch of all
@@ -9,19 +9,19 @@ library that steers a model by one vector. The texts are compared as well.
 """
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import matplotlib
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from benchmarks.charts import Panel, plot_ratios
 from benchmarks.shapes import random_gpt2, random_pairs, word_tokenizer
-from benchmarks.timing import interleaved, machine, ratio
+from benchmarks.stored import machine, machine_line, store
+from benchmarks.timing import interleaved, ratio
 from common.loading import load_model
 from common.measuring.likelihood import kl_divergence
 from common.passes.padding import encode
@@ -33,8 +33,6 @@ from common.vectors.steering_vector import SteeringVector
 from common.vectors.training import train_steering_vector
 from embedded_model import grammar
 
-HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results"
 NEW_TOKENS = 16
 COEFFS = [-4.0, -3.0, -2.0, -1.0, 1.0, 2.0, 3.0, 4.0]
 # what is asked for on the embedded model: against each prompt, against each setting
@@ -193,44 +191,23 @@ def report(results: dict[str, Any]) -> None:
             f"{row['model']}, {row['kind']}: {what}: "
             + ", ".join(f"{value:.2g} ({way})" for way, value in agreement.items())
         )
-    print("\n" + ", ".join(f"{name} {value}" for name, value in results["machine"].items()))
+    print("\n" + machine_line(results))
 
 
-def plot(results: dict[str, Any], path: Path) -> None:
+def plot(results: dict[str, Any]) -> Figure:
     """Draw how much faster a sweep is."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     rows = results["sweeps"]
+    panels = [
+        Panel(
+            f"faster than {way}",
+            f"spread, {way}",
+            f"asked, {way}",
+            f"times as fast as one run for {way}",
+        )
+        for way in ("each prompt", "each setting")
+    ]
     labels = [f"{row['model']}, {row['kind']}" for row in rows]
-    figure, axes = plt.subplots(
-        1, 2, figsize=(10, 0.5 * len(rows) + 1.6), sharey=True, layout="constrained"
-    )
-    for axis, way in zip(axes, ("each prompt", "each setting")):
-        values = [row[f"faster than {way}"] for row in rows]
-        spread = [row[f"spread, {way}"] for row in rows]
-        errors = [
-            [value - low for value, (low, _) in zip(values, spread)],
-            [high - value for value, (_, high) in zip(values, spread)],
-        ]
-        axis.barh(labels, values, xerr=errors, color="#4878a8", ecolor="#333333", capsize=3)
-        for place, (value, row) in enumerate(zip(values, rows)):
-            axis.text(value / 2, place, f"{value:.3g}", va="center", ha="center", color="white")
-            if row[f"asked, {way}"]:
-                axis.plot(
-                    [row[f"asked, {way}"]] * 2,
-                    [place - 0.4, place + 0.4],
-                    color="#c0392b",
-                    linewidth=2,
-                )
-        axis.set_xlabel(f"times as fast as one run for {way}")
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].invert_yaxis()
-    figure.suptitle(
-        "Sweeping: bars are medians with quartiles, red marks what was asked for", fontsize=10
-    )
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    return plot_ratios(rows, labels, panels, "Sweeping")
 
 
 def main() -> None:
@@ -254,10 +231,7 @@ def main() -> None:
     ]
     report(results)
     if not options.quick:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "sweep.json").write_text(json.dumps(results, indent=1) + "\n")
-        plot(results, RESULTS / "sweep.png")
-        print(f"written to {RESULTS.relative_to(HERE.parent)}/sweep.json and sweep.png")
+        store(results, {"sweep": plot(results)}, "sweep")
 
 
 if __name__ == "__main__":

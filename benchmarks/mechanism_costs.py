@@ -1,6 +1,6 @@
-"""What each of the six mechanisms costs: time, memory and lines, beside the same model unsteered and beside two peers.
+"""What each mechanism costs in time, memory and lines, beside the unsteered model and two peers.
 
-    python -m benchmarks.mechanisms [--peer PYTHON] [--quick] [--rounds N] [--device cpu|cuda]
+    python -m benchmarks.mechanism_costs [--peer PYTHON] [--quick] [--rounds N] [--device cpu|cuda]
     [--compile]
 
 prints tables and writes `mechanisms.json` and three pictures (`mechanisms_agreement.png`, `_cost`,
@@ -14,7 +14,6 @@ import argparse
 import ast
 import datetime
 import itertools
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,12 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks.agreement import plot_agreement
-from benchmarks.bench import TIMES, XL, Bench, Case, cases
-from benchmarks.extraction import RESULTS, Peer
+from benchmarks.charts import bars
+from benchmarks.logit_differences import plot_agreement
+from benchmarks.peer_client import Peer
 from benchmarks.profiling import NAMES, find_py_spy, plot_profile, profile
-from benchmarks.timing import bars, machine, provenance
+from benchmarks.stored import load, machine, machine_line, provenance, store
+from benchmarks.workbench import TIMES, XL, Case, Workbench, cases
 from common import embedded
 from repository.mechanisms import MECHANISMS, mechanism_cells
 
@@ -78,11 +78,11 @@ def count_lines(source: str) -> int:
     )
 
 
-def measure(case: Case, device: str, rounds: int, compiled: bool) -> dict[str, Any]:
+def measure_costs(case: Case, device: str, rounds: int, compiled: bool) -> dict[str, Any]:
     """Measure the six mechanisms on one model."""
     threads = torch.get_num_threads()
     torch.set_num_threads(case.threads or threads)
-    bench = Bench(case, device)
+    bench = Workbench(case, device)
     found = {
         "dtype": str(case.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
@@ -118,7 +118,7 @@ def ask_peers(peer: Peer, case: Case, found: dict[str, Any], device: str) -> dic
 
 def load_results() -> dict[str, Any]:
     """Return what the command stored."""
-    return json.loads((RESULTS / "mechanisms.json").read_text(encoding="utf-8"))
+    return load("mechanisms")
 
 
 def cost_table(results: dict[str, Any], model: str) -> pd.DataFrame:
@@ -229,6 +229,22 @@ def plot_cost(results: dict[str, Any]) -> Figure:
     return figure
 
 
+def pictures(results: dict[str, Any]) -> dict[str, Figure]:
+    """Return the pictures of results, by the names of their files."""
+    agreements = {
+        model: found["agreement"]
+        for model, found in results["models"].items()
+        if "agreement" in found
+    }
+    found = {
+        "mechanisms_agreement": plot_agreement(agreements),
+        "mechanisms_cost": plot_cost(results),
+    }
+    if "profile" in results:
+        found["mechanisms_profile"] = plot_profile(results)
+    return found
+
+
 def report(results: dict[str, Any]) -> None:
     """Print the tables."""
 
@@ -270,7 +286,7 @@ def report(results: dict[str, Any]) -> None:
             pd.DataFrame(rows).T,
         )
     show("What was asked for", asked(results), index=False)
-    print("\n" + ", ".join(f"{name} {value}" for name, value in results["machine"].items()))
+    print("\n" + machine_line(results))
 
 
 def profiles(py_spy: str, seconds: float, times: dict[str, dict]) -> dict[str, Any]:
@@ -323,7 +339,7 @@ def main() -> None:
             results["peers"] = peer.versions
         for case in cases(device, quick):
             # On the CPU a large model takes too long to compile.
-            found = measure(
+            found = measure_costs(
                 case, device, rounds, compiled and (device == "cuda" or case.shape != "gpt2-xl")
             )
             if peer and case.times == TIMES:
@@ -344,18 +360,7 @@ def main() -> None:
     if not py_spy:
         print("No profile: py-spy is not there (benchmarks/peers.txt).")
     if not quick:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "mechanisms.json").write_text(json.dumps(results, indent=1) + "\n")
-        agreements = {
-            model: found["agreement"]
-            for model, found in results["models"].items()
-            if "agreement" in found
-        }
-        plot_agreement(agreements).savefig(RESULTS / "mechanisms_agreement.png", dpi=120)
-        plot_cost(results).savefig(RESULTS / "mechanisms_cost.png", dpi=120)
-        if "profile" in results:
-            plot_profile(results).savefig(RESULTS / "mechanisms_profile.png", dpi=120)
-        print("written to benchmarks/results: mechanisms.json and its pictures")
+        store(results, pictures(results), "mechanisms")
 
 
 if __name__ == "__main__":
