@@ -71,7 +71,7 @@ def bars(
     axis.barh(labels, widths, left=start, xerr=errors, color=colors, ecolor="#333333", capsize=3)
     for place, (value, (_, high), mark) in enumerate(zip(values, spreads, marks)):
         if not math.isnan(value):
-            end = max(value, high, start)
+            end = max(value, high, start, mark or start)  # the figure must not lie on the mark
             axis.annotate(
                 f"{value:{form}}",
                 (end, place),
