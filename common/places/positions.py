@@ -401,7 +401,7 @@ class PositionTracker:
 
     @property
     def positions(self) -> Tensor | None:
-        """Where its entries stand."""
+        """Where its entries are."""
         return self.current.positions
 
     @property
@@ -467,7 +467,7 @@ class PositionTracker:
         name = next(names, CACHES[0])
         self._own.cache = cache = given.get(name)
         text = self._text_with(cache)
-        past = self._columns_before(name, text)
+        past = _columns_before(self.module, cache, name, text)
         if past < text.columns and text is not being_generated(self.module):
             text = Text()  # a cache that was emptied or cut begins anew
         if attention is None:
@@ -507,28 +507,6 @@ class PositionTracker:
             return text
         return getattr(cache, _TAG, None) or Text()
 
-    def _columns_before(self, name: str, text: Text) -> int:
-        """Return how many columns the cache of a pass holds; `name` is what the model calls it.
-
-        Raises:
-            ValueError: it holds some, and nobody counted them.
-        """
-        cache = self._own.cache
-        if cache is None:
-            return 0
-        try:
-            return int(cache.get_seq_length())
-        except (AttributeError, ValueError):  # a list, or a cache without attention
-            if _is_empty(cache):
-                return 0
-        if text.seen and CACHES.index(name) < 3:
-            return text.seen
-        raise ValueError(
-            f"{type(self.module).__name__} was given a cache that does not say how many tokens it"
-            " holds, so positions are not known: steer all positions, let `generate` run, or read"
-            " the whole text in one pass without a cache"
-        )
-
     def _lengths(self, text: Text, batch: int) -> Tensor:
         """Return the lengths of the prompts for the rows of a pass, [batch].
 
@@ -551,6 +529,28 @@ PACKED = (
     " is not known there, nor whose row it is: count positions from the front, or generate in"
     " padded batches"
 )
+
+
+def _columns_before(module: nn.Module, cache: Any, name: str, text: Text) -> int:
+    """Return how many columns the cache of a pass holds; `name` is what the model calls it.
+
+    Raises:
+        ValueError: it holds some, and nobody counted them.
+    """
+    if cache is None:
+        return 0
+    try:
+        return int(cache.get_seq_length())
+    except (AttributeError, ValueError):  # a list, or a cache without attention
+        if _is_empty(cache):
+            return 0
+    if text.seen and CACHES.index(name) < 3:
+        return text.seen
+    raise ValueError(
+        f"{type(module).__name__} was given a cache that does not say how many tokens it"
+        " holds, so positions are not known: steer all positions, let `generate` run, or read"
+        " the whole text in one pass without a cache"
+    )
 
 
 def _positions(
