@@ -1,12 +1,11 @@
-"""`Trace` and `TraceDict` for machines without baukit: they take the same arguments and do the same with them.
+"""`Trace` and `TraceDict` for machines without baukit, with its arguments and its effects.
 
 baukit (https://github.com/davidbau/baukit) is on no package index, and importing it needs
-torchvision. Where it is installed, the notebook takes the real one; README.md says how to install
-it. The names and the behaviour follow its
-`nethook` module: the hook is registered when the object is made, and removed when the `with` ends.
-Nothing else of that module is here. Two things differ: an `edit_output` that cannot be called, or
-has `*args`, is refused before the pass and not in it, and a `TraceDict` that does not find a layer
-leaves no hook on the others.
+torchvision. Where it is installed, the notebook takes the real one (docs/installing.md says how to
+install it). Names and behaviour follow its `nethook` module: the hook is registered when the object
+is made, and removed when the `with` ends. Nothing else of that module is here. Two things differ:
+an `edit_output` that cannot be called, or has `*args`, is refused before the pass and not in it,
+and a `TraceDict` that does not find a layer leaves no hook on the others.
 """
 
 import inspect
@@ -17,11 +16,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-GIVEN = (
-    "output",
-    "layer",
-    "inputs",
-)  # to `edit_output`, in this order where its own names are others
+# What `edit_output` gets, in this order where its own names are others.
+GIVEN = ("output", "layer", "inputs")
 
 
 class StopForward(Exception):
@@ -50,10 +46,10 @@ class Trace:
 
     Raises:
         LookupError: the model has no module of that name.
-        TypeError: `edit_output` is no function, or takes what nobody gives; at the end of the
+        TypeError: `edit_output` is not a function, or takes what nobody gives; at the end of the
             `with`, if `stop` is set and the module did not run.
-        AssertionError: during the pass, if something else than tensors in tuples, lists and dicts
-            is to be copied.
+        AssertionError: during the pass, if what is to be copied is not a tensor, or a tuple, list
+            or dict of tensors.
     """
 
     def __init__(
@@ -99,10 +95,10 @@ class Trace:
 
 
 class TraceDict(OrderedDict):
-    """One `Trace` for each of several layers, by name; `stop` ends the forward pass after the last one listed.
+    """One `Trace` for each of several layers, by name.
 
-    The other arguments are those of `Trace`, for all layers, or as dicts for the layers that they
-    name.
+    `stop` ends the forward pass after the last layer that is listed. The other arguments are
+    those of `Trace`, for all layers, or as dicts for the layers that they name.
 
     Raises:
         LookupError: the model lacks one of the layers; no hook is registered then.
@@ -156,14 +152,14 @@ def _find(module: nn.Module, layer: str | None) -> nn.Module:
 
 
 def _was_stopped(stop: bool, kind: type | None) -> bool:
-    """Whether a `with` ends by `StopForward`; with `stop` it may not end quietly, as in baukit."""
+    """Whether a `with` ends by `StopForward`; with `stop` it must, as in baukit."""
     if stop and kind is None:
         raise TypeError("stop=True: expected the layer to run inside the `with`, and it did not")
     return stop and issubclass(kind, StopForward)
 
 
 def _kept(value: Any, clone: bool = False, detach: bool = False, retain_grad: bool = False) -> Any:
-    """What is kept of a value: the very object, or tensors made from its tensors in containers of the same types."""
+    """What is kept of a value: the object, or its tensors in containers of the same types."""
     if not (clone or detach or retain_grad):
         return value
     if isinstance(value, dict):
@@ -185,7 +181,7 @@ def _kept(value: Any, clone: bool = False, detach: bool = False, retain_grad: bo
 
 
 def _by_name(edit_output: Callable | None) -> Callable | None:
-    """Return a function that takes output, layer and inputs by name, and calls `edit_output` with what it asks for.
+    """Return a function of output, layer and inputs that hands `edit_output` what it asks for.
 
     Raises:
         TypeError: a method, an object or a builtin, `*args`, or an argument for which nothing is

@@ -1,4 +1,4 @@
-"""Writes how a notebook begins: the badge that opens it on Colab, and the first code cell, which goes to the project.
+"""Writes the badge that opens a notebook on Colab, and its first cell, which goes to the project.
 
 The address of the repository stands in one place, `repository/data/repository.json`. It is null
 until it is known, and until then there is no badge. `python -m repository.colab owner/name` sets it
@@ -67,7 +67,7 @@ def parse_repository(text: str) -> str:
     match = GITHUB.fullmatch(text.strip())
     if match is None:
         raise ValueError(
-            f"{text!r} is no GitHub repository: expected owner/name or"
+            f"{text!r} is not a GitHub repository: expected owner/name or"
             " https://github.com/owner/name"
         )
     return match[1]
@@ -121,7 +121,7 @@ def colab_cell(repo: str | None) -> str:
 
 
 def mark(notebook: NotebookNode, path: str, repo: str | None) -> None:
-    """Set badge, first code cell and metadata of a notebook, in place; whatever else it holds stays as it is.
+    """Set badge, first code cell and metadata of a notebook, in place, and nothing else.
 
     A cell tagged `badge` or `colab` is filled, and keeps id, count and outputs. Where there is none
     it is made: the badge at the top, the cell below the heading "Setup", or in front of the first
@@ -170,7 +170,7 @@ def write(repo: str | None, folder: Path = ROOT) -> list[Path]:
 
 
 def main(arguments: Sequence[str] | None = None, folder: Path = ROOT) -> int:
-    """Write badge, first cell and metadata into all notebooks of the root, with the address of the repository."""
+    """Write badge, first cell and metadata into all notebooks, with the repository's address."""
     parser = argparse.ArgumentParser(prog="python -m repository.colab", description=main.__doc__)
     parser.add_argument(
         "repo",

@@ -22,9 +22,7 @@ PER_PROMPT = 15  # completions of each prompt in the picture
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Draw how the tone depends on the coefficient, for the README."""
-    parser = argparse.ArgumentParser(
-        prog="python -m common.sweeping.sweep", description=main.__doc__
-    )
+    parser = argparse.ArgumentParser(prog="python -m repository.readme", description=main.__doc__)
     parser.add_argument(
         "--out",
         type=Path,
@@ -50,12 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sampling=Sampling(max_new_tokens=24, top_p=0.9),
         per_prompt=PER_PROMPT,
     )
-    name, count = model_name(model), len(grammar.TABLE_PROMPTS) * PER_PROMPT
-    title = (
-        f"{name} model, {count} completions for each point"
-        if name == "embedded"
-        else f"{name}, {count} completions for each point"
-    )
+    name = model_name(model).replace("embedded", "embedded model")
+    title = f"{name}, {len(grammar.TABLE_PROMPTS) * PER_PROMPT} completions for each point"
     options.out.parent.mkdir(parents=True, exist_ok=True)
     figure = plot_effect(
         rows, "tone", preset.layer, "share of positive minus negative completions", title

@@ -1,4 +1,4 @@
-"""The laws of `Trace` and `TraceDict`: of the stand-in, and of the real baukit where it is installed."""
+"""The laws of `Trace` and `TraceDict`: of the stand-in, and of baukit where it is installed."""
 
 from collections import OrderedDict
 from functools import partial
@@ -58,7 +58,7 @@ def test_hook_lives_from_the_object_to_the_end_of_the_block(nethook, net):
 
 @pytest.mark.parametrize("stop", [False, True])
 def test_exception_passes_and_hooks_go(nethook, net, stop):
-    """An exception of the block passes through, also when stopping is asked for, and no hook stays."""
+    """An exception in the block passes through, with `stop` as well, and no hook stays."""
     for kind, layers in ((nethook.Trace, "1"), (nethook.TraceDict, ["0", "1"])):
         with pytest.raises(KeyError), kind(net, layers, stop=stop):
             raise KeyError
@@ -205,7 +205,7 @@ def test_options_of_a_dict_by_layer(nethook, net):
 
 
 def test_options_by_position(nethook, net):
-    """The options stand in the same order: retain_output, retain_input, clone, detach, retain_grad, edit_output, stop."""
+    """The options come in the order of baukit."""
     edit = {"edit_output": lambda output: output + 1, "stop": True}
     with nethook.Trace(net, "1", True, True, True, True, False, *edit.values()) as trace:
         net(X)
@@ -250,7 +250,7 @@ def test_nothing_is_kept_before_the_pass(nethook, net):
 
 
 def test_stop_where_nothing_ran(nethook, net):
-    """A block in which the layer never ran ends in an error, not quietly without an output; no hook stays."""
+    """A block in which the layer never ran ends in an error, and no hook stays."""
     for kind, layers in ((nethook.Trace, "1"), (nethook.TraceDict, ["1"])):
         with pytest.raises(TypeError), kind(net, layers, stop=True):
             pass
@@ -279,7 +279,7 @@ def test_retain_input(nethook, net):
 
 
 def test_clone(nethook, net):
-    """A copy survives what is done to the original in place; without `clone` the very object is kept."""
+    """A copy survives changes of the original; without `clone` the object itself is kept."""
     relu = nn.Sequential(net[0], nn.ReLU(inplace=True))
     before = net[0](X).detach()
     for clone, expected in ((True, before), (False, before.relu())):
@@ -307,7 +307,7 @@ def test_detach(nethook, net):
 
 
 def test_copies_of_containers(nethook):
-    """Tensors are copied in dicts, lists and tuples at any depth, and these keep their types; else the very object is kept."""
+    """Tensors are copied in dicts, lists and tuples at any depth, and these keep their types."""
     doubles, one = Doubles(), X.clone().requires_grad_()
     with nethook.Trace(doubles) as trace:
         result = doubles(one, X)
@@ -335,7 +335,10 @@ def test_what_cannot_be_copied(nethook, option):
 
 
 def test_retain_grad(nethook, net):
-    """`.output.grad` is the gradient of what was kept, also of a frozen net; in-place operations may follow; `detach` is not heeded."""
+    """`.output.grad` is the gradient of what was kept, also where the net is frozen.
+
+    In-place operations may follow, and `detach` changes nothing.
+    """
     frozen = nn.Sequential(net[0], nn.ReLU(inplace=True), net[1]).requires_grad_(False)
     weight = net[1].weight
     for detach in (False, True):
@@ -363,8 +366,7 @@ def test_retain_grad_is_not_of_the_input(nethook, net):
 
 # How `edit_output` gets its arguments.
 
-# functions that note what they got, and what that is: by name first, then what is left, in this
-# order
+# Functions that note what they got, and what that is: by name first, then what is left, in order.
 EDITS = {
     "output": (lambda note: lambda output: note(output), "output"),
     "another name": (lambda note: lambda x: note(x), "output"),
@@ -415,7 +417,7 @@ EDITS = {
 
 @pytest.mark.parametrize("case", EDITS)
 def test_edit_gets_its_arguments_by_name(nethook, net, case):
-    """By name first; then, for other names and in this order, what is left of output, layer and inputs."""
+    """By name first; other names get, in order, what is left of output, layer and inputs."""
     (make, expected), found = EDITS[case], []
     with nethook.Trace(net, "1", edit_output=make(lambda *got: found.extend(got))):
         net(X)
@@ -452,7 +454,7 @@ class Editor:
     ],
 )
 def test_edit_that_cannot_be_called(nethook, net, edit):
-    """More arguments than there are, methods, objects and builtins are a TypeError, and no hook stays."""
+    """Too many arguments, methods, objects and builtins are a TypeError, and no hook stays."""
     for kind, layers in ((nethook.Trace, "1"), (nethook.TraceDict, ["0", "1"])):
         with pytest.raises(TypeError), kind(net, layers, edit_output=edit):
             net(X)
@@ -460,7 +462,7 @@ def test_edit_that_cannot_be_called(nethook, net, edit):
 
 
 def test_stand_in_refuses_by_a_sentence(net):
-    """The stand-in says what is wrong before the pass, and names the argument; no hook is registered for any layer."""
+    """The stand-in names the wrong argument before the pass, and registers no hook."""
     for edit, saying in {
         (
             lambda a, b, c, scale: a

@@ -25,7 +25,7 @@ from repository.notebooks import KERNELSPEC, LANGUAGE, notebook_paths, store
 def run_python(
     source: str, folder: Path, *flags: str, answers: str = "", **environment: str
 ) -> subprocess.CompletedProcess:
-    """Run Python in a folder, without the project on its path; answers are what it reads on its standard input."""
+    """Run Python in a folder, without the project on its path; it reads `answers` on stdin."""
     clean = {
         key: value
         for key, value in os.environ.items()
@@ -43,7 +43,7 @@ def run_python(
 
 @pytest.fixture
 def stub(tmp_path: Path) -> str:
-    """A folder that makes `google.colab` importable, beside whatever else of `google` is installed."""
+    """A folder that makes `google.colab` importable, beside what else of `google` is there."""
     package = tmp_path / "stub" / "google" / "colab"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
@@ -99,9 +99,9 @@ def repository(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def on_colab(stub: str, empty: Path, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
-    """Run a cell as on Colab: in /content, which is a folder of the test, and with every GitHub address a local folder.
+    """Run a cell as on Colab, with folders of the test for /content and for GitHub.
 
-    All requirements are installed; pip needs seconds to see that, so a module that does nothing
+    All requirements are installed. pip needs seconds to see that, so a module that does nothing
     stands in for it.
     """
     (Path(stub) / "pip.py").touch()
@@ -136,7 +136,7 @@ def went_to(folder: Path) -> list[str]:
 
 @contextlib.contextmanager
 def colab_server(answer: bytes, pause: float = 0) -> Iterator[str]:
-    """The address of a server that answers as Colab's own, byte after byte where there is a pause."""
+    """The address of a server that answers as Colab does, byte by byte if there is a pause."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -172,7 +172,7 @@ def session(path: str) -> bytes:
 def test_cell_on_colab_clones_what_the_variable_says_and_may_run_twice(
     on_colab, empty, repository, form
 ):
-    """The variable wins over the written address. Later the folder is there: nothing is cloned, nobody asked."""
+    """The variable wins over the written address; the second run finds the folder."""
     cell, variable = colab.colab_cell("no/address"), {"STEERING_REPO": form.format(path=repository)}
     result = on_colab(cell + "\n" + cell, CHECK, **variable)
     assert (
@@ -297,7 +297,7 @@ def test_cell_elsewhere_takes_the_project_on_the_path(empty):
 
 @pytest.mark.parametrize("repo", [None, "owner/name"])
 def test_cell_elsewhere_says_what_to_do(empty, repo):
-    """With the kernel in a folder that is not below the root: no question, no clone, one sentence."""
+    """With the kernel in a folder outside the project: no question, no clone, one sentence."""
     result = run_python(colab.colab_cell(repo), empty, STEERING_REPO="owner/name")
     assert (result.returncode, result.stdout, result.stderr.splitlines()[-1]) == (1, "", SENTENCE)
     assert not list(empty.iterdir())
@@ -310,7 +310,7 @@ def test_cell_fits_in_a_notebook():
 
 @pytest.mark.parametrize("name", [path.stem for path in notebook_paths()])
 def test_notebooks_begin_as_the_tool_writes_them(name):
-    """The tool would change nothing: badge, or none while the address is unknown, cell and metadata."""
+    """The tool would change nothing: badge (none while the address is unknown), cell, metadata."""
     notebook, text = (
         nbformat.read(notebook_paths([name])[0], as_version=4),
         (notebook_paths([name])[0]).read_text(encoding="utf-8"),
@@ -392,7 +392,7 @@ def test_other_address_is_refused(address):
 
 
 def test_default_address_is_that_of_origin(project, capsys):
-    """Without one on GitHub the stored address stays, and there is no badge where none is stored."""
+    """Without one on GitHub the stored address stays; where none is stored there is no badge."""
     (project / colab.STORED).write_text('{"repo": null}')
     assert colab.main([], project) == 0
     out, err = capsys.readouterr()
@@ -417,7 +417,7 @@ def test_default_address_is_that_of_origin(project, capsys):
 
 
 def test_workflow_commits_badge_and_cell_once(repository, tmp_path):
-    """Its commands, run for real: on the first push one commit, on the second none, so it cannot go round in circles."""
+    """Its commands, run for real: one commit on the first push, none on the second."""
     workflow = yaml.safe_load((ROOT / ".github/workflows/colab.yml").read_text())
     assert workflow["permissions"] == {"contents": "write"}
     bare, clone = tmp_path / "bare.git", tmp_path / "clone"

@@ -63,6 +63,6 @@ def test_a_planted_import_breaks_the_contract(sources, module, planted):
 
 
 def test_inside_the_library_nothing_takes_the_public_door():
-    """`from common import …` there would pass the contract, which sees no names, and run in circles."""
+    """The contract does not see `from common import …`, which would run in circles there."""
     graph = grimp.build_graph("common", cache_dir=None)
     assert graph.find_modules_that_directly_import("common") == set()
