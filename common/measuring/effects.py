@@ -1,7 +1,7 @@
-"""Where steering works and what it costs: the effect beside its controls, over layers, coefficients and prompts.
+"""Where steering works and what it costs: effects beside their controls, by layer and coefficient.
 
-The tables come from `sweeps`. An effect is a move of something measured, against unsteered, prompt
-by prompt.
+The tables come from sweeps. An effect is a move of something measured, against unsteered, prompt by
+prompt.
 """
 
 import re
@@ -28,9 +28,9 @@ def effect_by_cell(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
 
     Returns:
         By cell, over the prompts that count: `effect` (mean of the move against unsteered),
-            `spread` (standard deviation),
-        `error` (standard error of the effect), `wrong way` (the share of prompts that moved against
-        the sign of the coefficient) and `prompts`, their number.
+        `spread` (standard deviation), `error` (standard error of the effect), `wrong way` (the
+        share of prompts that moved against the sign of the coefficient) and `prompts`, their
+        number.
 
     Raises:
         ValueError: no such column, texts in it, or no unsteered rows.
@@ -51,34 +51,36 @@ def effect_by_cell(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 
 def moves_by_prompt(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Return the cells, `prompt`, and `move`: the metric's mean over the samples of a prompt, minus its unsteered mean.
+    """Return the cells, `prompt`, and `move`: the mean of a metric for a prompt, minus unsteered.
 
-    Means are over the samples that have a value; where none has one, the move is NaN.
+    Means are over the samples of the prompt that have a value; where none has one, the move is NaN.
 
     Raises:
         ValueError: no such column, texts in it, or no unsteered rows.
     """
     rows = with_numbers(rows, metric)
-    plain = rows[rows["kind"] == "unsteered"].groupby("prompt", sort=False)[metric].mean()
+    plain = unsteered_by_prompt(rows, metric)
     if plain.empty:
         raise ValueError("the table has no unsteered rows to compare with")
-    steered = (
-        rows[rows["kind"] != "unsteered"]
-        .groupby([*CELL, "prompt"], sort=False)[metric]
-        .mean()
-        .reset_index()
-    )
-    steered["move"] = steered[metric] - steered["prompt"].map(plain)
-    return steered.drop(columns=metric)
+    steered = rows[rows["kind"] != "unsteered"].groupby([*CELL, "prompt"], sort=False)
+    moved = steered.agg(move=(metric, "mean")).reset_index()
+    before = plain.reindex(moved["prompt"]).to_numpy()
+    return moved.assign(move=moved["move"] - before)
+
+
+def unsteered_by_prompt(rows: pd.DataFrame, metric: str) -> pd.Series:
+    """Return the mean of a metric over the unsteered samples of each prompt."""
+    plain = rows[rows["kind"] == "unsteered"].groupby("prompt", sort=False)
+    return pd.Series(plain.agg(found=(metric, "mean"))["found"])
 
 
 def with_numbers(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
     """The rows with a metric as float: a gap is NaN, a truth value 0 or 1."""
     if metric not in rows:
         raise ValueError(f"no column {metric!r}: the table has {', '.join(map(str, rows.columns))}")
-    values = rows[metric].dropna()
-    if len(other := values[[not isinstance(value, Real | np.bool_) for value in values]]):
-        raise ValueError(f"expected numbers in the column {metric!r}, got {other.iloc[0]!r}")
+    for value in rows[metric].dropna():
+        if not isinstance(value, Real | np.bool_):
+            raise ValueError(f"expected numbers in the column {metric!r}, got {value!r}")
     return rows.assign(**{metric: rows[metric].to_numpy(dtype=float, na_value=np.nan)})
 
 
@@ -91,15 +93,9 @@ def perplexity_ratio_by_cell(rows: pd.DataFrame) -> pd.DataFrame:
     Args:
         rows: what `sweep_perplexity` returned.
     """
-    steered = rows[rows["kind"] != "unsteered"]
-    more = (steered["loss"] - steered["unsteered_loss"]) * steered["tokens"]
-    table = (
-        steered[CELL]
-        .assign(more=more, tokens=steered["tokens"])
-        .groupby(CELL, sort=False)
-        .agg(_whole_sum)
-        .reset_index()
-    )
+    rows = rows.assign(more=(rows["loss"] - rows["unsteered_loss"]) * rows["tokens"])
+    cells = rows[rows["kind"] != "unsteered"].groupby(CELL, sort=False)
+    table = cells.agg({"more": _whole_sum, "tokens": "sum"}).reset_index()
     table["ratio"] = np.exp(table["more"] / table["tokens"])
     return table.drop(columns=["more", "tokens"])
 
@@ -138,7 +134,7 @@ def working_window(
     max_ratio: float = 1.1,
     max_wrong_way: float = 0.25,
 ) -> WorkingWindow:
-    """Find the layers and coefficients at which steering works and does not cost too much, and recommend one.
+    """Find where steering works and does not cost too much, and recommend a layer and coefficient.
 
     A cell works when its effect is at least `min_effect` and larger than that of every control
     there, the perplexity ratio of other text stays within `max_ratio`, and few prompts move the
@@ -160,109 +156,101 @@ def working_window(
             several of them and none named, only coefficient 0, a cell without its cost, or no
             unsteered rows.
     """
-    for name, table, columns in (
-        ("rows", rows, {*CELL, "prompt"}),
-        ("costs", costs, {*CELL, "loss", "unsteered_loss", "tokens"}),
-    ):
-        if not isinstance(table, pd.DataFrame) or not columns <= set(table):
-            what = (
-                f"a table of {', '.join(map(str, table))}"
-                if isinstance(table, pd.DataFrame)
-                else repr(table)
-            )
-            wanted = "sweep" if name == "rows" else "sweep_perplexity"
-            raise ValueError(
-                f"expected as {name} what {wanted} returned, as in working_window(rows, costs,"
-                f" metric); got {what}"
-            )
-    if metric not in rows:
-        raise ValueError(f"no column {metric!r}: the table has {', '.join(map(str, rows.columns))}")
-    names = rows.loc[rows["kind"] == "steering", "steering"].unique().tolist()
-    if steering is None and len(names) == 1:
-        steering = names[0]
-    if steering not in names:
-        raise ValueError(
-            f"expected one of {', '.join(map(repr, names)) or 'no steering'} as steering, got"
-            f" {steering!r}"
-        )
-    table = effect_by_cell(rows, metric)
-    ratios = perplexity_ratio_by_cell(costs)
-    mine = table[(table["steering"] == steering) & (table["coeff"] != 0)].merge(
-        ratios, on=CELL, how="left", indicator=True
-    )
-    if mine.empty:
-        raise ValueError(f"expected a coefficient other than 0 of {steering!r}")
-    if len(lacking := mine[mine["_merge"] == "left_only"]):
-        lacking = lacking.iloc[0]
-        raise ValueError(
-            f"the costs lack layer {lacking['layer']}, coefficient {lacking['coeff']:g} of"
-            f" {steering!r}"
-        )
-    own_random = (table["kind"] == "random") & table["steering"].str.fullmatch(
-        rf"{re.escape(steering)}, random \d+"
-    )
-    others = table[(table["kind"] == "control") | own_random]
-    mine = mine.assign(effect=mine["effect"] * np.sign(mine["coeff"]), coeff=mine["coeff"].abs())
-    cells = mine.groupby(["layer", "coeff"], as_index=False).agg(
-        {"effect": lambda both: both.min(skipna=False), "ratio": _largest, "wrong way": _largest}
-    )
-    largest = (
-        others.assign(coeff=others["coeff"].abs(), control=others["effect"].abs())
-        .groupby(["layer", "coeff"], as_index=False)["control"]
-        .agg(_largest)
-    )
-    cells = cells.merge(largest, on=["layer", "coeff"], how="left", indicator=True)
-    unknown = (cells.pop("_merge") == "both") & cells[
-        "control"
-    ].isna()  # swept, and without a value: nothing is beaten
-    if cells["effect"].isna().all():
-        cells["works"], cells["neighbours"] = False, 0
-        return WorkingWindow(
-            cells,
-            None,
-            None,
-            f"no cell works: {metric!r} has no value that could be compared with unsteered",
-        )
-    min_effect = cells["effect"].max() / 2 if min_effect is None else min_effect
+    _check_tables(rows, costs)
+    cells = _window_cells(rows, costs, metric, _one_steering(rows, steering))
+    if bool(cells["effect"].isna().all()):
+        cells = cells.drop(columns="beaten").assign(works=False, neighbours=0)
+        reason = f"{metric!r} has no value that could be compared with unsteered"
+        return WorkingWindow(cells, None, None, f"no cell works: {reason}")
+    least = np.nanmax(cells["effect"]) / 2 if min_effect is None else min_effect
     cells["works"] = (
-        (cells["effect"] >= min_effect)
-        & (cells["effect"] > cells["control"].fillna(0))
+        cells.pop("beaten")
+        & (cells["effect"] >= least)
         & (cells["ratio"] <= max_ratio)
         & (cells["wrong way"] <= max_wrong_way)
-        & ~unknown
     )
-    layers, coeffs = sorted(cells["layer"].unique()), sorted(cells["coeff"].unique())
-    place = {
-        (row.layer, row.coeff): (layers.index(row.layer), coeffs.index(row.coeff))
-        for row in cells.itertuples()
-    }
-    working = {place[row.layer, row.coeff] for row in cells[cells["works"]].itertuples()}
-    steps = [(0, 1), (0, -1), (1, 0), (-1, 0)]
-    cells["neighbours"] = [
-        sum(
-            (place[row.layer, row.coeff][0] + a, place[row.layer, row.coeff][1] + b) in working
-            for a, b in steps
-        )
-        for row in cells.itertuples()
-    ]
-    if not working:
+    cells = _with_neighbours(cells)
+    if not bool(cells["works"].any()):
         best = cells.loc[cells["effect"].idxmax()]
-        return WorkingWindow(
-            cells,
-            None,
-            None,
-            f"no cell works: the largest effect is that of {_saying(best, min_effect, max_ratio)}",
-        )
-    best = (
-        cells[cells["works"]]
-        .sort_values(["neighbours", "effect"], ascending=False, kind="stable")
-        .iloc[0]
-    )
-    reason = (
-        f"{_saying(best, min_effect, max_ratio)}; {best['neighbours']:.0f} of its neighbours"
-        " work too"
-    )
+        saying = f"the largest effect is that of {_saying(best, least, max_ratio)}"
+        return WorkingWindow(cells, None, None, f"no cell works: {saying}")
+    working = cells.loc[cells["works"]]
+    widest = working[working["neighbours"] == working["neighbours"].max()]
+    best = widest.loc[widest["effect"].idxmax()]
+    saying = _saying(best, least, max_ratio)
+    reason = f"{saying}; {best['neighbours']:.0f} of its neighbours work too"
     return WorkingWindow(cells, int(best["layer"]), float(best["coeff"]), reason)
+
+
+def _check_tables(rows: pd.DataFrame, costs: pd.DataFrame) -> None:
+    """Refuse other tables than those of the two sweeps."""
+    wanted = (
+        ("rows", "sweep", rows, {*CELL, "prompt"}),
+        ("costs", "sweep_perplexity", costs, {*CELL, "loss", "unsteered_loss", "tokens"}),
+    )
+    for name, maker, table, columns in wanted:
+        if isinstance(table, pd.DataFrame) and columns <= set(table):
+            continue
+        given = repr(table)
+        if isinstance(table, pd.DataFrame):
+            given = f"a table of {', '.join(map(str, table))}"
+        raise ValueError(
+            f"expected as {name} what {maker} returned, as in working_window(rows, costs, metric);"
+            f" got {given}"
+        )
+
+
+def _one_steering(rows: pd.DataFrame, name: str | None) -> str:
+    """The steering that is meant: the one that is named, or the only one."""
+    names = rows.loc[rows["kind"] == "steering", "steering"].unique().tolist()
+    if name is None and len(names) == 1:
+        return names[0]
+    if name is None or name not in names:
+        known = ", ".join(map(repr, names)) or "no steering"
+        raise ValueError(f"expected one of {known} as steering, got {name!r}")
+    return name
+
+
+def _window_cells(
+    rows: pd.DataFrame, costs: pd.DataFrame, metric: str, steering: str
+) -> pd.DataFrame:
+    """The cells of a window, both signs in one; `beaten`: the effect exceeds every control's."""
+    table = effect_by_cell(rows, metric)
+    mine = table[(table["steering"] == steering) & (table["coeff"] != 0)]
+    if mine.empty:
+        raise ValueError(f"expected a coefficient other than 0 of {steering!r}")
+    mine = mine.merge(perplexity_ratio_by_cell(costs), on=CELL, how="left", indicator=True)
+    for layer, coeff in mine.loc[mine["_merge"] == "left_only", ["layer", "coeff"]].to_numpy():
+        raise ValueError(f"the costs lack layer {layer}, coefficient {coeff:g} of {steering!r}")
+    size = mine["coeff"].abs()
+    mine = mine.assign(effect=mine["effect"] * np.sign(mine["coeff"]), coeff=size)
+    cells = mine.groupby(["layer", "coeff"], as_index=False).agg(
+        {"effect": _smallest, "ratio": _largest, "wrong way": _largest}
+    )
+    own = table["steering"].str.fullmatch(rf"{re.escape(steering)}, random \d+")
+    sizes = table.assign(coeff=table["coeff"].abs(), control=table["effect"].abs())
+    others = sizes[(table["kind"] == "control") | (table["kind"] == "random") & own]
+    controls = others.groupby(["layer", "coeff"], as_index=False).agg({"control": _largest})
+    cells = cells.merge(controls, on=["layer", "coeff"], how="left", indicator=True)
+    # A control that was swept and has no value is not beaten; one that was not swept counts 0.
+    swept = cells.pop("_merge") == "both"
+    cells["beaten"] = cells["effect"] > cells["control"].where(swept, 0.0)
+    return cells
+
+
+def _with_neighbours(cells: pd.DataFrame) -> pd.DataFrame:
+    """The cells with `neighbours`: how many of the four beside each one work."""
+    works = cells.astype({"works": int}).pivot(index="layer", columns="coeff", values="works")
+    works = works.fillna(0)
+    shifted = [works.shift(step, axis=axis, fill_value=0) for step in (1, -1) for axis in (0, 1)]
+    counts = sum(shifted[1:], shifted[0]).astype(int).melt(ignore_index=False)
+    counts = counts.rename(columns={"value": "neighbours"}).reset_index()
+    return cells.merge(counts, on=["layer", "coeff"], how="left")
+
+
+def _smallest(values: pd.Series) -> float:
+    """NaN where one of them is: it could be smaller than the others."""
+    return values.min(skipna=False)
 
 
 def _largest(values: pd.Series) -> float:
@@ -273,7 +261,7 @@ def _largest(values: pd.Series) -> float:
 def _saying(cell: pd.Series, min_effect: float, max_ratio: float) -> str:
     """What was found at a cell, beside what was asked for."""
     control = (
-        "no controls" if pd.isna(cell["control"]) else f"controls at most {cell['control']:.2f}"
+        "no controls" if np.isnan(cell["control"]) else f"controls at most {cell['control']:.2f}"
     )
     return (
         f"layer {cell['layer']}, coefficient {cell['coeff']:g}: effect {cell['effect']:.2f} (asked"
