@@ -183,7 +183,7 @@ WRONG_NUMBERS = [
 
 
 @pytest.mark.parametrize("wrong", WRONG_NUMBERS, ids=repr)
-def test_what_is_no_number(model, tokenizer, wrong):
+def test_what_is_not_a_number(model, tokenizer, wrong):
     """As multiplier, coefficient, and coefficient of a sweep."""
     own = SteeringVector({1: torch.ones(128)})
     for says, use in {
@@ -196,7 +196,7 @@ def test_what_is_no_number(model, tokenizer, wrong):
 
 
 @pytest.mark.parametrize("wrong", [True, "2", 1.0, None, torch.tensor(1), np.float64(1)], ids=repr)
-def test_what_is_no_layer(model, tokenizer, wrong):
+def test_what_is_not_a_layer(model, tokenizer, wrong):
     """In a list of layers, as a block, a place and a key."""
     own = SteeringVector({1: torch.ones(128)})
     for use in (
@@ -254,7 +254,7 @@ def test_a_single_layer_is_a_list_too(model, tokenizer, layers):
     ["add", 3, addition_operator, torch.ones(3), lambda hidden: hidden],
     ids=["text", "number", "factory", "tensor", "one"],
 )
-def test_what_is_no_operator(model, wrong):
+def test_what_is_not_an_operator(model, wrong):
     """A name, a factory that was not called, another function: before the model gets a hook."""
     before = snapshot(model)
     with pytest.raises(
@@ -276,7 +276,7 @@ def test_what_is_no_operator(model, wrong):
 
 
 @pytest.mark.parametrize("wrong", ["mean", mean_aggregator, None], ids=["text", "factory", "None"])
-def test_what_is_no_aggregator(model, tokenizer, wrong):
+def test_what_is_not_an_aggregator(model, tokenizer, wrong):
     """Before anything is read."""
     handle = model.transformer.register_forward_pre_hook(
         lambda *_: pytest.fail("a forward pass was run")

@@ -382,9 +382,8 @@ class PositionTracker:
     Attributes:
         mask: what the current pass selects, [batch, pos, 1], bool, or None where every entry is
             selected.
-        positions: absolute positions of the entries of this pass, [batch, pos]; only where not
-            everything is selected.
-        lengths: how many real tokens the prompts have, [batch]; likewise.
+        current: the pass, with the positions of its entries [batch, pos] and the lengths of the
+            prompts [batch] where not everything is selected.
     """
 
     def __init__(self, module: nn.Module, selection: "TokenSelection | TokenSpan"):
@@ -398,16 +397,6 @@ class PositionTracker:
     def mask(self) -> Tensor | None:
         """What the current pass selects."""
         return self.current.mask
-
-    @property
-    def positions(self) -> Tensor | None:
-        """Where its entries are."""
-        return self.current.positions
-
-    @property
-    def lengths(self) -> Tensor | None:
-        """How long the prompts are."""
-        return self.current.lengths
 
     @property
     def current(self) -> Pass:
@@ -490,7 +479,7 @@ class PositionTracker:
         """Return the text of a pass by hand: all that it has read is its prompt.
 
         Raises:
-            ValueError: the pass is one of `generate`, where that is not so.
+            ValueError: the pass is one of `generate`, where that need not be so.
         """
         text = being_generated(self.module)
         if text is not None and text.lengths is None:

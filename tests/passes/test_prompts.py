@@ -669,7 +669,7 @@ def test_what_a_template_refuses(subjects):
         ([["I", "You"]], "as prompts, got"),
     ],
 )
-def test_what_is_no_prompt(subjects, prompts, says):
+def test_what_is_not_a_prompt(subjects, prompts, says):
     """Refused by all, in the same words."""
     model, tokenizer = subjects["Llama"]
     for call in (
@@ -683,7 +683,7 @@ def test_what_is_no_prompt(subjects, prompts, says):
             call()
 
 
-def test_a_conversation_is_no_pair(subjects):
+def test_a_conversation_is_not_a_pair(subjects):
     """Two messages are one prompt, not two."""
     model, tokenizer = subjects["Llama"]
     with pytest.raises(ValueError, match="pair 0: expected two"):

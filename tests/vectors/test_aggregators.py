@@ -80,7 +80,7 @@ def test_pca_is_the_first_singular_vector(shape, seed):
     assert (differences @ vector).mean() >= -1e-5
 
 
-def test_pca_of_differences_that_cancel_is_no_nan():
+def test_pca_of_differences_that_cancel_is_not_nan():
     """Where no sign is the right one, it still has norm 1."""
     differences = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
     assert pca_aggregator()(differences, torch.zeros(2, 2)).norm() == pytest.approx(1)

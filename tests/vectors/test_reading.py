@@ -247,7 +247,7 @@ def test_record_stops_after_an_exception(model):
     assert_pristine(model, before)
 
 
-def test_a_part_that_gives_no_tensor_is_named():
+def test_a_part_that_gives_another_type_is_named():
     """A part whose output is not a tensor: one sentence."""
 
     class Odd(nn.Module):

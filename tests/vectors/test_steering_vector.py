@@ -494,7 +494,7 @@ def test_bad_input_is_refused_before_anything_is_changed(model, vector, options,
         ({2: [1.0, 2.0]}, r"got \[1.0, 2.0\]"),
     ],
 )
-def test_what_is_no_vector_is_refused(given, says):
+def test_what_is_not_a_vector_is_refused(given, says):
     """At construction already."""
     with pytest.raises(ValueError, match=says):
         SteeringVector(given)
