@@ -112,7 +112,7 @@ def known_preset(name: str) -> Preset | None:
     """Return what was measured for the embedded model, or published for GPT2-XL; else None."""
     if name == EMBEDDED:
         found = json.loads((embedded.FOLDER / "preset.json").read_text(encoding="utf-8"))
-        source = "a sweep on prompts of its own, see common/embedded"
+        source = "a sweep on prompts of its own, see embedded_model/README.md"
         return Preset(found["layer"], found["coeff"], source)
     if (found := _published_presets().get(name.split("/")[-1])) is None:
         return None

@@ -87,12 +87,12 @@ class RatingSession:
         self.path, self.total = Path(path), len(self._texts)
         self.question, self.scale = question, (scale[0], scale[1])
         self.values = range(scale[0], scale[1] + 1)
-        # An id that shows no row number: in most tables the unsteered completions come first.
+        # An id that does not reveal the row number: in most tables the unsteered completions come first.
         digest = hashlib.sha256(json.dumps(self._texts).encode()).hexdigest()
         ids = (hashlib.sha256(f"{digest} {row}".encode()) for row in range(self.total))
         self._rows = {name.hexdigest()[:16]: row for row, name in enumerate(ids)}
         self._ids = list(self._rows)
-        # Two tables of equal size must not come in one order: who knew the first would know the
+        # Two tables of equal size must not come in one order: whoever knew the first would know the
         # origins in the second.
         self._order = random.Random(f"{seed} {digest}").sample(range(self.total), self.total)
         self._load()
@@ -212,7 +212,7 @@ class RatingSession:
                 " JSON lines: give the path of another file, this one stays as it is"
             )
         raise ValueError(
-            f"{name} holds something else than ratings of these completions: {found[:60]!r}"
+            f"{name} holds something other than ratings of these completions: {found[:60]!r}"
         )
 
 
@@ -286,7 +286,7 @@ def describe(report: Report) -> str:
     start += f"95 % interval {report.low:z.2f} to {report.high:z.2f}"
     apart = not report.low <= 0 <= report.high
     return start + (
-        "." if apart else ", which includes 0: steered and unsteered are not told apart."
+        "." if apart else ", which includes 0: steered and unsteered cannot be told apart."
     )
 
 

@@ -360,7 +360,7 @@ def test_ratings_of_other_completions_are_refused(tmp_path, alter: Callable):
     before = path.read_bytes()
     for use in (RatingSession, report):
         with pytest.raises(
-            ValueError, match="holds something else than ratings of these completions"
+            ValueError, match="holds something other than ratings of these completions"
         ):
             use(alter(table()), path)
     assert path.read_bytes() == before
@@ -464,7 +464,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path, alter: Callable):
     before = path.read_bytes()
     for use in (RatingSession, report):
         with pytest.raises(
-            ValueError, match="holds something else than ratings of these completions"
+            ValueError, match="holds something other than ratings of these completions"
         ):
             use(completions, path)
     assert path.read_bytes() == before
@@ -615,7 +615,7 @@ def test_spoiled_while_a_session_runs(tmp_path):
     other = b"something else, and longer than the file was" * 20
     path.write_bytes(other)
     for _ in range(3):
-        with pytest.raises(ValueError, match="something else than ratings"):
+        with pytest.raises(ValueError, match="something other than ratings"):
             session.rate(3)
     assert path.read_bytes() == other and len(session.ratings) == 3
 
@@ -633,7 +633,7 @@ def test_report_by_hand(tmp_path):
     assert (
         describe(result)
         == "Steered 4.00, unsteered 2.00 (3 and 3 ratings): difference 2.00, 95 % interval -0.27 to"
-        " 4.27, which includes 0: steered and unsteered are not told apart."
+        " 4.27, which includes 0: steered and unsteered cannot be told apart."
     )
 
 
@@ -657,7 +657,7 @@ def test_report_agrees_with_the_formula(tmp_path_factory, steered: list[int], un
     margin = stats.t.ppf(0.975, sum(parts) ** 2 / sum(squares)) * math.sqrt(sum(parts))
     expected = result.difference - margin, result.difference + margin
     assert (result.low, result.high) == pytest.approx(expected)
-    assert ("not told apart" in describe(result)) == (result.low <= 0 <= result.high)
+    assert ("cannot be told apart" in describe(result)) == (result.low <= 0 <= result.high)
 
 
 @given(SIDE, SIDE, st.integers(-3, 3))
@@ -707,9 +707,9 @@ def test_sentence_says_what_is_known():
         == "Steered 3.90, unsteered 2.10 (24 and 24 ratings): difference 1.80, 95 % interval 1.20"
         " to 2.40."
     )
-    assert "not told apart" not in describe(Report(48, 24, 24, 2.1, 3.9, -1.8, -2.4, -1.2))
+    assert "cannot be told apart" not in describe(Report(48, 24, 24, 2.1, 3.9, -1.8, -2.4, -1.2))
     for low, high in ((0.0, 2.0), (-2.0, 0.0), (-1.0, 1.0)):
-        assert "not told apart" in describe(
+        assert "cannot be told apart" in describe(
             Report(48, 24, 24, 3.0, 2.0, (low + high) / 2, low, high)
         )
     assert (
