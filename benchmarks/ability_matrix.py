@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from benchmarks.stored import provenance
+from repository.mechanisms import MECHANISMS
 
 RESULTS = Path(__file__).resolve().parent / "results"
 OUTCOMES = {
@@ -80,18 +81,24 @@ def plot_matrix(cells: pd.DataFrame) -> Figure:
 
 
 def print_limits(mechanism: str, cells: pd.DataFrame | None = None) -> None:
-    """Print the abilities that a mechanism does not simply have, and why; by default those that are stored.
+    """Print the abilities that a mechanism does not simply have, and why.
+
+    Args:
+        mechanism: one of `MECHANISMS`.
+        cells: the matrix; by default the stored one, where a new mechanism is not measured yet.
 
     Raises:
-        ValueError: there is no cell of such a mechanism.
+        ValueError: there is no such mechanism.
     """
     cells = load_matrix() if cells is None else cells
     mine = cells[cells["mechanism"] == mechanism]
-    if mine.empty:
+    if mechanism not in {*MECHANISMS, *cells["mechanism"]}:
         raise ValueError(
-            f"unknown mechanism {mechanism!r}: expected one of"
-            f" {', '.join(cells['mechanism'].unique())}"
+            f"unknown mechanism {mechanism!r}: expected one of {', '.join(MECHANISMS)}"
         )
+    if mine.empty:
+        print(f"{mechanism}: not measured yet (`make benchmark-mechanisms` does)")
+        return
     print(f"{mechanism}: {(mine['outcome'] == 'yes').sum()} of {len(mine)} abilities")
     for cell in mine[mine["outcome"] != "yes"].itertuples():
         print(

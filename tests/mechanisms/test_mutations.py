@@ -94,7 +94,8 @@ def _mutations() -> dict[tuple[str, str], tuple[str, str]]:
             if name != "bias_editing" or mutation not in A_BIAS_CANNOT:
                 found[name, mutation] = (expression, form.format(hidden=hidden, vector=vector))
         found[name, "wrong layer"] = WRONG_LAYER[name]
-        found[name, "never removed"] = NEVER_REMOVED[name]
+        if name in NEVER_REMOVED:
+            found[name, "never removed"] = NEVER_REMOVED[name]
         if name in RESTORES:
             found[name, "not removed after an exception"] = (
                 RESTORES[name],
