@@ -1,4 +1,4 @@
-"""What a sweep runs over: steering by name, layers and coefficients, and the controls beside them."""
+"""What a sweep runs over: steering by name, layers, coefficients, and the controls beside it."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -73,7 +73,7 @@ class Grid:
             object.__setattr__(self, "layers", tuple(layer_list(self.layers)))
 
     def bos(self, prepend_bos: bool | None) -> bool | None:
-        """Return what stands in front of prompts: by default one BOS if additions, which have one, are among it."""
+        """Return what stands in front of prompts: by default one BOS where there are additions."""
         swept = [*self.steering.values(), *(self.controls or {}).values()]
         if prepend_bos is None and not all(isinstance(what, SteeringVector) for what in swept):
             return True

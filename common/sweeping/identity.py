@@ -1,7 +1,6 @@
-"""What a stored row depends on, as a short text: the whole weights of a model, its tokens, the code of a metric.
+"""What a stored row depends on, as a short text: weights of a model, tokens, code of a metric.
 
-Two things of one identity give the same rows. What cannot be told from another by its content is
-refused by name.
+Two things of one identity give the same rows. What has no content to compare is refused by name.
 """
 
 import dis
@@ -12,7 +11,7 @@ import re
 import sys
 import sysconfig
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +46,13 @@ _OPEN = dict, list, tuple
 
 
 def identity_of_model(model: PreTrainedModel) -> dict[str, Any]:
-    """Identify a model by its parameters and persistent buffers, all of them, its modules and its config.
+    """Identify a model by all its parameters and persistent buffers, its modules and its config.
 
     All bytes are hashed (SHA-256), whatever the dtype, shared weights once: the 6.2 GB of GPT2-XL
     in float32 take about 4 seconds on one core. Weights that were offloaded are read from where
-    they lie. Of modules of other libraries (adapters)
-    the attributes count, too: which one is switched on, and how strongly. What is set by hand on a
-    module of torch or transformers, and stands neither in its weights nor in the config (another
-    `eps`, a hook), is not seen.
+    they lie. Of modules of other libraries (adapters) the attributes count, too: which one is
+    switched on, and how strongly. What is set by hand on a module of torch or transformers, and is
+    neither in its weights nor in the config (another `eps`, a hook), is not seen.
 
     Returns:
         `weights`, a hash; `modules`, a hash of their names, classes and switches; `config`, without
@@ -91,14 +89,15 @@ def hash_of_tensors(tensors: Iterable[Tensor]) -> str:
     found = hashlib.sha256()
     for tensor in tensors:
         found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        found.update(content.numpy().data)
     return found.hexdigest()
 
 
 def identity_of_metric(metric: Any, name: str) -> str:
-    """Identify a callable by what it is: its code, constants, defaults, and all that it reaches, numbers and tensors included.
+    """Identify a callable by its code, constants, defaults, and all that it reaches.
 
-    Functions and classes of installed packages go by their names.
+    Numbers and tensors count; functions and classes of installed packages go by their names.
 
     Raises:
         ValueError: it reaches something that has no content to compare: a generator, a lock, an
@@ -152,7 +151,7 @@ def _hash_of_state(model: nn.Module) -> str:
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor):
             raise ValueError(
-                f"{name} of the model is a {type(tensor).__name__} and no tensor: give no path"
+                f"{name} of the model is a {type(tensor).__name__}, not a tensor: give no path"
             )
         try:
             if id(tensor) not in known:  # shared weights have several names
@@ -187,7 +186,7 @@ class _Content:
         ] = {}  # with the thing, so that no other one gets its id
 
     def of(self, thing: Any) -> Any:
-        """The content of a value as JSON holds it: itself where it is short, else a hash."""
+        """Return the content of a value as JSON holds it: itself where it is short, else a hash."""
         if isinstance(thing, _PLAIN):
             return [type(thing).__name__, repr(thing)]
         if id(thing) in self.open:
@@ -250,11 +249,10 @@ class _Content:
     def _module(self, module: types.ModuleType) -> Any:
         if _is_installed(module.__name__):
             return module.__name__
-        files = (
-            sorted(Path(module.__file__).parent.rglob("*.py"))
-            if hasattr(module, "__path__")
-            else [Path(module.__file__)]
-        )
+        if module.__file__ is None:  # a folder without code of its own
+            raise _Unknown(repr(module))
+        file = Path(module.__file__)
+        files = sorted(file.parent.rglob("*.py")) if hasattr(module, "__path__") else [file]
         return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
 
     def _class(self, kind: type) -> Any:
@@ -262,9 +260,12 @@ class _Content:
             return self._named(kind)
         slots = types.GetSetDescriptorType, types.MemberDescriptorType
         own = {
-            name: value for name, value in vars(kind).items()
-            if (callable(value) or not name.startswith("__")) and not isinstance(value, slots) and name != "_abc_impl"
-        }  # fmt: skip
+            name: value
+            for name, value in vars(kind).items()
+            if (callable(value) or not name.startswith("__"))
+            and not isinstance(value, slots)
+            and name != "_abc_impl"
+        }
         return [self._each(kind.__bases__), self._items(own)]
 
     def _object(self, thing: Any) -> Any:
@@ -282,7 +283,7 @@ class _Content:
         make, arguments, state, items, pairs = (*found, None, None, None)[:5]
         return self._each([make, arguments, state, list(items or ()), list(pairs or ())])
 
-    _READERS = (
+    _READERS: tuple[tuple[Any, Callable[..., Any]], ...] = (
         (types.CodeType, _code),
         (types.FunctionType, _function),
         (types.MethodType, lambda self, method: self._each([method.__func__, method.__self__])),
@@ -331,7 +332,7 @@ def _is_installed(module: str | None) -> bool:
 
 
 def _names(code: types.CodeType) -> set[tuple[str, bool]]:
-    """The names that a code object looks up outside itself, and whether it imports them; those of inner functions too."""
+    """The names that code looks up outside, inner functions too, and whether it imports them."""
     lookups = "LOAD_GLOBAL", "LOAD_NAME", "IMPORT_NAME"
     own = {
         (step.argval, step.opname == "IMPORT_NAME")

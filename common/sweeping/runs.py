@@ -1,4 +1,4 @@
-"""What a sweep computes, batch by batch: completions, or predictions along prompts, at every cell."""
+"""What a sweep computes, batch by batch: completions of prompts, or predictions along them."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,16 +12,14 @@ from torch import Tensor
 
 from common.places.blocks import get_hidden
 from common.sweeping.grid import Cell
-from common.sweeping.rows import (
+from common.sweeping.rows import row_deltas, steered_after, steering_rows
+from common.sweeping.skipping import (
     Recorded,
     can_prefill,
     can_skip_blocks,
     logits_from,
     prefilled_cache,
     record_blocks,
-    row_deltas,
-    steered_after,
-    steering_rows,
 )
 from common.sweeping.texts import Texts
 from common.texts.generation import completions, real_tokens
@@ -45,7 +43,7 @@ class Run(Protocol):
 
 @dataclass(frozen=True)
 class Completing:
-    """Completions of prompts at every cell, `per_prompt` of each; rows are numbered in this order."""
+    """Completions of prompts at every cell; rows are numbered by cell, prompt and sample."""
 
     texts: Texts
     cells: Sequence[Cell]
@@ -71,8 +69,7 @@ class Completing:
             can_prefill(self.texts.model, self.texts.samples),
             self.sampling.max_new_tokens,
         )
-        vocabulary = self.texts.model.get_output_embeddings().weight.shape[0]
-        cost = self.texts.bytes_of(max(self.texts.lengths) + new) + 16 * vocabulary
+        cost = self.texts.bytes_of(max(self.texts.lengths) + new) + 16 * self.texts.vocabulary
         # Prompts of like length together, so that little is padded.
         pending.sort(key=lambda number: self.texts.lengths[plan[number][1]])
         for numbers in self.texts.batches(
@@ -147,14 +144,13 @@ class Predicting:
 
     def _bytes(self, length: int) -> int:
         """About how much memory a pass over a text takes."""
-        vocabulary = self.texts.model.get_output_embeddings().weight.shape[0]
         positions = 1 if self.last_only else length
-        return self.texts.bytes_of(length) + 12 * vocabulary * positions
+        return self.texts.bytes_of(length) + 12 * self.texts.vocabulary * positions
 
     def _over(
         self, texts: Sequence[int], pending: Sequence[tuple[int, int]], skips: bool
     ) -> Iterator[dict[int, Row]]:
-        """The rows of some texts, given as (cell, text), after one unsteered pass over the texts."""
+        """Compute pending rows (cell, text) of some texts after one unsteered pass over these."""
         inputs = self.texts.inputs(texts)
         groups: dict[int | None, list[tuple[int, int]]] = defaultdict(list)
         for cell, text in pending:
@@ -190,7 +186,7 @@ class Predicting:
         inputs: Mapping[str, Tensor],
         plain: Recorded,
     ) -> Tensor:
-        """The logits of rows that are steered after one block; `chosen` are their texts in `plain`."""
+        """The logits of rows steered after one block; `chosen` are their texts in `plain`."""
         model, steering = self.texts.model, [cell.row for cell in cells]
         if layer not in plain.outputs:
             with steering_rows(model, steering):

@@ -1,8 +1,8 @@
-"""Where a sweep keeps what it has computed: rows in a SQLite file, complete or not there, for these settings only.
+"""Where a sweep keeps its rows: a SQLite file for one set of settings.
 
-Numbers, texts and gaps stand in it as SQLite has them; what it has no type for (truth values, NaN,
-whole numbers of more than 64 bits) as JSON in a BLOB. What can be computed again from the rows, the
-metrics of texts, is in a table of its own.
+It holds numbers, texts and gaps as SQLite has them, and what SQLite has no type for (truth values,
+NaN, integers of more than 64 bits) as JSON in a BLOB. The metrics of texts, which can be computed
+again from the rows, have a table of their own.
 """
 
 import json
@@ -27,7 +27,7 @@ _NOT_WRITTEN = {
 
 
 class SweepStore:
-    """Numbered rows of one sweep. Every batch is written at once or not at all, so that a killed sweep can go on.
+    """Numbered rows of one sweep; a batch is written whole or not at all, so it can be killed.
 
     Args:
         path: the file; it need not exist. None keeps the rows in memory.
@@ -75,7 +75,7 @@ class SweepStore:
                     self._make("rows", self.columns)
                     self._make("metrics", self.metrics)
                 else:
-                    _check(path, _settings(self.connection), settings)
+                    _check(_name(path), _settings(self.connection), settings)
             stack.pop_all()
 
     def done(self) -> set[int]:
@@ -97,7 +97,7 @@ class SweepStore:
         """Write rows, all or none of them.
 
         Raises:
-            ValueError: a value that is no number, text or gap.
+            ValueError: a value that is not a number, a text or a gap.
             OSError: there is no room for them; the rows so far are there.
         """
         self._insert("rows", self.columns, rows)
@@ -107,7 +107,7 @@ class SweepStore:
         self._insert("metrics", self.metrics, rows)
 
     def set_metrics(self, rows: Iterable[tuple[int, Mapping[str, Any]]]) -> None:
-        """Replace the metrics of all rows that are there; see `add`. The file is not touched where they are the same."""
+        """Replace the metrics of all rows; see `add`. Equal ones leave the file alone."""
         values = _values(self.metrics, rows)
         with _explained(self.path):
             found = self.connection.execute("SELECT * FROM metrics ORDER BY number")
@@ -158,7 +158,7 @@ def read_sweep(path: str | os.PathLike) -> pd.DataFrame:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no file of a sweep.
+        ValueError: it is not the file of a sweep.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file {os.fspath(path)!r}")
@@ -174,7 +174,7 @@ def typed(frame: pd.DataFrame) -> pd.DataFrame:
 
 @contextmanager
 def _made_here(path: str | os.PathLike | None) -> Iterator[bool]:
-    """Make an empty file where there is none, and say whether that was so; it goes again where what follows fails."""
+    """Make a file where there is none, and say whether; it goes again if what follows fails."""
     if path is None:
         yield True
         return
@@ -194,8 +194,8 @@ def _made_here(path: str | os.PathLike | None) -> Iterator[bool]:
 
 @contextmanager
 def _explained(path: str | os.PathLike | None) -> Iterator[None]:
-    """Say what is wrong with a file that holds no sweep, or cannot be written."""
-    name = "memory" if path is None else repr(os.fspath(path))
+    """Say what is wrong with a file that does not hold a sweep, or cannot be written."""
+    name = _name(path)
     try:
         yield
     except sqlite3.IntegrityError:  # a row twice
@@ -207,8 +207,12 @@ def _explained(path: str | os.PathLike | None) -> Iterator[None]:
                 " there is room, the same call goes on after them"
             ) from None
         raise ValueError(
-            f"{name} is no file of a sweep, or another sweep is running on it ({error})"
+            f"{name} is not the file of a sweep, or another sweep is running on it ({error})"
         ) from None
+
+
+def _name(path: str | os.PathLike | None) -> str:
+    return "memory" if path is None else repr(os.fspath(path))
 
 
 def _settings(connection: sqlite3.Connection) -> dict[str, Any]:
@@ -219,7 +223,7 @@ def _settings(connection: sqlite3.Connection) -> dict[str, Any]:
 
 
 def _frame(connection: sqlite3.Connection) -> pd.DataFrame:
-    """The rows with their metrics; a sweep that was stopped between the two has gaps, and one of format 1 no such table."""
+    """The rows with their metrics: gaps where a sweep stopped between the two, none in format 1."""
     rows = "SELECT * FROM rows LEFT JOIN metrics USING (number) ORDER BY number"
     if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'metrics'").fetchone():
         rows = "SELECT * FROM rows ORDER BY number"
@@ -230,11 +234,11 @@ def _frame(connection: sqlite3.Connection) -> pd.DataFrame:
     )
 
 
-def _check(path: str | os.PathLike, stored: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+def _check(name: str, stored: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Refuse a file that holds another sweep."""
     if stored["format"] != FORMAT_VERSION:
         raise ValueError(
-            f"{os.fspath(path)!r} was written by another version of this library (format"
+            f"{name} was written by another version of this library (format"
             f" {stored['format']}, expected {FORMAT_VERSION}), and what its rows depend on is not"
             " known well enough to go on: read it with read_sweep, and give another path"
         )
@@ -242,7 +246,7 @@ def _check(path: str | os.PathLike, stored: Mapping[str, Any], settings: Mapping
         name for name in {*stored, *settings} if stored.get(name) != settings.get(name)
     ):
         raise ValueError(
-            f"{os.fspath(path)!r} holds a sweep with other settings ({', '.join(differing)}): give"
+            f"{name} holds a sweep with other settings ({', '.join(differing)}): give"
             " another path, or delete the file"
         )
 
@@ -256,10 +260,10 @@ def _values(columns: Sequence[str], rows: Iterable[tuple[int, Mapping[str, Any]]
 
 
 def plain(value: Any) -> Any:
-    """Return a value as SQLite takes it; `_read` turns it round.
+    """Return a value as SQLite takes it; `_read` undoes it.
 
     Raises:
-        ValueError: it is no number, text or gap.
+        ValueError: it is not a number, a text or a gap.
     """
     value = value.item() if isinstance(value, np.generic) else value
     if value is None or value is pd.NA:
@@ -267,9 +271,8 @@ def plain(value: Any) -> Any:
     if not isinstance(value, bool | int | float | str) or (
         isinstance(value, str) and value != value.encode(errors="replace").decode()
     ):
-        raise ValueError(
-            f"expected a number or a text, got {value!r}"
-        )  # half a surrogate pair is no text
+        # Half of a surrogate pair is not a text either.
+        raise ValueError(f"expected a number or a text, got {value!r}")
     return value if _is_native(value) else json.dumps(value).encode()
 
 

@@ -53,7 +53,7 @@ def sweep(
     max_memory: int = MEMORY,
     show_progress: bool = True,
 ) -> pd.DataFrame:
-    """Complete prompts at every point of a grid, unsteered beside them, and measure the completions.
+    """Complete prompts at every point of a grid, and unsteered, and measure the completions.
 
     Each row is what a run of its prompt alone would give, on any architecture: which rows may share
     a batch, and whether a cache may be filled for all of them at once, is measured on the model
@@ -152,8 +152,7 @@ def sweep_logits(
     """
     metrics = dict(metrics or {"kl": kl_divergence})
     cells, texts = _prepared(model, tokenizer, grid, prompts, grid.bos(prepend_bos))
-    vocabulary = model.get_output_embeddings().weight.shape[0]
-    trial = torch.zeros(2, vocabulary, device=input_device(model))
+    trial = torch.zeros(2, texts.vocabulary, device=input_device(model))
     for name, metric in metrics.items():
         numbers(metric(trial, trial), 2, name)
     settings = path is not None and {
@@ -226,7 +225,7 @@ def sweep_perplexity(
 
 
 def token_logprob(token_ids: Sequence[int]) -> LogitMetric:
-    """Return a metric for `sweep_logits`: the log of the steered probability of some tokens together, in nats."""
+    """Return a metric for `sweep_logits`: the log-probability of some tokens together, steered."""
     ids = torch.tensor(list(token_ids))
     return lambda steered, unsteered: steered.log_softmax(-1)[:, ids].logsumexp(-1)
 
@@ -273,7 +272,7 @@ def _identity(texts: Texts, cells: Sequence[Cell]) -> dict[str, Any]:
 def _table(
     store: SweepStore, run: Run, title: str, show_progress: bool, columns: TextColumns | None = None
 ) -> pd.DataFrame:
-    """Compute the rows that the store does not have, measure the completions, and return all rows."""
+    """Compute the rows that the store does not have, measure completions, and return all rows."""
     with closing(store):
         if columns:
             store.set_metrics(columns.of(store.column("completion")))
@@ -289,7 +288,7 @@ def _table(
 
 
 def _losses(first: int, steered: Tensor, plain: Tensor, inputs: Mapping[str, Tensor]) -> list[Row]:
-    """The mean loss of each text over its tokens from position `first` on, steered and unsteered."""
+    """The mean loss of each text over its tokens from position `first` on, in nats."""
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     counted = mask.bool() & (mask.cumsum(-1) - 1 >= first)
     losses = [mean_losses(logits, ids, counted).tolist() for logits in (steered, plain)]

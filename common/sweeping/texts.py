@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from itertools import groupby
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -87,7 +87,7 @@ class Texts:
 
     @cached_property
     def samples(self) -> BatchEncoding:
-        """Prompts to try the model on: the longest and the shortest; the longest alone if need be."""
+        """Prompts to try the model on: the longest, and the shortest if it may stand beside it."""
         return self._both if self.together == "any" else self.inputs([self._longest])
 
     def batches(
@@ -104,8 +104,14 @@ class Texts:
             for start in range(0, len(found), size):
                 yield found[start : start + size]
 
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the model chooses among."""
+        head: Any = self.model.get_output_embeddings()
+        return head.weight.shape[0]
+
     def bytes_of(self, length: int) -> int:
-        """Return about how much memory a text takes while it runs: its cache, and what a block holds."""
+        """Return about how many bytes a text takes while it runs: its cache, and a block's work."""
         config = self.model.config.get_text_config()
         size = next(self.model.parameters()).element_size()
         return size * length * config.hidden_size * (2 * config.num_hidden_layers + 12)

@@ -17,15 +17,8 @@ from common.loading import copy_sharing_weights
 from common.passes.padding import encode
 from common.places.blocks import get_hidden
 from common.places.sites import Site
-from common.sweeping.rows import (
-    RowSteering,
-    logits_from,
-    prefilled_cache,
-    record_blocks,
-    row_deltas,
-    steered_after,
-    steering_rows,
-)
+from common.sweeping.rows import RowSteering, row_deltas, steered_after, steering_rows
+from common.sweeping.skipping import logits_from, prefilled_cache, record_blocks
 from common.texts.generation import generate, logits
 from common.texts.sampling import TopP
 from common.vectors.activation_additions import (

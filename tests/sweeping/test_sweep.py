@@ -1182,7 +1182,7 @@ def test_a_file_that_is_no_sweep_is_left_alone(model, tokenizer, vector, tmp_pat
         path.write_bytes(content)
     before = path.read_bytes()
     for kind in RUNS:
-        with passes(model) as count, pytest.raises(ValueError, match="no file of a sweep"):
+        with passes(model) as count, pytest.raises(ValueError, match="not the file of a sweep"):
             RUNS[kind](model, tokenizer, {"v": vector}, path=path)
     assert not count and path.read_bytes() == before
 
