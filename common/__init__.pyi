@@ -1,18 +1,18 @@
 """The public names of the library and where each is defined; `__init__.py` loads them by it."""
 
-from .checking.checks import assert_adds as assert_adds
-from .checking.checks import assert_beats_random as assert_beats_random
-from .checking.checks import assert_bos as assert_bos
-from .checking.checks import assert_leaves_generated_tokens as assert_leaves_generated_tokens
-from .checking.checks import assert_no_top_k as assert_no_top_k
-from .checking.checks import assert_precise_difference as assert_precise_difference
-from .checking.checks import assert_same_length as assert_same_length
-from .checking.checks import assert_same_place as assert_same_place
-from .checking.checks import assert_steers_every_row as assert_steers_every_row
-from .checking.checks import assert_steers_generated_tokens as assert_steers_generated_tokens
-from .checking.checks import precision_of_difference as precision_of_difference
+from .checking.generated import assert_leaves_generated_tokens as assert_leaves_generated_tokens
+from .checking.generated import assert_steers_generated_tokens as assert_steers_generated_tokens
+from .checking.numbers import assert_beats_random as assert_beats_random
+from .checking.numbers import assert_precise_difference as assert_precise_difference
+from .checking.numbers import precision_of_difference as precision_of_difference
 from .checking.pristine import assert_pristine as assert_pristine
 from .checking.pristine import snapshot as snapshot
+from .checking.prompts import assert_bos as assert_bos
+from .checking.prompts import assert_no_top_k as assert_no_top_k
+from .checking.prompts import assert_same_length as assert_same_length
+from .checking.steering import assert_adds as assert_adds
+from .checking.steering import assert_same_place as assert_same_place
+from .checking.steering import assert_steers_every_row as assert_steers_every_row
 from .loading import LoadError as LoadError
 from .loading import Preset as Preset
 from .loading import copy_sharing_weights as copy_sharing_weights

@@ -53,7 +53,10 @@ def snapshot(model: Any) -> Snapshot:
 
 
 def differences(model: Any, before: Snapshot) -> list[str]:
-    """Say in plain words how a model differs from a snapshot of it, and what steering was copied with it; else an empty list."""
+    """Say in plain words how a model differs from a snapshot, and what steering was copied with it.
+
+    The list is empty if the model is as it was.
+    """
     now = snapshot(model)
     sayings = {
         "modules": "module {path} was added, removed, replaced or given another method or mode",
@@ -103,7 +106,7 @@ def assert_pristine(model: Any, before: Snapshot) -> None:
 
 
 def _describe(part: nn.Module) -> tuple:
-    """Identity, class, mode, and the methods (`forward`, `generate`) that were set on the instance."""
+    """Identity, class, mode, and the methods (`forward`, say) that were set on the instance."""
     own = (
         name
         for name, value in vars(part).items()
@@ -138,7 +141,7 @@ def _fingerprint(tensor: Tensor) -> tuple:
 
 
 def _edits(model: Any, path: str = "") -> Iterator[tuple[str, int]]:
-    """The number of edits stored on an nnsight model and on each of its children; nothing for other models."""
+    """The number of edits stored on an nnsight model and on each of its children."""
     if isinstance(getattr(model, "_edits", None), list):
         yield getattr(model, "path", path), len(model._edits)
         for child in model._children:
