@@ -136,7 +136,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _fingerprint(tensor: Tensor) -> tuple:
     """Shape, dtype, device, whether it is trained, and a hash of the bytes."""
     contents = tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy()
-    digest = hashlib.blake2b(contents, digest_size=16).hexdigest()
+    digest = hashlib.blake2b(contents.data, digest_size=16).hexdigest()
     return tuple(tensor.shape), tensor.dtype, str(tensor.device), tensor.requires_grad, digest
 
 

@@ -66,8 +66,8 @@ def assert_bos(
         fail(f"the prompts begin with {counts} BOS tokens", "one each, or none at all", cause)
 
 
-def _rows(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> list[list[int] | None]:
-    """The token ids of what `assert_bos` takes, without padding; None where they are not ids [pos]."""
+def _rows(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> list[list[int]]:
+    """The ids of what `assert_bos` takes, without padding; an empty row if they are not [pos]."""
     if isinstance(prompt, str):
         prompt = tokenizer(prompt)["input_ids"]
     elif is_prompt(prompt):
@@ -79,7 +79,7 @@ def _rows(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> list[list[int] | N
         )
         return [row[real].tolist() for row, real in zip(ids, mask.bool())]
     ids = torch.as_tensor(prompt)
-    return [ids.tolist() if ids.dim() == 1 and not ids.is_floating_point() else None]
+    return [ids.tolist() if ids.dim() == 1 and not ids.is_floating_point() else []]
 
 
 @torch.no_grad()
@@ -98,9 +98,9 @@ def assert_no_top_k(model: PreTrainedModel, **options: Any) -> None:
         "return_dict_in_generate": True,
     }
     prompt = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    generate: Any = model.generate  # what it returns depends on the options
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
-        generated: Any = model.generate(prompt, **options)
-    scores = generated.scores[0]
+        scores = generate(prompt, **options).scores[0]
     if (kept := int(torch.isfinite(scores).sum())) < scores.shape[-1]:
         fail(
             f"sampling chooses among {kept} of {scores.shape[-1]} tokens",

@@ -167,9 +167,11 @@ def assert_adds(
     _assert_tokens(moves.any(-1), meant, mask)
     _assert_vector(moves[meant], vector.float(), hidden[meant], place)
     addition = vector * meant[..., None]
-    handle = get_block(module_of(model), layer).register_forward_hook(
-        lambda module, args, out: with_hidden(out, get_hidden(out) + addition)
-    )
+
+    def add(module: nn.Module, args: Any, output: Any) -> Any:
+        return with_hidden(output, get_hidden(output) + addition)
+
+    handle = get_block(module_of(model), layer).register_forward_hook(add)
     try:
         plain = read(model, batch, logits)
     finally:

@@ -192,7 +192,7 @@ class _PromptHook(SteeringHook):
 
 
 def _layers(cache: Cache, first: int) -> list[Any]:
-    """The layers from `first` on, which have keys and values; their types are those of all caches."""
+    """The layers from `first` on; their types do not say that they have keys and values."""
     return cache.layers[first:]
 
 

@@ -231,9 +231,10 @@ def test_another_dtype_is_named(gpt2, tokenizer):
 
 def test_a_run_without_position_ids_is_named(gpt2, tokenizer):
     """The check takes the reader's own way to run the model."""
-    run = lambda model, inputs: (
-        model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
-    )
+
+    def run(model, inputs):
+        return model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+
     with pytest.raises(AssertionError, match="without any steering.*row 0.*position ids"):
         check_rows(gpt2, tokenizer, adding(gpt2), logits=run)
 
@@ -422,7 +423,7 @@ def test_top_k(model):
     dtype=st.sampled_from([torch.bfloat16, torch.float16]),
 )
 def test_precision_is_what_rounding_leaves(seed, log_size, dtype):
-    """The bits that are said to be left are those that rounding two activations leaves of their difference."""
+    """As many bits are said to be left of a difference as rounding both activations leaves."""
     draw = torch.randn(2, 2048, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     a, b = draw[0], draw[0] + 2**log_size * draw[1]
     error = ((a.to(dtype).double() - b.to(dtype).double()) - (a - b)).norm()
@@ -448,7 +449,7 @@ def test_precision_errors():
 
 
 def test_random_directions(model, tokenizer, loaded):
-    """The preset stands out, ten times as much does not, and a random direction never does; also by a measure of one's own."""
+    """The preset stands out, ten times as much does not, and a random direction never does."""
     layer, coeff = loaded.preset.layer, loaded.preset.coeff
 
     def steer(vector):
@@ -462,7 +463,10 @@ def test_random_directions(model, tokenizer, loaded):
     direction = (ends[0] - ends[1]) / (ends[0] - ends[1]).norm()
     wanted = tokenizer(" wonderful")["input_ids"][0]
     inputs = encode(tokenizer, ["I believe old books are"])
-    chance = lambda: logits(model, inputs)[0, -1].log_softmax(-1)[wanted].item()  # noqa: E731
+
+    def chance() -> float:
+        return logits(model, inputs)[0, -1].log_softmax(-1)[wanted].item()
+
     checks.assert_beats_random(model, tokenizer, steer, coeff * direction)
     checks.assert_beats_random(model, tokenizer, steer, coeff * direction, chance)
     with pytest.raises(

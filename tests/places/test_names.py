@@ -24,7 +24,7 @@ def tiny(request, models):
 
 
 def test_names_are_true(tiny, tokenizer):
-    """What each name stands for is read, and is the same; the last hidden state is not resid_post of the last layer."""
+    """All names lead to the same activations; hidden_states[-1] is not resid_post of a layer."""
     inputs = encode(tokenizer, ["I think that dogs are"])
     seen = {}
     handles = [
@@ -88,7 +88,7 @@ def test_the_six_names_of_the_published_layer(model):
     to=st.sampled_from(Place._fields),
 )
 def test_round_trips(models, name, layer, source, to):
-    """To any vocabulary and back is the same name, and the layer stays; or there is no such name, and that is said."""
+    """To any vocabulary and back is the same name; where there is none, the error says so."""
     here = where_is(models[name], layer)
     text, wanted = getattr(here, source), getattr(here, to)
     if text is None:
