@@ -1,4 +1,4 @@
-"""Settings for every test. It stands in the root because nbval never reads tests/conftest.py for a root notebook."""
+"""Settings for every test; in the root because nbval reads no tests/conftest.py for notebooks."""
 
 import os
 from pathlib import Path
@@ -14,7 +14,7 @@ def pytest_configure() -> None:
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    """Collect tests/, guides/ and the notebooks of the root: no environment, no library, no copy in another folder."""
+    """Collect tests/, guides/ and the root's notebooks, and nothing in any other folder."""
     if (
         collection_path.is_dir()
         and collection_path.parent == ROOT

@@ -1,1 +1,1 @@
-"""What costs how much, beside the peers. Every figure is a ratio of medians within one run; nothing here is a test."""
+"""What costs how much, as ratios of medians within one run, beside the peers. No tests are here."""

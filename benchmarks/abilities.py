@@ -1,4 +1,4 @@
-"""What each mechanism can do besides steering every position: a matrix in which every cell is a trial that was run.
+"""What each mechanism can do beyond steering every position: a matrix of trials that were run.
 
     python -m benchmarks.abilities
 
@@ -35,7 +35,7 @@ class Cell(NamedTuple):
 
 
 def attempt(trial: Callable[[Subject], None], subject: Subject) -> tuple[str, str]:
-    """Run a trial: "yes", "silently no" with what happened instead, or "error" with the first line of the error."""
+    """Run a trial and return "yes", "silently no" or "error", with what happened instead."""
     torch.manual_seed(0)
     try:
         trial(subject)
@@ -53,7 +53,7 @@ def attempt(trial: Callable[[Subject], None], subject: Subject) -> tuple[str, st
 
 
 def run_trial(ability: str, mechanism: str) -> Cell:
-    """Try one ability of one mechanism: first with the notebook's functions, then with the lines that may help.
+    """Try one ability of one mechanism, first with the notebook's functions, then with help.
 
     Raises:
         ValueError: an unknown ability.
@@ -65,7 +65,9 @@ def run_trial(ability: str, mechanism: str) -> Cell:
     if outcome != "yes" and (helped := entry.helps.get(mechanism)):
         also, why = attempt(helped, embedded_subject(mechanism))
         if also == "yes":
-            return Cell(mechanism, ability, "few lines", f"{helped.__doc__} (otherwise: {says})")
+            return Cell(
+                mechanism, ability, "few lines", f"{helped.__doc__.rstrip('.')} (otherwise: {says})"
+            )
         return Cell(mechanism, ability, outcome, f"{says} (and with help: {why})")
     return Cell(mechanism, ability, outcome, says)
 

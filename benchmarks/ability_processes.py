@@ -1,4 +1,4 @@
-"""What the trials run in processes of their own: `load FOLDER` in a fresh one, `parallel FOLDER` in two under torchrun."""
+"""What the trials run elsewhere: `load FOLDER` in a fresh process, `parallel FOLDER` in two."""
 
 import json
 import sys
@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def load(folder: Path) -> None:
-    """Load every model in a folder with transformers alone, and print the logits of the inputs that stand on stdin."""
+    """Load every model in a folder with transformers alone; print the logits of stdin's inputs."""
     inputs = {key: torch.tensor(value) for key, value in json.load(sys.stdin).items()}
     answers = {}
     for path in sorted(folder.iterdir()):
@@ -23,7 +23,7 @@ def load(folder: Path) -> None:
 
 
 def parallel(folder: Path) -> None:
-    """Steer a model that is split between the processes, by each mechanism; the first process writes the logits."""
+    """Steer a model that is split between processes by each mechanism; rank 0 writes the logits."""
     import torch.distributed as dist
 
     from repository.mechanisms import load_mechanism

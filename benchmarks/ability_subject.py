@@ -1,4 +1,4 @@
-"""What a trial of abilities works with: one mechanism on a model of its own, and what is true of it."""
+"""What a trial of abilities works with: one mechanism on its own model, and what is true of it."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -59,7 +59,7 @@ class Subject:
 
     @property
     def module(self) -> PreTrainedModel:
-        """The Hugging Face model inside: what one hands to code that knows nothing of the mechanism."""
+        """The Hugging Face model inside, for code that does not know the mechanism."""
         return getattr(
             self.wrapped, "original_model", getattr(self.wrapped, "_module", self.wrapped)
         )
@@ -75,7 +75,7 @@ class Subject:
     def intervene(
         self, change: Callable[[Tensor], Tensor], vector: Tensor | None = None, **wish
     ) -> AbstractContextManager:
-        """Change hidden states by the mechanism; one without `intervene` is asked by its `steer`, and says why not."""
+        """Change hidden states; without `intervene`, the mechanism's `steer` must say why not."""
         if self.mechanism.intervene:
             return self.mechanism.intervene(self.wrapped, self.layer, change)
         return self.mechanism.steer(
@@ -117,7 +117,7 @@ def embedded_subject(mechanism: str) -> Subject:
 
 
 def expect(found: Tensor, expected: Tensor, silently: str) -> None:
-    """Fail with what silently happened, unless two tensors are the same (ids) or close (numbers)."""
+    """Fail with what silently happened, unless ids are the same or numbers are close."""
     same = found.shape == expected.shape and (
         torch.allclose(found, expected, rtol=0, atol=TOLERANCE)
         if found.is_floating_point()
@@ -130,7 +130,7 @@ def expect(found: Tensor, expected: Tensor, silently: str) -> None:
 def expect_steered(
     subject: Subject, found: Tensor, silently: str = "steered otherwise than by the vector"
 ) -> None:
-    """Fail unless logits [tokens, vocab] are the steered ones; say so if they are the unsteered ones."""
+    """Fail unless logits [tokens, vocab] are the steered ones; say if they are unsteered."""
     if torch.allclose(found, subject.unsteered_logits(), rtol=0, atol=TOLERANCE):
         raise Silently("unsteered, and no error")
     expect(found, subject.steered_logits(), silently)

@@ -1,8 +1,8 @@
-"""The trials behind the matrix of abilities: each runs one mechanism and fails with what happened instead.
+"""The trials behind the matrix of abilities: each tries one mechanism and says what went wrong.
 
 A trial gets a `Subject` and raises `Silently` where something else happened without an error. The
-truth it compares with comes
-from elsewhere: the plain hook on another copy of the model, or the library in `common`.
+truth it compares with comes from elsewhere: the plain hook on another copy of the model, or the
+library in `common`.
 """
 
 import copy
@@ -13,10 +13,11 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -75,7 +76,7 @@ def all_positions(subject: Subject) -> None:
 
 @contextmanager
 def following(subject: Subject, selection: TokenSelection | TokenSpan) -> Iterator[PositionTracker]:
-    """Let a tracker follow the passes of the model, which knows the absolute positions, with a KV cache too."""
+    """Let a tracker of absolute positions follow the passes of the model, cached ones too."""
     tracker = PositionTracker(holder_of_blocks(subject.module), selection)
     handle = hook_passes(subject.module, tracker)
     try:
@@ -88,7 +89,7 @@ def following(subject: Subject, selection: TokenSelection | TokenSpan) -> Iterat
 def steered_from(
     subject: Subject, first: int, waits: Callable[[], object] = lambda: None
 ) -> Iterator[None]:
-    """Steer one token of the prompt and all later ones; `waits` is called where a pass has reached the layer."""
+    """Steer one token of the prompt and all later ones; call `waits` when a pass gets there."""
 
     def change(hidden: Tensor) -> Tensor:
         waits()
@@ -176,7 +177,7 @@ def coefficient_for_each_row(subject: Subject) -> None:
 
 
 def two_vectors(subject: Subject) -> None:
-    """Two vectors at two layers and a second one at the first of them; each is taken away by itself."""
+    """Two vectors at one layer and a third at another; each is taken away by itself."""
     places = [(1, subject.vector), (4, -subject.vector), (1, subject.vector.roll(1))]
     with ExitStack() as mine, ExitStack() as theirs:
         for layer, vector in places:
@@ -200,7 +201,9 @@ def beam_search(subject: Subject) -> None:
         ids = subject.mechanism.generate(subject.wrapped, subject.inputs, **options)
     beams, greedy = (
         subject.steered(
-            lambda model: generate(model, subject.inputs, **options | {"num_beams": count})
+            lambda model, count=count: generate(
+                model, subject.inputs, **options | {"num_beams": count}
+            )
         )
         for count in (3, 1)
     )
@@ -241,7 +244,7 @@ def assisted_decoding(subject: Subject) -> None:
 def expect_from_the_end(
     subject: Subject, inputs: BatchEncoding, passes: Callable[[list[int]], bool], **options
 ) -> None:
-    """The last two tokens of the prompt and all later ones: in the given way as in passes over a prompt and single tokens.
+    """Steer the last two tokens of the prompt and later ones; compare with plain passes.
 
     `passes` says whether the passes, by their numbers of tokens, are those that were asked for.
     """
@@ -277,7 +280,7 @@ def chunked_prefill(subject: Subject) -> None:
 
 
 def prompt_lookup(subject: Subject) -> None:
-    """The last two tokens of the prompt and all later ones, `prompt_lookup_num_tokens=4`: guesses go with the prompt."""
+    """`prompt_lookup_num_tokens=4`: guesses go with the prompt; its last two tokens are steered."""
     one = subject.tokenizer(f"{PROMPTS[2]} hill. {PROMPTS[2]}", return_tensors="pt")
     expect_from_the_end(
         subject,
@@ -333,7 +336,7 @@ def gradient(subject: Subject) -> None:
 
 
 def gradient_of_the_bias(subject: Subject) -> None:
-    """The gradient that the edited bias gets, `mlp.c_proj.bias.grad`, is that of the vector"""
+    """The gradient that the edited bias gets, `mlp.c_proj.bias.grad`, is that of the vector."""
     with subject.steer():
         bias = get_block(subject.module, subject.layer).mlp.c_proj.bias
         subject.module(**with_position_ids(subject.inputs)).logits[:, -1].logsumexp(
@@ -344,7 +347,7 @@ def gradient_of_the_bias(subject: Subject) -> None:
 
 @contextmanager
 def compiled(module: nn.Module, fullgraph: bool = True) -> Iterator[nn.Module]:
-    """A model compiled as one graph. The graph is what matters here, so it is run as it is, and no machine code is made of it."""
+    """Compile a model as one graph, which runs as it is: no machine code is made of it."""
     torch.compiler.reset()
     try:
         yield torch.compile(module, fullgraph=fullgraph, backend="eager")
@@ -364,13 +367,13 @@ def compile_while_steered(subject: Subject) -> None:
 
 
 def compile_in_parts(subject: Subject) -> None:
-    """Without `fullgraph=True`: compiled in parts"""
+    """Without `fullgraph=True`: compiled in parts."""
     with subject.steer(), compiled(subject.module, fullgraph=False) as fast:
         expect_steered(subject, _compiled_logits(subject, fast))
 
 
 def steer_what_is_compiled(subject: Subject) -> None:
-    """A model that was compiled and has run, steered afterwards, and no longer when the block ends."""
+    """A model that was compiled and has run is steered, and no longer when the block ends."""
     with compiled(subject.module) as fast:
         expect(
             _compiled_logits(subject, fast),
@@ -385,14 +388,14 @@ def steer_what_is_compiled(subject: Subject) -> None:
 
 
 def compile_with_guards(subject: Subject) -> None:
-    """`torch._dynamo.config.skip_nnmodule_hook_guards = False`, before compiling"""
+    """`torch._dynamo.config.skip_nnmodule_hook_guards = False`, before compiling."""
     with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
         steer_what_is_compiled(subject)
 
 
 @torch.no_grad()
 def export(subject: Subject) -> None:
-    """`torch.export` of the steered model: the program is steered without hooks and without this library."""
+    """`torch.export` of the steered model: the program is steered without hooks or library."""
     inputs = {**with_position_ids(subject.inputs), "use_cache": False}
     with subject.steer():
         program = torch.export.export(subject.module, (), inputs, strict=False)
@@ -404,7 +407,7 @@ def export(subject: Subject) -> None:
 
 @cache
 def _saved_and_loaded() -> dict[str, Tensor | str]:
-    """Save under each mechanism, load all in one fresh process with transformers alone; logits, or the error of saving.
+    """Save under each mechanism, load all in one fresh process with transformers alone.
 
     Under its name the embedded model, under its name and "llama" a Llama.
     """
@@ -436,7 +439,7 @@ def saved_llama(subject: Subject) -> None:
 
 
 def saved_and_loaded(subject: Subject, which: str = "") -> None:
-    """`save_pretrained` inside the block, and `from_pretrained` in a fresh process without this project."""
+    """`save_pretrained` inside the block, `from_pretrained` in a fresh process without us."""
     scores = _saved_and_loaded()[subject.mechanism.name + which]
     if isinstance(scores, str):
         raise Elsewhere(scores)
@@ -533,7 +536,7 @@ def expect_quantized_steered(subject: Subject) -> None:
 
 
 def steered_then_quantized(subject: Subject) -> None:
-    """Steer first and quantise then: the bias goes into the int8 layer"""
+    """Steer first, then quantise: the bias goes into the int8 layer."""
     llama = Subject(subject.mechanism, tiny_llama(), subject.tokenizer, 1)
     with llama.steer():
         steered = _quantized(llama.module)
@@ -543,7 +546,7 @@ def steered_then_quantized(subject: Subject) -> None:
 
 
 def offloaded_to_disk(subject: Subject) -> None:
-    """`device_map` puts the steered block and another on the disk; accelerate loads them when they run."""
+    """`device_map` puts the steered block and another on disk; accelerate loads them to run."""
     device_map = {
         "transformer.wte": "cpu",
         "transformer.wpe": "cpu",
@@ -570,7 +573,7 @@ def offloaded_to_disk(subject: Subject) -> None:
 
 @cache
 def _in_two_processes() -> dict[str, Tensor | str]:
-    """Logits of every mechanism on a Llama whose layers are split between two processes, or the error."""
+    """Return logits of every mechanism on a Llama split between two processes, or the error."""
     subject = Subject(load_mechanism("pytorch_hooks"), tiny_llama(), embedded_model().tokenizer, 1)
     with tempfile.TemporaryDirectory() as folder:
         tiny_llama().save_pretrained(folder)
@@ -635,9 +638,9 @@ def one_thread_steers(subject: Subject) -> None:
 
 
 def a_copy_for_each_thread(subject: Subject) -> None:
-    """`copy_sharing_weights(model)` for each thread: own modules, the same weights"""
+    """`copy_sharing_weights(model)` for each thread: own modules, the same weights."""
     other = Subject(subject.mechanism, subject.model, subject.tokenizer, subject.layer)
-    subject.wrapped, other.wrapped  # both are made before the threads run
+    _ = subject.wrapped, other.wrapped  # both are made before the threads run
     found: dict[str, list[Tensor]] = {"steered": [], "unsteered": []}
     together = threading.Barrier(2, timeout=60)
 
@@ -662,7 +665,7 @@ def a_copy_for_each_thread(subject: Subject) -> None:
 
 
 def two_threads(subject: Subject) -> None:
-    """Two threads read prompts of different lengths under one steering of some positions, and meet at the layer."""
+    """Two threads read prompts of different lengths while some positions are steered."""
     inputs = [subject.tokenizer(prompt, return_tensors="pt") for prompt in PROMPTS[:2]]
     together, found = threading.Barrier(2, timeout=20), {}
 
@@ -698,7 +701,7 @@ class Trial(NamedTuple):
     """A trial, and for some mechanisms the one with the lines that help."""
 
     trial: Callable[[Subject], None]
-    helps: dict[str, Callable[[Subject], None]] = {}
+    helps: Mapping[str, Callable[[Subject], None]] = MappingProxyType({})
 
 
 BRIDGE, HOOKS = "transformer_lens", ("custom_wrapper", "pytorch_hooks", "baukit")

@@ -1,4 +1,4 @@
-"""How far the six mechanisms agree: the largest difference of a logit between every two of them, as numbers and as a picture."""
+"""How far the six mechanisms agree: the largest difference of a logit between any two of them."""
 
 import itertools
 from typing import Any
@@ -12,7 +12,7 @@ SMALLEST, LARGEST = 1e-7, 1e-3  # the ends of the scale of colours
 
 
 def pairwise(found: dict[str, Tensor]) -> list[dict[str, Any]]:
-    """Return the largest difference of every pair of tensors of one shape, as rows of `a`, `b` and `largest difference`."""
+    """Return rows of `a`, `b` and `largest difference`, one for every pair of tensors."""
     pairs = itertools.combinations(found, 2)
     return [
         {

@@ -47,12 +47,12 @@ ASKED = {
 
 
 def lines_of_code(name: str) -> int:
-    """Count the lines of a notebook's mechanism cells that are neither blank nor comments nor imports."""
+    """Count the lines of a notebook's mechanism cells; see `count_lines` for which count."""
     return sum(count_lines(source) for source in mechanism_cells(name))
 
 
 def count_lines(source: str) -> int:
-    """Count the lines of one cell that are neither blank nor comments nor imports, tried ones included."""
+    """Count the lines of one cell that are neither blank nor comments nor (tried) imports."""
 
     def imports(node: ast.AST) -> bool:
         inner = (
@@ -147,7 +147,7 @@ def cost_table(results: dict[str, Any], model: str) -> pd.DataFrame:
 
 
 def compiled_table(results: dict[str, Any], model: str) -> pd.DataFrame:
-    """Return what `torch.compile` leaves of the costs, as ratios to the unsteered model compiled as well; or the error."""
+    """Return the costs under `torch.compile`, as ratios to the compiled unsteered model."""
     compiled = results["models"][model]["compiled"]
     rows = {
         name: {kind: one.get("median", one.get("error")) for kind, one in row.items()}
@@ -157,7 +157,7 @@ def compiled_table(results: dict[str, Any], model: str) -> pd.DataFrame:
 
 
 def asked(results: dict[str, Any]) -> pd.DataFrame:
-    """Return what was asked for, what was found, and whether it holds; at the shape of GPT2-XL where that was measured."""
+    """Return what was asked and found, and whether it holds; at GPT2-XL's shape if measured."""
     model = XL if XL in results["models"] else list(results["models"])[-1]
     table, rows = cost_table(results, model), []
     for what, most in ASKED.items():
@@ -208,7 +208,7 @@ def plot_cost(results: dict[str, Any]) -> Figure:
         )
         axis.axvline(1, color="#333333", linewidth=0.8)
         axis.set_title(f"{kind} ({model})", fontsize=10)
-    for column, model in enumerate(models):
+    for column in range(len(models)):
         highest = max(axis.get_xlim()[1] for axis in grid[:, column])
         if highest > 2:
             grid[-1][column].set_xscale("log")
@@ -249,9 +249,8 @@ def report(results: dict[str, Any]) -> None:
     """Print the tables."""
 
     def show(title: str, table: pd.DataFrame, **options: Any) -> None:
-        print(
-            f"\n{title}\n\n{table.to_string(float_format=lambda x: f'{x:.3f}', na_rep='', **options)}"
-        )
+        text = table.to_string(float_format=lambda x: f"{x:.3f}", na_rep="", **options)
+        print(f"\n{title}\n\n{text}")
 
     for model, found in results["models"].items():
         of = f"{found['dtype']}, {found['threads']} threads, {found['rounds']} rounds"
@@ -290,7 +289,7 @@ def report(results: dict[str, Any]) -> None:
 
 
 def profiles(py_spy: str, seconds: float, times: dict[str, dict]) -> dict[str, Any]:
-    """Profile every mechanism on the embedded model, beside the time that a pass took without a profiler."""
+    """Profile every mechanism on the embedded model, beside the time of a pass without profiler."""
     found = {name: profile(py_spy, name, seconds) for name in NAMES}
     # By the ratio, which is what was measured in turn: the machine may have been faster or slower
     # for all of them.

@@ -1,8 +1,8 @@
 """Runs in the environment of the peers: times steering-vectors and repeng whenever it is told to.
 
 It reads one JSON object a line and answers each with another one. The job "training" is timed once,
-and `training_costs` takes turns with it; the job "cost" is all rounds of steering, each peer in turn
-with its own unsteered model, for `mechanism_costs`.
+and `training_costs` takes turns with it; the job "cost" is all rounds of steering, each peer in
+turn with its own unsteered model, for `mechanism_costs`.
 """
 
 import json
@@ -95,7 +95,7 @@ class Repeng(Unsteered):
 
 @torch.no_grad()
 def cost(case: dict[str, Any], model: transformers.PreTrainedModel) -> dict[str, dict]:
-    """Time every peer against its own unsteered model: wrapping, switching on and off, one pass, tokens with a cache."""
+    """Time every peer against its own unsteered model, by the kinds of `workbench.TIMES`."""
     device, rounds, layer = case["device"], case["rounds"], case["layer"]
     model = model.to(device, getattr(torch, case["dtype"]))
     ids = torch.arange(10, 18, device=device)[None]
@@ -132,7 +132,7 @@ def cost(case: dict[str, Any], model: transformers.PreTrainedModel) -> dict[str,
 
     found: dict[str, dict] = {name: {} for name in ways}
     for kind in ("wrap", "steer", *works):
-        turns = {name: lambda name=name: timed(name, kind) for name in ways}
+        turns = {name: lambda name=name, kind=kind: timed(name, kind) for name in ways}
         seconds = interleaved(turns, rounds, f"{case['name']}, peers, {kind}")
         if kind.startswith("per token"):
             seconds = {

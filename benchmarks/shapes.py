@@ -1,4 +1,4 @@
-"""Models of known shapes with random weights, and prompts for them. Cost does not depend on what a model has learned.
+"""Models of known shapes with random weights, and prompts: cost does not depend on what is learned.
 
 It imports nothing from this project, since the peers run it in their own environment.
 """
@@ -46,7 +46,7 @@ def random_gpt2(shape: str) -> GPT2LMHeadModel:
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer in which every word of `WORDS` is one token, so that prompts have known lengths."""
+    """Return a tokenizer for which each word of `WORDS` is one token, so lengths are known."""
     tokenizer = Tokenizer(
         models.WordLevel(
             {word: index for index, word in enumerate([*WORDS, "[PAD]"])}, unk_token="[PAD]"

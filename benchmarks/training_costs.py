@@ -1,4 +1,4 @@
-"""What training and applying a steering vector cost, beside steering-vectors and the least possible.
+"""What training and applying a vector costs, beside steering-vectors and the least possible.
 
     python -m benchmarks.training_costs [--peer PYTHON] [--quick]
 
@@ -40,7 +40,7 @@ PAIRS, TOKENS = 16, 16
 class Case(NamedTuple):
     """What is trained, and what was asked for: against the peer, and against the least.
 
-    A batch of n is n pairs: ours computes their 2n prompts in one pass, the peer in two passes of n.
+    A batch of n is n pairs: ours computes 2n prompts in one pass, the peer in two passes of n.
     """
 
     shape: str
@@ -155,7 +155,7 @@ def compare_steering(
 
 
 def many_pairs(count: int = 10_000) -> dict[str, Any]:
-    """Train on many pairs of about 20 tokens with the embedded model; measure time and added memory."""
+    """Train on many pairs of about 20 tokens on the embedded model; measure time and memory."""
     model, tokenizer, _ = load_model("embedded", device="cpu")
     source = grammar.documents(4242)
     prompts: dict[str, None] = {}

@@ -94,7 +94,7 @@ class Workbench:
         self.bytes = sum(weight.nbytes for weight in self.model.parameters())
 
     def inputs(self, batch: int, tokens: int = 8, padding: bool = False) -> dict[str, Tensor]:
-        """Return a batch of prompts [batch, tokens]; with padding, each row has one token less than the row before."""
+        """Return prompts [batch, tokens]; with padding, each row is one token shorter."""
         ids = torch.arange(10, 10 + batch * tokens, device=self.device).view(batch, tokens)
         mask = torch.ones_like(ids)
         if padding:
@@ -137,7 +137,7 @@ class Workbench:
         return self.mechanisms[name].generate(self.wrapped[name], self.inputs(batch), **options)
 
     def time(self, name: str, kind: str) -> float:
-        """Time one mechanism once; switching steering on and off is no part of it, except where it is what is timed."""
+        """Time one mechanism once, without switching it on and off unless that is what is timed."""
         with nullcontext() if kind in ("wrap", "steer", "read") else self.steered(name):
             return seconds_of(self.work(name, kind), self.device)
 
@@ -145,7 +145,9 @@ class Workbench:
         """Time all mechanisms in turn; return `summary` by mechanism and kind."""
         found: dict[str, dict] = {name: {} for name in self.mechanisms}
         for kind in self.case.times:
-            ways = {name: lambda name=name: self.time(name, kind) for name in self.mechanisms}
+            ways = {
+                name: lambda name=name, kind=kind: self.time(name, kind) for name in self.mechanisms
+            }
             seconds = interleaved(ways, rounds * self.case.more_rounds, f"{self.case.name}, {kind}")
             tokens = self.case.new_tokens if kind.startswith("per token") else 1
             for name, row in found.items():
@@ -158,7 +160,7 @@ class Workbench:
     def memory(
         self, name: str, model: PreTrainedModel | None = None, rounds: int = 3
     ) -> int | None:
-        """Return the bytes that wrapping, steering and generating take at worst; with another model, that it is handed over."""
+        """Return the peak bytes of wrapping, steering and generating, on a copy if given."""
 
         def use() -> None:
             mechanism = self.mechanisms[name]
@@ -172,7 +174,7 @@ class Workbench:
         return None if None in found else int(statistics.median(found))
 
     def memories(self) -> dict[str, float | None]:
-        """Return what each mechanism adds to the peak of the unsteered model, as a share of the model's bytes."""
+        """Return what each mechanism adds to the unsteered peak, as a share of the model."""
         found = {name: self.memory(name) for name in self.mechanisms}
         free = (
             torch.cuda.mem_get_info()[0]
@@ -200,7 +202,7 @@ class Workbench:
         return pairwise(found)
 
     def compiled(self, rounds: int) -> dict[str, dict[str, Any]]:
-        """Time passes and tokens with `torch.compile` and a static cache, against the unsteered model compiled as well."""
+        """Time compiled passes and tokens against the unsteered model, compiled as well."""
         torch._logging.set_logs(dynamo=logging.ERROR)  # that something is compiled again is no news
         return {name: self._compiled(name, rounds) for name in MECHANISMS}
 
@@ -230,7 +232,7 @@ class Workbench:
                 try:
                     self._assert_steers(name, kind, work)
                     ways = {
-                        way: lambda way=way: seconds_of(lambda: work(way), self.device)
+                        way: lambda way=way, work=work: seconds_of(lambda: work(way), self.device)
                         for way in own.wrapped
                     }
                     seconds = interleaved(

@@ -1,4 +1,4 @@
-"""What the tests share: the embedded model, loaded once, the six mechanisms on it, and the dimensions they run over."""
+"""What the tests share: the embedded model, the six mechanisms on it, and some dimensions."""
 
 from collections.abc import Iterator
 
@@ -71,7 +71,7 @@ def layer(request, model) -> int:
 
 @pytest.fixture(scope="session")
 def plus(loaded, hooks, batch) -> Tensor:
-    """A steering vector [d_model] as long as the hidden states it is added to, so that it changes whatever is written.
+    """A vector [d_model] as long as the hidden states it is added to, so that it changes the text.
 
     Its direction is random: no mechanism may care which.
     """

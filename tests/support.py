@@ -1,4 +1,4 @@
-"""What several test modules need by name: the prompts, and a mechanism together with what it works with."""
+"""What several test modules need by name: the prompts, and a mechanism with what it works on."""
 
 from typing import NamedTuple
 

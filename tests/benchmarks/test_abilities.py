@@ -56,7 +56,7 @@ def test_a_mechanism_that_does_nothing_has_no_ability(ability):
 
 
 def test_outcomes():
-    """Done is yes; something else without an error is no; an error is told by type and first line, without paths."""
+    """Done is yes, another result is no; an error is told by type and first line, without paths."""
 
     def fails(_):
         raise RuntimeError("\nnot at /a/b.py, sorry\nand more")

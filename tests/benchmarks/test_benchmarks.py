@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say: the same work on both sides, and ratios of what was timed. No times are compared here."""
+"""The benchmarks measure what they say: the same work on both sides. No times are compared here."""
 
 from itertools import combinations
 
@@ -21,7 +21,7 @@ from repository.mechanisms import MECHANISMS
 
 
 def test_bare_blocks_are_the_models(model):
-    """What counts as the least that training can cost is what the model computes up to that layer, and no further."""
+    """The least that training can cost is what the model computes up to that layer."""
     ids, caught, passed = torch.tensor([[5, 6, 7], [8, 9, 10]]), [], []
     handles = [
         model.transformer.h[2].register_forward_hook(lambda m, args, out: caught.append(out)),
@@ -243,7 +243,7 @@ FRAMES = [
     ],
 )
 def test_a_sample_belongs_to_whose_code_runs(inner, owner):
-    """It belongs to the innermost Python frame, unless that one has called into torch's C++; what is not a pass does not count."""
+    """It belongs to the innermost Python frame, unless that one called into torch's C++."""
     assert owner_of([*FRAMES, *inner]) == owner
     assert owner_of([FRAMES[0], *inner]) is None
 

@@ -1,6 +1,6 @@
 """What one mechanism must share with another: the same logits, ids and readings.
 
-test_parity checks these laws in drawn cases; test_mutations checks that a broken mechanism fails them.
+test_parity checks these laws in drawn cases; test_mutations, that a broken mechanism fails them.
 """
 
 from contextlib import nullcontext

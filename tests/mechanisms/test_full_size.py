@@ -1,4 +1,4 @@
-"""The six agree at the size of GPT2-XL: its shape with random weights, and the real GPT-2 tokenizer.
+"""The six agree at the size of GPT2-XL, with random weights and the real GPT-2 tokenizer.
 
 `make full-size` runs this; it needs 16 GB of memory and some minutes, so `make test` leaves it out.
 """
@@ -28,7 +28,7 @@ from repository.mechanisms import MECHANISMS, ROOT
 pytestmark = pytest.mark.full_size
 
 TOKENIZER = ROOT.parent / "shared" / "gpt2_tokenizer"
-TOLERANCE = 1e-4  # largest difference of a logit; 48 blocks add up more rounding than the embedded model's few
+TOLERANCE = 1e-4  # of a logit; 48 blocks add up more rounding than the embedded model's few
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +55,12 @@ def test_shape_is_gpt2_xls(gpt2_xl):
 
 
 def test_contrast_words(gpt2_tokenizer):
-    """ "Love" is one token and "Hate" two, so both are read at their last token."""
+    """One token for "Love" and two for "Hate", so both are read at their last token."""
     assert [len(gpt2_tokenizer(word)["input_ids"]) for word in ("Love", "Hate")] == [1, 2]
 
 
 def test_six_mechanisms_agree_at_full_size(gpt2_xl, gpt2_tokenizer):
-    """At the published layer and coefficient: logits within 1e-4, the same greedy ids, and the model restored."""
+    """At the published settings: logits within 1e-4, the same greedy ids, the model restored."""
     layer, coeff, _ = preset_for("gpt2-xl", 48)
     results = [
         love_hate.run_mechanism(name, gpt2_xl, gpt2_tokenizer, layer, coeff, max_new_tokens=8)
@@ -78,7 +78,7 @@ def test_six_mechanisms_agree_at_full_size(gpt2_xl, gpt2_tokenizer):
 
 
 def test_vectors_at_full_size(gpt2_xl, gpt2_tokenizer):
-    """Training at layer 5 equals what single passes read; steered = unsteered + vector; cached = uncached; restored."""
+    """Training equals single passes; steered = unsteered + vector; cached = uncached; restored."""
     pairs = [
         ("I love you", "I hate you"),
         ("What a wonderful morning!", "What an awful day"),
@@ -98,9 +98,12 @@ def test_vectors_at_full_size(gpt2_xl, gpt2_tokenizer):
     inputs = gpt2_tokenizer(["I think dogs are", "You"], return_tensors="pt", padding=True)
     states = []
     for multiplier in (0.0, 10.0):
-        with torch.no_grad(), vector.apply(gpt2_xl, multiplier=multiplier, min_token_index=1):
-            with record_activations(gpt2_xl, layer_nums=[5]) as records:
-                gpt2_xl(**inputs)
+        with (
+            torch.no_grad(),
+            vector.apply(gpt2_xl, multiplier=multiplier, min_token_index=1),
+            record_activations(gpt2_xl, layer_nums=[5]) as records,
+        ):
+            gpt2_xl(**inputs)
         states.append(records[5][0])
     moved = states[1] - states[0]
     expected = torch.zeros_like(moved)
@@ -118,7 +121,7 @@ def test_vectors_at_full_size(gpt2_xl, gpt2_tokenizer):
 
 
 def test_published_demonstrations_line_up(gpt2_xl, gpt2_tokenizer, monkeypatch):
-    """With the real tokenizer: a space is one token, each pair is as long after padding, and no longer than its prompt."""
+    """A space is one token, and each pair, padded alike, is no longer than its prompt."""
     monkeypatch.setattr(gpt2_xl.config, "_name_or_path", "gpt2-xl")
     for demo in demonstrations(gpt2_xl).values():
         assert demo.source == "published"
@@ -132,7 +135,7 @@ def test_published_demonstrations_line_up(gpt2_xl, gpt2_tokenizer, monkeypatch):
 
 
 def test_additions_at_full_size(gpt2_xl, gpt2_tokenizer, monkeypatch):
-    """The weddings of the post, at resid_pre 20: what is added, in a padded batch; cached = uncached; restored."""
+    """The weddings of the post: what is added in a padded batch; cached = uncached; restored."""
     monkeypatch.setattr(gpt2_xl.config, "_name_or_path", "gpt2-xl")
     demo, before = demonstrations(gpt2_xl)["weddings"], snapshot(gpt2_xl)
     additions = demo.additions(gpt2_tokenizer)

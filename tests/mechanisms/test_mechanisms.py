@@ -1,4 +1,4 @@
-"""The notebooks' cells as callables, what single mechanisms can do beyond the contract, and how modules depend."""
+"""The notebooks' cells as callables, and what single mechanisms can do beyond the contract."""
 
 import ast
 import copy
@@ -110,7 +110,7 @@ def test_only_tagged_cells_run(write):
 
 @pytest.mark.parametrize("name", MECHANISMS)
 def test_nothing_holds_a_second_copy(name):
-    """Only tagged cells define or import the five functions, so that what runs here is what a reader reads."""
+    """Only tagged cells define or import the functions, so what runs here is what is read."""
     notebook = nbformat.read(notebook_paths([name])[0], as_version=4)
     tagged, others = mechanism_cells(name), []
     for cell in notebook.cells:
@@ -182,7 +182,7 @@ def small(request) -> nn.Module:
 
 
 def steered_by(name: str, model: nn.Module, tokenizer, layer: int, vector: torch.Tensor) -> tuple:
-    """Return resid_post, logits and greedy ids of a padded batch, steered; check that the model is restored."""
+    """Return steered resid_post, logits and greedy ids of a padded batch; the model is restored."""
     mechanism, inputs = (
         load_mechanism(name),
         tokenizer(list(PROMPTS), return_tensors="pt", padding=True),
@@ -216,7 +216,7 @@ def test_other_architectures(name, small, tokenizer, layer):
 
 @pytest.fixture(scope="module")
 def gpt_j(tokenizer) -> nn.Module:
-    """A GPT-J: in transformers 5 too, its blocks return tuples, of the hidden states and the attention weights."""
+    """A GPT-J: in transformers 5 too, its blocks return tuples."""
     torch.manual_seed(0)
     sizes = {
         "n_embd": 32,
@@ -232,7 +232,7 @@ def gpt_j(tokenizer) -> nn.Module:
 @pytest.mark.parametrize("layer", [0, 2])
 @pytest.mark.parametrize("name", MECHANISMS)
 def test_blocks_that_return_tuples(name, gpt_j, tokenizer, batch, layer):
-    """The hidden states in a tuple are read and steered, and the rest of the tuple stays; a bias refuses this architecture."""
+    """Hidden states in a tuple are read and steered, and its rest stays; a bias refuses GPT-J."""
     mechanism, vector, real = (
         load_mechanism(name),
         torch.linspace(-1, 1, 32),
@@ -275,7 +275,7 @@ def _outputs(module: nn.Module) -> tuple[list, RemovableHandle]:
 
 
 def test_reading_keeps_no_graph(bench, batch):
-    """What is read, and the logits, belong to no graph, although gradients are on and the weights can be trained."""
+    """What is read, and the logits, belong to no graph, although the weights can be trained."""
     mechanism, wrapped = bench
     assert any(tensor.requires_grad for tensor in getattr(wrapped, "_module", wrapped).parameters())
     with torch.enable_grad():
@@ -285,7 +285,7 @@ def test_reading_keeps_no_graph(bench, batch):
 
 
 def test_a_vector_in_another_dtype(bench, model, tokenizer, batch, plus):
-    """An fp32 vector steers a bf16 model as the same vector in bf16 does, and what comes out is bf16; so does an fp64 one."""
+    """fp32 and fp64 vectors steer a bf16 model as the vector in bf16 does, and bf16 comes out."""
     mechanism = bench.mechanism
     wrapped = mechanism.wrap(copy.deepcopy(model).to(torch.bfloat16), tokenizer)
     found = []
@@ -320,7 +320,7 @@ def _of_the_tokenizer(tokenizer) -> tuple:
 )
 @pytest.mark.parametrize("name", MECHANISMS)
 def test_what_the_caller_hands_over_stays(name, model, tokenizer, batch, plus, complete):
-    """Wrapped, read, steered and run: the caller's modules, hooks, config and tokenizer are as before, and give the same."""
+    """Steering changes neither modules nor hooks, config or tokenizer of the caller."""
     mechanism, own, its_tokenizer = (
         load_mechanism(name),
         copy_sharing_weights(model),
@@ -353,7 +353,7 @@ def test_what_the_caller_hands_over_stays(name, model, tokenizer, batch, plus, c
 
 @pytest.mark.parametrize("training", [True, False])
 def test_wrapper_has_the_mode_of_its_block(model, plus, training):
-    """It reports the block's mode, hands on `train` and `eval`, and does not level the modes of the parts."""
+    """It reports the block's mode, hands on `train` and `eval`, and keeps the parts' own modes."""
     own = copy_sharing_weights(model).train(training)
     block = get_block(own, 1)
     block.ln_1.train(not training)  # a part that somebody froze, or did not
@@ -372,7 +372,7 @@ def test_wrapper_has_the_mode_of_its_block(model, plus, training):
 
 
 def test_wrapper_hands_on_attributes(model, plus):
-    """Whatever the block has can be asked of the wrapper; its own come first, and what neither has is an AttributeError."""
+    """The wrapper has every attribute of the block; its own come first; others are errors."""
     own = copy_sharing_weights(model)
     block = get_block(own, 1)
     block.attention_type = "full"
@@ -391,7 +391,7 @@ def test_wrapper_hands_on_attributes(model, plus):
 
 
 def test_cells_run_once(bias_editing):
-    """Whoever asks: what stands in `sys.modules` would be another module else, and nothing of the first could be pickled."""
+    """Cells run again would make another module, and nothing of the first could be pickled."""
     assert load_mechanism("bias_editing").steer is bias_editing["steer"]
     assert sys.modules["notebook_bias_editing"].steer is bias_editing["steer"]
 
@@ -437,7 +437,7 @@ def test_bias_refuses_what_it_cannot_do(model, plus, bias_editing, wish):
 
 
 def test_bias_refuses_unknown_architectures(llama, bias_editing):
-    """Where it is not known which layer writes to the stream, or that `ln_1` exists, nothing is edited."""
+    """Nothing is edited where the layer that writes to the stream, or `ln_1`, is unknown."""
     vector = torch.ones(32)
     opt = OPTForCausalLM(
         OPTConfig(
@@ -469,7 +469,7 @@ def test_a_frozen_bias_is_frozen_while_it_steers(gpt_neox, bias_editing):
 
 
 def test_bias_of_a_gpt_neox(gpt_neox, tokenizer, bias_editing):
-    """The bias of `mlp.dense_4h_to_h`, and no other, is steered as the hook steers, and put back."""
+    """Only the bias of `mlp.dense_4h_to_h` changes; it steers as the hook and is put back."""
     vector, linear = torch.linspace(-1, 1, 32), get_block(gpt_neox, 1).mlp.dense_4h_to_h
     before, bias = snapshot(gpt_neox), linear.bias
     with bias_editing["steer"](gpt_neox, 1, vector):
@@ -517,7 +517,7 @@ def _offloaded(model: nn.Module, layer: int) -> None:
 
 @pytest.mark.parametrize("elsewhere", [_dynamically_quantised, _int8, _offloaded])
 def test_bias_refuses_quantised_and_offloaded_layers(llama, bias_editing, elsewhere):
-    """A layer whose weight is not there as plain numbers keeps its bias; the layers beside it can be steered."""
+    """A layer without a plain weight keeps its bias; the layers beside it can be steered."""
     own, vector = copy.deepcopy(llama), torch.linspace(-1, 1, 32)
     elsewhere(own, 1)
     before, config = snapshot_without_meta(own), own.config.to_dict()
@@ -533,14 +533,14 @@ def test_bias_refuses_quantised_and_offloaded_layers(llama, bias_editing, elsewh
 
 
 def snapshot_without_meta(model: nn.Module) -> dict:
-    """Identity and shape of every parameter: a hash needs numbers, and those of a meta tensor lie elsewhere."""
+    """Identity and shape of every parameter: meta tensors have no numbers to hash."""
     return {
         name: (id(tensor), tensor.shape, tensor.device) for name, tensor in model.named_parameters()
     }
 
 
 def test_edit_at_ln_1_equals_a_hook_there(model, batch, layer, vector, bias_editing):
-    """The edit of `c_attn`'s bias gives the logits of a hook on the output of `ln_1`, and is undone."""
+    """Editing `c_attn`'s bias gives the logits of a hook on `ln_1`, and is undone."""
     own, logits, real = (
         copy_sharing_weights(model),
         bias_editing["logits"],
@@ -578,7 +578,7 @@ def _resid_pre(model: nn.Module, inputs, layer: int) -> torch.Tensor:
 
 
 def test_saved_model_is_steered_without_code(model, tokenizer, batch, plus, bias_editing, tmp_path):
-    """Saved while steered and loaded again, the model gives the steered logits; the model here is restored."""
+    """Saved while steered and loaded again, the model stays steered; the one here is restored."""
     with bias_editing["steer"](model, 2, plus):
         model.save_pretrained(tmp_path)
         steered = bias_editing["logits"](model, batch)
@@ -588,7 +588,7 @@ def test_saved_model_is_steered_without_code(model, tokenizer, batch, plus, bias
 
 
 def _saved_and_loaded(model: nn.Module, inputs, folder: Path) -> torch.Tensor:
-    """Logits of the model that is loaded from where this one is saved; nothing may be left over or missing."""
+    """Save and load a model, with nothing left over or missing, and return its logits."""
     model.save_pretrained(folder)
     loaded, report = AutoModelForCausalLM.from_pretrained(
         folder, dtype=model.dtype, output_loading_info=True
@@ -599,7 +599,7 @@ def _saved_and_loaded(model: nn.Module, inputs, folder: Path) -> torch.Tensor:
 
 @pytest.mark.parametrize("layers", [[1], [0, 2], [1, 1]], ids=str)
 def test_saved_llama_is_steered_without_code(llama, batch, bias_editing, tmp_path, layers):
-    """What is saved is what is loaded, also of two vectors, although a Llama's MLP has no bias; afterwards it has none again."""
+    """A Llama is saved with its new biases, two vectors too, and has none afterwards."""
     before = snapshot(llama)
     unsteered, trained = bias_editing["logits"](llama, batch), [name for name, _ in _trained(llama)]
     with ExitStack() as steering:
@@ -627,7 +627,7 @@ def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 def test_saving_is_refused_where_the_bias_would_be_lost(
     config_class, tokenizer, batch, bias_editing, tmp_path
 ):
-    """Steered in memory as the hook steers; saving is refused while it lasts, for a part and a copy too, and works afterwards."""
+    """Such a model, its parts and copies refuse to be saved while steered, and save afterwards."""
     torch.manual_seed(0)
     heads = (
         {"num_key_value_heads": 2, "head_dim": 8}
@@ -682,7 +682,7 @@ def test_six_mechanisms_agree(loaded):
 
 
 def test_agreement_flags_a_mechanism_that_steers_one_row(loaded, monkeypatch):
-    """A mechanism that steers row 0 only, or leaves its hook, is flagged, and `make run` ends with 1."""
+    """Steering only row 0, or leaving a hook, is flagged, and `make run` ends with 1."""
     hooks = load_mechanism("pytorch_hooks")
 
     @contextmanager

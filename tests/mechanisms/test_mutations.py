@@ -1,4 +1,4 @@
-"""Would the tests notice? Each mechanism is broken on purpose, in its own cells, and a test must fail."""
+"""Would the tests notice? Each mechanism's cells are broken on purpose, and a test must fail."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -117,7 +117,7 @@ CAUGHT_BY = {
 
 @pytest.fixture
 def fails(model, tokenizer, hooks, batch, plus) -> Callable[[Mechanism, str], bool]:
-    """Say whether a mechanism fails a test of the collection, on a padded batch and in a middle layer."""
+    """Say whether a mechanism fails one of the checks, on a padded batch at a middle layer."""
     steering = Steering(batch, 2, plus)
     calls = {
         "logits_equal": lambda bench: logits_equal(bench, hooks, steering),

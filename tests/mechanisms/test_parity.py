@@ -1,4 +1,4 @@
-"""All six mechanisms do the same: five equal the plain hook, and that equals a pass written by hand.
+"""The six mechanisms do the same: five equal the plain hook, which equals a pass written by hand.
 
 The law behind all of it: steered hidden states = unsteered hidden states + vector, at every
 position of every row, in every forward pass. hypothesis draws the cases; the first and the last
@@ -96,7 +96,7 @@ def ids_of_the_hook(hooks, steering) -> Callable[[Case], list[list[int]]]:
 def forward_by_hand(
     model, ids: Tensor, mask: Tensor, layer: int | None = None, vector: Tensor | float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Return resid_post of every block [layers, batch, pos, d_model] and the logits; `vector` comes after `layer`."""
+    """Return all resid_post [layers, batch, pos, d_model] and logits, steered after `layer`."""
     gpt2, heads, states = model.transformer, model.config.n_head, []
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     visible = (
@@ -120,7 +120,7 @@ def forward_by_hand(
 def generate_by_hand(
     model, inputs, layer: int, vector: Tensor, do_sample: bool = False, top_p: float = 1.0
 ) -> Tensor:
-    """Return `NEW` more tokens for every row; after its end of text a row is padded. No cache: everything again."""
+    """Return `NEW` more tokens for every row, padded after its end of text; without any cache."""
     ids, mask, end = inputs["input_ids"], inputs["attention_mask"], model.config.eos_token_id
     going = torch.ones(len(ids), 1, dtype=torch.bool)
     for _ in range(NEW):
@@ -163,7 +163,7 @@ def test_hook_generates_as_by_hand(ids_of_the_hook, model, steering, case):
 
 @given(data=st.data())
 def test_steered_is_unsteered_plus_vector(hooks, model, tokenizer, data):
-    """For any vector, coefficient, layer and prompts: hidden states move by the vector at each real position."""
+    """For any vector, layer and prompts, hidden states move by the vector at each real position."""
     prompts = data.draw(
         st.lists(st.text(min_size=1, max_size=20), min_size=1, max_size=3), label="prompts"
     )
@@ -188,13 +188,13 @@ def test_steered_is_unsteered_plus_vector(hooks, model, tokenizer, data):
 
 @in_passes
 def test_logits_equal_the_hooks(bench, hooks, steering, case):
-    """Steered logits are those of the plain hook: to the last bit, or within the mechanism's tolerance."""
+    """Steered logits are those of the plain hook, within the mechanism's tolerance."""
     logits_equal(bench, hooks, steering(case))
 
 
 @in_generations
 def test_ids_equal_the_hooks(bench, ids_of_the_hook, steering, case):
-    """Greedy ids, and sampled ids from the same seed, are those of the plain hook, with and without the cache."""
+    """Greedy and sampled ids are those of the plain hook, with and without the cache."""
     assert steered_ids(bench, steering(case), case.use_cache, case.sampled) == ids_of_the_hook(case)
 
 
@@ -232,7 +232,7 @@ def test_row_alone_equals_row_in_padded_batch(bench, tokenizer, batch, layer, pl
 
 
 def test_a_masked_token_is_as_if_absent(bench, batch, plus):
-    """Positions are counted from the attention mask, also where it has a gap: a row gives what it gives without that token."""
+    """Positions are counted from the mask: a row gives what it gives without a masked token."""
     mechanism, wrapped = bench
     mask = batch["attention_mask"].clone()
     row = int(mask.sum(-1).argmax())
@@ -250,7 +250,7 @@ def test_a_masked_token_is_as_if_absent(bench, batch, plus):
 
 
 def test_hidden_states_end_after_the_final_norm(hooks, model, batch, plus):
-    """The last entry of `hidden_states` is no resid_post: it is the steered one after the final layer norm.
+    """The last of `hidden_states` is not a resid_post: it comes after the final layer norm.
 
     Earlier entries are resid_post. Nothing may be compared with `hidden_states[-1]` but the norm of
     what was read.
@@ -267,7 +267,7 @@ def test_hidden_states_end_after_the_final_norm(hooks, model, batch, plus):
 
 @pytest.fixture(scope="module")
 def in_bfloat16(model, tokenizer, hooks):
-    """A bf16 model, and the plain hook on its weights in fp32: the truth that bf16 arithmetic rounds."""
+    """A bf16 model and its weights in fp32: the truth that bf16 arithmetic rounds."""
     small = copy.deepcopy(model).to(torch.bfloat16)
     return small, copy.deepcopy(small).float()
 
