@@ -51,7 +51,8 @@ RESTORES = {
     "bias_editing": "finally:\n        linear.bias = original",
 }
 NEVER_REMOVED = {
-    name: (text, text.rsplit("\n", 1)[0] + "\n        pass") for name, text in RESTORES.items()
+    name: (text, text.partition("finally:")[0] + "finally:\n        pass")
+    for name, text in RESTORES.items()
 } | {
     "transformer_lens": (
         "return bridge.hooks(fwd_hooks=[(name, lambda hidden, hook: change(hidden))])",
