@@ -1,9 +1,67 @@
-"""Pictures that several notebooks draw."""
+"""All pictures have one style; what each shows is tested beside its table, strips of tokens here."""
 
+import matplotlib
 import matplotlib.pyplot as plt
+import pandas as pd
 import pytest
 
+from common import plots
+from common.measuring.effects import WorkingWindow
 from common.plots import token_strip
+
+SWEPT = pd.DataFrame(
+    {
+        "steering": ["unsteered", "Love", "Love", "Hate", "Love, random 1"],
+        "kind": ["unsteered", "steering", "steering", "control", "random"],
+        "layer": pd.array([None, 3, 3, 3, 3], "Int64"),
+        "coeff": [0.0, 2.0, -2.0, 2.0, 2.0],
+        "prompt": "I",
+        "tone": [0.0, 1.0, -1.0, 0.2, 0.1],
+    }
+)
+CELLS = pd.DataFrame({"layer": [3], "coeff": [2.0], "effect": [1.0], "ratio": [1.1], "works": True})
+DRAWN = {
+    "plot_effectiveness_and_disruption": [
+        pd.DataFrame({"token": ["I", " a"], "effectiveness": [1.0, 2.0], "disruption": [0.5, 0.1]})
+    ],
+    "plot_top_changed_tokens": [
+        pd.DataFrame({"token": [" a", "\n"], "unsteered": [0.5, 0.0], "steered": [0.1, 0.2]})
+    ],
+    "plot_perplexity_ratios": [
+        pd.DataFrame({"text": "on", "condition": "a", "ratio": [0.9], "low": 0.8, "high": 0.95})
+    ],
+    "plot_heat_map": [WorkingWindow(CELLS, 3, 2.0, "")],
+    "plot_effect": [SWEPT, "tone", 3],
+    "plot_prompts": [SWEPT, "tone", "Love", 3, 2.0],
+    "plot_moves": [pd.DataFrame({"I": [0.0, 0.5]}, index=["unsteered", "Love"])],
+    "plot_line_up": [
+        pd.DataFrame(
+            {"prompt": ["I"], "+3": " a", "steering": 30.0, "residual": 12.0, "ratio": 2.5}
+        )
+    ],
+    "token_strip": [[["I", " a"]], [[1]], ["a text"]],
+}
+
+
+def test_every_picture_is_here():
+    assert DRAWN.keys() == {name for name in vars(plots) if name.startswith(("plot_", "token_"))}
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_pictures_have_one_style_and_leave_that_of_the_caller(name):
+    """No frame but around a heat map, a title, and no setting of matplotlib that stays changed."""
+    before = dict(matplotlib.rcParams)
+    figure = getattr(plots, name)(*DRAWN[name], title="embedded model")
+    assert dict(matplotlib.rcParams) == before
+    titles = [axes.get_title() for axes in figure.axes] + [figure.get_suptitle()]
+    assert "embedded model" in titles and type(figure.get_layout_engine()).__name__.startswith(
+        "Con"
+    )
+    for axes in figure.axes:
+        framed = {axes.spines[side].get_visible() for side in ("top", "right")}
+        assert framed == {name == "plot_heat_map"}
+    figure.canvas.draw()
+    plt.close(figure)
 
 
 def test_token_strip_colours_what_is_marked():
