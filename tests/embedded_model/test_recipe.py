@@ -242,6 +242,21 @@ def test_direction_is_chosen_by_its_window(model, tokenizer, monkeypatch):
     assert cells["coeff"].tolist() == pytest.approx([0.2 * norm, 0.225 * norm])
 
 
+def test_places_of_additions_and_topic_come_from_their_grids(model, tokenizer, monkeypatch):
+    """Small grids, with one cell that wins by far: the table has a row for each cell."""
+    for name, value in {"LAYERS": [1, 4], "COEFFS": [2.0]}.items():
+        monkeypatch.setattr(choose, f"ADDITION_{name}", value)
+    monkeypatch.setattr(choose, "TOPIC_COEFFS", [0.2, 0.7])
+    monkeypatch.setattr(evaluate, "TOPIC_SENTENCES", (40, 80))
+    chosen, cells = choose.sweep_additions(model, tokenizer)
+    assert chosen["love"] == chosen["weddings"] == {"layer": 4, "coeff": 2}
+    assert cells[["layer", "coeff"]].to_numpy().tolist() == [[1, 2], [4, 2]]
+    chosen, cells = choose.sweep_topic(model, tokenizer)
+    assert chosen == {"layer": 4, "coeff": 0.7} and len(cells) == 4
+    assert (cells["on_topic"] < 1).all()
+    assert choose.table(cells).splitlines()[0] == "| layer | coeff | on topic | off topic |"
+
+
 def test_tables_go_between_their_markers(tmp_path):
     """What stands around them stays, and a card without markers is refused."""
     path = tmp_path / "README.md"
