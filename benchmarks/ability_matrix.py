@@ -1,4 +1,4 @@
-"""The matrix of abilities as it is stored: read, as a table, as a picture, and what one mechanism lacks. `abilities` fills it."""
+"""The matrix of abilities as it is stored: read, tabulated, drawn, and what a mechanism lacks."""
 
 import json
 import textwrap
@@ -22,7 +22,7 @@ COLOURS = {"yes": "#2e8b57", "few lines": "#9fd3a8", "error": "#f0a35e", "silent
 
 
 def load_matrix(path: Path = RESULTS / "abilities.json") -> pd.DataFrame:
-    """Read the stored cells: columns `mechanism`, `ability`, `outcome`, `says`; `attrs` says when and where they were tried."""
+    """Read the stored cells: `mechanism`, `ability`, `outcome`, `says`; `attrs` says whence."""
     stored = json.loads(path.read_text(encoding="utf-8"))
     cells = pd.DataFrame(stored["cells"])
     cells.attrs["provenance"] = provenance(stored)

@@ -578,20 +578,12 @@ def _in_two_processes() -> dict[str, Tensor | str]:
     with tempfile.TemporaryDirectory() as folder:
         tiny_llama().save_pretrained(folder)
         subject.tokenizer.save_pretrained(folder)
-        torch_run = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            "2",
-        ]
-        command = [*torch_run, "-m", "benchmarks.ability_processes", "parallel", folder]
+        command = [sys.executable, "-m", "benchmarks.ability_processes", "parallel", folder]
         given = {
             "layer": 1,
             "vector": subject.vector.tolist(),
             "prompts": PROMPTS,
-            "mechanisms": MECHANISMS,
+            "names": MECHANISMS,
         }
         Path(folder, "given.json").write_text(json.dumps(given))
         subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True, timeout=300)
@@ -603,7 +595,7 @@ def _in_two_processes() -> dict[str, Tensor | str]:
 
 
 def tensor_parallel(subject: Subject) -> None:
-    """Two processes under torchrun with gloo, each with half of every layer (`tp_plan="auto"`)."""
+    """Two processes with gloo, each with half of every layer (`tp_plan="auto"`)."""
     scores = _in_two_processes()[subject.mechanism.name]
     if isinstance(scores, str):
         raise Elsewhere(scores)

@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
+from benchmarks.charts import Panel, plot_ratios
 from benchmarks.logit_differences import pairwise, plot_agreement
 from benchmarks.mechanism_costs import asked, cost_table, count_lines, lines_of_code, plot_cost
 from benchmarks.profiling import KERNELS, OTHER, OWN, owner_of, plot_profile, shares
@@ -135,6 +136,16 @@ def test_picture_of_agreement():
         {"here": pairwise({"a": torch.ones(1), "b": torch.ones(1), "c": 1 + torch.tensor([1e-4])})}
     )
     assert [text.get_text() for text in figure.axes[0].texts] == ["0", "1e-4", "1e-4"]
+
+
+def test_picture_of_ratios():
+    """A bar with its figure for each row, none without a value; a mark where asked."""
+    rows = [{"ratio": 2.5, "spread": (2, 3), "asked": 4}, {"ratio": 1.0, "spread": (1, 1)}, {}]
+    panels = [Panel("ratio", "spread", "asked", "times"), Panel("other", "spread", "-", "other")]
+    left, right = plot_ratios(rows, ["a", "b", "c"], panels, "Both").axes
+    assert [text.get_text() for text in left.texts] == ["2.5", "1"] and not right.texts
+    marks = [line for line in left.lines if list(line.get_xdata()) == [4, 4]]
+    assert len(marks) == 1 and left.get_xlabel() == "times"
 
 
 def test_lines_of_code():
