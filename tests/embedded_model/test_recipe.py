@@ -172,7 +172,7 @@ def test_preset_belongs_to_the_weights():
 
 
 def test_choice_and_table_have_prompts_of_their_own():
-    """What is chosen on one prompt is measured on another, and the corpus has neither."""
+    """What is chosen on one prompt is measured on another."""
     held_out = {*grammar.HELD_OUT_PROMPTS}
     for name, shown in evaluate.DEMONSTRATIONS.items():
         assert shown.prompt != choose.CHOSEN_ON[name].prompt
