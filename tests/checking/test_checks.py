@@ -220,7 +220,7 @@ def test_steering_twice_at_one_layer_is_named(gpt2, tokenizer):
 
 
 def test_another_dtype_is_named(gpt2, tokenizer):
-    """At the last layer nothing behind it refuses fp64 before the final norm does."""
+    """At the last layer nothing after it refuses fp64 before the final norm does."""
     model = copy_sharing_weights(gpt2)
     model.transformer.ln_f.register_forward_pre_hook(lambda module, args: (args[0].float(),))
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""What tells the rows of a file from others: the whole weights of a model, its config, its tokens, the code of a metric."""
+"""What rows depend on: the weights and config of a model, its tokens, the code of a metric."""
 
 import copy
 import functools
@@ -41,7 +41,7 @@ DTYPES = [
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_any_number_of_any_weight_counts(name):
-    """The first and the last of each, buffers too; put back, it is the same model again, and so is a copy."""
+    """The first and the last of each, buffers too; with the old value it is the same again."""
     model = tiny_model(name, 99)
     before, state = identity_of_model(model), model.state_dict()
     assert identity_of_model(copy.deepcopy(model)) == before
@@ -94,7 +94,7 @@ def test_saved_is_loaded(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["GPT-2", "Llama"])
 def test_offloaded_weights_are_read_from_where_they_lie(tmp_path, name):
-    """A model is the same one with its weights on the CPU's side or on the disk, and another with one of them changed."""
+    """Weights on the CPU's side or on the disk are the same model; one that changes is another."""
     model = tiny_model(name, 99)
     before = identity_of_model(model)
     offloaded = [
@@ -119,7 +119,7 @@ def test_weights_that_are_nowhere_are_refused():
 
 
 def test_what_changes_the_output_without_a_weight():
-    """Another activation function, in the config or put in by hand; another `eps` or scaling in the config."""
+    """Another activation function; another `eps` or scaling in the config."""
     model = tiny_model("Llama", 99)
     before = identity_of_model(model)
     for name, value in (
@@ -262,7 +262,7 @@ def test_equal_metrics_have_one_identity():
         (closure(deque([1])), closure(deque([2]))),
         (closure(type("Own", (Lexicon,), {})), closure(type("Own", (Words,), {}))),
         (closure(re.compile("love")), closure(re.compile("love", re.IGNORECASE))),
-        (lambda s, p: [row for row in s], lambda s, p: [-row for row in s]),
+        (lambda s, p: [+row for row in s], lambda s, p: [-row for row in s]),
         (functools.partial(helper, 1), functools.partial(helper, 2)),
         (Scaled(1), Scaled(2)),
         (Scaled(1)._scaled, Scaled(2)._scaled),
@@ -274,7 +274,7 @@ def test_equal_metrics_have_one_identity():
     ],
 )
 def test_metrics_that_differ(one, other):
-    """In a constant, a name, a default, what they enclose, an inner function, an argument, a state, a method, a class, a weight."""
+    """In constants, names, defaults, closures, arguments, states, methods, weights."""
     assert identity_of_metric(one, "m") != identity_of_metric(other, "m")
 
 
@@ -353,11 +353,9 @@ def test_what_has_no_content_is_refused(thing, tmp_path):
     if thing is iter:
         assert identity_of_metric(closure(thing), "m")
         return
-    thing = open(tmp_path / "file", "w") if thing is open else thing
-    with pytest.raises(
-        ValueError, match="the metric 'm' reaches .* which cannot be told from another one"
-    ):
-        identity_of_metric(closure([thing]), "m")
+    says = "the metric 'm' reaches .* which cannot be told from another one"
+    with open(tmp_path / "file", "w") as file, pytest.raises(ValueError, match=says):
+        identity_of_metric(closure([file if thing is open else thing]), "m")
 
 
 def test_an_adapter_that_is_switched_is_another_model(model):

@@ -1,4 +1,4 @@
-"""Each row of a batch steered by a vector of its own, passes that start behind a block, and what makes generation fast."""
+"""Rows of a batch with a steering of their own, and passes that start after a block."""
 
 import copy
 from contextlib import contextmanager, nullcontext
@@ -10,7 +10,6 @@ from architectures import ARCHITECTURES, LAYERS, tiny_config, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, DynamicCache, TopPLogitsWarper
-from transformers.cache_utils import DynamicLayer
 
 from common.checking.pristine import assert_pristine, snapshot
 from common.loading import copy_sharing_weights
@@ -68,7 +67,7 @@ def row_alone(inputs, number: int) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def steered_alone(model, row: RowSteering | None):
-    """The same steering by the contexts for one vector: `SteeringVector.apply`, and that of activation additions."""
+    """The same steering for one row: `SteeringVector.apply`, or activation additions."""
     if row is None:
         context = nullcontext()
     elif row.location is None:
@@ -81,7 +80,7 @@ def steered_alone(model, row: RowSteering | None):
 
 @st.composite
 def batches(draw, shortest: int = 1):
-    """Lengths of the prompts, and how each row is steered: anywhere, by vectors that fit its prompt, or not at all."""
+    """Lengths of prompts, and how each row is steered, if at all."""
     lengths = draw(st.lists(st.integers(shortest, 9), min_size=1, max_size=4))
     rows = []
     for length in lengths:
@@ -102,7 +101,7 @@ def batches(draw, shortest: int = 1):
 
 @given(batches())
 def test_a_row_of_a_batch_is_what_it_is_alone(model, tokenizer, drawn):
-    """Logits at every token, whatever the rows beside it are steered by; an unsteered row is the unsteered model's."""
+    """Logits at every token, steered and unsteered, whatever the rows beside it are steered by."""
     lengths, rows = drawn
     inputs = batch_of(tokenizer, lengths)
     with steering_rows(model, rows):
@@ -116,7 +115,7 @@ def test_a_row_of_a_batch_is_what_it_is_alone(model, tokenizer, drawn):
 
 @pytest.mark.parametrize("location", LOCATIONS)
 def test_rows_of_a_batch_as_people_steer_them(model, tokenizer, location):
-    """A vector, an X-vector and nothing, at different layers, in one padded batch: the texts of three calls."""
+    """A vector, an X-vector and nothing in one padded batch: the texts of three calls."""
     prompts = [
         "I went up to my friend and said",
         "My mother went to the old library on Monday and said",
@@ -212,7 +211,7 @@ def test_deltas_are_what_the_steering_adds(model, tokenizer, drawn):
 
 
 def test_vectors_take_the_dtype_of_the_hidden_states(model, tokenizer):
-    """In bf16 the vectors of a float32 sweep are added in bf16, as `SteeringVector.apply` does it."""
+    """In bf16 the vectors of a float32 sweep are added in bf16, as in `SteeringVector.apply`."""
     half = copy.deepcopy(model).to(torch.bfloat16)
     inputs, vector = batch_of(tokenizer, [7, 4]), noise(model, 1, 0)
     rows = [RowSteering(Site(2, "resid_post"), vector), None]
@@ -223,12 +222,12 @@ def test_vectors_take_the_dtype_of_the_hidden_states(model, tokenizer):
     check_generation(half, inputs, rows)
 
 
-# --- passes that start behind a block ---
+# --- passes that start after a block ---
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_pass_from_a_block_on_is_a_plain_steered_pass(name, tokenizer):
-    """At every layer, the last included, for whole texts and for the last position, in a padded batch; and texts as well."""
+    """At every layer of a padded batch: logits of all positions, of the last one, and texts."""
     other = tiny_model(name, len(tokenizer))
     inputs = batch_of(tokenizer, [9, 3, 6])
     real, before = inputs["attention_mask"].bool(), snapshot(other)
@@ -255,7 +254,7 @@ def test_a_pass_from_a_block_on_is_a_plain_steered_pass(name, tokenizer):
 
 
 def check_generation(model, inputs, rows, shared: bool = True) -> None:
-    """Generation that goes on from a cache which is filled already gives what plain steered generation gives."""
+    """Generation from a filled cache gives what plain steered generation gives."""
     cache = prefilled_cache(model, inputs, rows)
     assert (cache is not None) == shared
     with steering_rows(model, rows):
@@ -354,7 +353,7 @@ def test_a_forward_that_someone_set_is_given_back(model, tokenizer):
 
 @given(batches(shortest=2))
 def test_generation_from_a_filled_cache_is_plain_generation(model, tokenizer, drawn):
-    """Every row the same tokens as alone: mixed layers, what block 0 reads included, spans that reach the last token, padding."""
+    """Every row the same tokens as alone: at any layer, at what block 0 reads, with padding."""
     lengths, rows = drawn
     inputs = batch_of(tokenizer, lengths)
     cache = prefilled_cache(model, inputs, rows)
@@ -380,7 +379,7 @@ def test_a_prompt_of_one_token_beside_longer_ones(model, tokenizer):
 
 
 def test_the_filled_cache_holds_the_prompts(model, tokenizer):
-    """All tokens but the last; keys and values as a plain steered pass leaves them, below the steered block as unsteered."""
+    """All tokens but the last: keys and values as a plain steered pass leaves them."""
     inputs = batch_of(tokenizer, [8, 8])
     rows = [RowSteering(Site(3, "resid_post"), noise(model, 1, 0)), None]
     cache, own = prefilled_cache(model, inputs, rows), DynamicCache(config=model.config)
@@ -393,7 +392,7 @@ def test_the_filled_cache_holds_the_prompts(model, tokenizer):
 
 
 def test_what_is_below_is_computed_once_for_each_prompt(model, tokenizer):
-    """Block 0 sees each distinct prompt once, however many rows it has; the block behind the steered one sees every row."""
+    """Block 0 sees each distinct prompt once; the block after the steered one sees every row."""
     one, two = (batch_of(tokenizer, [6, 6])["input_ids"][row] for row in (0, 1))
     ids = torch.stack([one, two, one, one])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -442,7 +441,7 @@ def test_nothing_is_shared_where_windows_slide(tokenizer):
     cut=st.floats(0, 0.9),
 )
 def test_top_p_is_that_of_transformers(rows, vocab, top_p, spread, seed, cut):
-    """The same tokens stay, with their scores; only where the sum meets top_p to the last bits may they differ."""
+    """The same tokens stay, unless the sum meets top_p to the last bits."""
     generator = torch.Generator().manual_seed(seed)
     scores = spread * torch.randn(rows, vocab, generator=generator)
     out = torch.rand(rows, vocab, generator=generator) < cut
@@ -468,7 +467,7 @@ def test_equally_likely_tokens_stay_together():
 
 
 def test_a_row_without_numbers_does_not_stop_the_others():
-    """In float16 a coefficient that is too large ends in nan; the rows beside it are sampled as ever."""
+    """A coefficient too large for float16 ends in nan; the rows beside it are sampled as ever."""
     scores = torch.randn(2, 50, generator=torch.Generator().manual_seed(0))
     alone = TopP(0.5)(None, scores[1:])
     scores[0] = torch.nan

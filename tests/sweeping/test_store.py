@@ -1,4 +1,4 @@
-"""The file of a sweep: what goes in comes out, all of a batch or nothing of it, and no file is harmed that holds something else."""
+"""The file of a sweep: whole batches come out as they went in, and other files are left alone."""
 
 import json
 import os
@@ -25,9 +25,18 @@ COLUMNS = ["layer", "coeff", "text"]
 ROOT = Path(__file__).resolve().parents[2]
 texts = st.text(st.characters(exclude_categories=["Cs"]))
 values = (
-    st.none() | st.text() | texts | st.integers() | st.integers(-(2**66), 2**66) | st.floats() | st.booleans()
-    | st.floats(-9, 9).map(np.float64) | st.integers(-9, 9).map(np.int64) | st.booleans().map(np.bool_) | st.just(np.uint64(2**64 - 1))
-)  # fmt: skip
+    st.none()
+    | st.text()
+    | texts
+    | st.integers()
+    | st.integers(-(2**66), 2**66)
+    | st.floats()
+    | st.booleans()
+    | st.floats(-9, 9).map(np.float64)
+    | st.integers(-9, 9).map(np.int64)
+    | st.booleans().map(np.bool_)
+    | st.just(np.uint64(2**64 - 1))
+)
 
 
 def row(number: int) -> dict:
@@ -49,7 +58,7 @@ def write(path, numbers=range(3), settings=SETTINGS, columns=COLUMNS) -> pd.Data
 
 @given(st.dictionaries(st.integers(0, 2**40), st.tuples(values, values), max_size=6))
 def test_what_goes_in_comes_out(tmp_path_factory, given):
-    """Each value as it is and of its kind, in the order of the row numbers: truth values, NaN, numbers of any size, any text."""
+    """Each value as it is, in the order of the rows: truth values, NaN, any number or text."""
     path = tmp_path_factory.mktemp("values") / "a.sweep"
     expected = [[_python(value) for value in given[number]] for number in sorted(given)]
     for where in (None, path):
@@ -95,7 +104,7 @@ def test_other_values_are_refused(tmp_path, value):
 
 
 def test_metrics_may_be_others_when_a_file_is_opened_again(tmp_path):
-    """Those of the last call stand in it; a file whose metrics are the same is not touched; rows without metrics have gaps."""
+    """A file holds those of the last call; equal ones leave it alone; rows without have gaps."""
     path = tmp_path / "a.sweep"
     for metrics in (
         {"m": [1, float("nan")]},
@@ -187,7 +196,7 @@ def test_columns_have_any_names(tmp_path_factory, names):
     "columns", [["layer", "tone", "Tone"], ["layer", "number"], ["layer", "layer"]]
 )
 def test_columns_that_are_there_twice_are_refused(tmp_path, columns):
-    """SQLite knows no difference between "tone" and "Tone"; "number" is the number of the row. Nothing is written."""
+    """To SQLite "tone" is "Tone", and "number" is the number of the row. Nothing is written."""
     with pytest.raises(ValueError, match="twice"):
         SweepStore(tmp_path / "new.sweep", SETTINGS, columns)
     assert not list(tmp_path.iterdir())
@@ -316,11 +325,17 @@ def make_cut_off(path):
 
 
 NO_SWEEPS = {
-    "text": make_text, "empty": make_empty, "other table": make_other_table, "no settings": make_other_settings([]),
-    "settings that are no JSON": make_other_settings([["x"]]), "settings that are a list": make_other_settings([["[1]"]]),
-    "settings without columns": make_other_settings([["{}"]]), "settings without rows": make_other_settings([['{"columns": ["a"]}']]),
-    "cut off": make_cut_off, "null": make_other_settings([[None]]),
-}  # fmt: skip
+    "text": make_text,
+    "empty": make_empty,
+    "other table": make_other_table,
+    "no settings": make_other_settings([]),
+    "settings that are no JSON": make_other_settings([["x"]]),
+    "settings that are a list": make_other_settings([["[1]"]]),
+    "settings without columns": make_other_settings([["{}"]]),
+    "settings without rows": make_other_settings([['{"columns": ["a"]}']]),
+    "cut off": make_cut_off,
+    "null": make_other_settings([[None]]),
+}
 
 
 @pytest.mark.parametrize("kind", NO_SWEEPS)
@@ -353,7 +368,7 @@ def test_reading_does_not_make_a_file(tmp_path):
 
 @pytest.mark.parametrize("there_before", [False, True])
 def test_a_second_sweep_on_the_file_is_told_so(tmp_path, there_before):
-    """From the moment the first one begins, new or gone on with; and when it is done, the file is free."""
+    """While the first one runs, new or gone on with; afterwards the file is free."""
     path = tmp_path / "a.sweep"
     if there_before:
         write(path, range(2))
@@ -371,17 +386,20 @@ import os, signal, sys
 from common.sweeping.store import SweepStore
 
 store = SweepStore(sys.argv[1], {settings}, {columns})
-store.add((number, {{"layer": number, "coeff": 0, "text": f"text {{number}}"}}) for number in range(3))
-store.connection.execute("PRAGMA cache_size = 1")  # so that a batch goes to the file before it is complete
+rows = [{{"layer": number, "coeff": 0, "text": f"text {{number}}"}} for number in range(3)]
+store.add(enumerate(rows))
+# A batch goes to the file before it is complete.
+store.connection.execute("PRAGMA cache_size = 1")
 store.connection.execute("BEGIN")
 for number in range(3, 3000):
-    store.connection.execute("INSERT INTO rows VALUES (?, ?, ?, ?)", [number, number, 0, 50 * "half a batch"])
+    row = [number, number, 0, 50 * "half a batch"]
+    store.connection.execute("INSERT INTO rows VALUES (?, ?, ?, ?)", row)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
 def test_a_sweep_that_is_killed_while_it_writes(tmp_path):
-    """Half a batch is in the file, and its journal beside it: reading and going on find complete batches only."""
+    """Half a batch is in the file, its journal beside it: only complete batches are found."""
     path = tmp_path / "a.sweep"
     script = KILLED.format(settings=SETTINGS, columns=COLUMNS)
     done = subprocess.run(
@@ -409,7 +427,8 @@ import resource, sys
 from common.sweeping.store import SweepStore
 
 limit, count = int(sys.argv[2]), int(sys.argv[3])
-resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # writing beyond it fails, as on a disk that is full
+# Writing beyond it fails, as on a disk that is full.
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 store = None
 try:
     store = SweepStore(sys.argv[1], {settings}, {columns}, ["m"])
@@ -429,8 +448,12 @@ def full_disk(path, limit: int) -> str:
     """Write rows where a file cannot grow beyond a limit; returns what was said."""
     script = NO_ROOM.format(settings=SETTINGS, columns=COLUMNS)
     done = subprocess.run(
-        [sys.executable, "-c", script, str(path), str(limit), "50"], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )  # fmt: skip
+        [sys.executable, "-c", script, str(path), str(limit), "50"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
     assert not done.returncode, done.stderr
     return done.stdout
 
@@ -444,7 +467,7 @@ def test_no_room_for_a_new_file(tmp_path, limit):
 
 
 def test_no_room_midway(tmp_path):
-    """One sentence; complete rows are readable, and once there is room the sweep goes on with the next."""
+    """Complete rows are readable, and once there is room the sweep goes on with the next one."""
     path = tmp_path / "a.sweep"
     said, count = full_disk(path, 60_000).splitlines()
     assert "cannot be written" in said and "goes on" in said and 5 < int(count) < 50

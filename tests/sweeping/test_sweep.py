@@ -1,6 +1,7 @@
-"""Sweeps: what many settings in one batch give is what one run for each gives, and nothing is computed twice."""
+"""Sweeps: many settings in one batch give what one run for each gives, and nothing runs twice."""
 
 import copy
+import itertools
 import os
 import signal
 import sqlite3
@@ -92,7 +93,7 @@ def by_cell(frame: pd.DataFrame, column: str) -> dict:
 
 
 def test_a_sweep_of_vectors_is_one_run_for_each_setting(model, tokenizer, vector):
-    """Each layer, coefficient and prompt, a prompt of one token too; without BOS, since vectors act at all tokens."""
+    """At each layer and coefficient, for each prompt, one of one token too; vectors need no BOS."""
     prompts, coeffs = [*PROMPTS, "I"], [-2.0, 1.5]
     found = by_cell(
         sweep(model, tokenizer, Grid({"v": vector}, [5, 0, 3], coeffs), prompts, sampling=GREEDY),
@@ -117,7 +118,7 @@ def test_a_sweep_of_vectors_is_one_run_for_each_setting(model, tokenizer, vector
 @pytest.mark.parametrize("location", ["front", "mid", "back"])
 @pytest.mark.parametrize("part", ["resid_pre", "resid_post"])
 def test_a_sweep_of_additions_is_one_run_for_each_setting(model, tokenizer, location, part):
-    """With BOS in front, at layer 0 as well; the layer that the additions name does not matter."""
+    """After BOS, at layer 0 as well; the layer that the additions name does not matter."""
     found = by_cell(
         sweep(
             model,
@@ -174,7 +175,24 @@ def test_additions_of_different_lengths(model, tokenizer, location):
 
 def test_columns_and_kinds(model, tokenizer, vector):
     """One row for each completion; what was not steered is there once for each prompt."""
-    frame = sweep(model, tokenizer, Grid({"v": vector, "w": x_vector(tokenizer)}, [1, 3], [0.5, -0.5, 1.0], controls={"c": a_vector(1)}, random_controls=2), LONG, {"length": lambda texts: list(map(len, texts)), "both": lambda texts: pd.DataFrame({"a": [1.5] * len(texts), "b": [True] * len(texts)})}, sampling=Sampling(max_new_tokens=3, temperature=0.5), per_prompt=2)  # fmt: skip
+    frame = sweep(
+        model,
+        tokenizer,
+        Grid(
+            {"v": vector, "w": x_vector(tokenizer)},
+            [1, 3],
+            [0.5, -0.5, 1.0],
+            controls={"c": a_vector(1)},
+            random_controls=2,
+        ),
+        LONG,
+        {
+            "length": lambda texts: list(map(len, texts)),
+            "both": lambda texts: pd.DataFrame({"a": [1.5] * len(texts), "b": [True] * len(texts)}),
+        },
+        sampling=Sampling(max_new_tokens=3, temperature=0.5),
+        per_prompt=2,
+    )
     assert list(frame) == [
         "steering",
         "kind",
@@ -189,9 +207,15 @@ def test_columns_and_kinds(model, tokenizer, vector):
     ]
     each = 2 * 3 * len(LONG) * 2
     assert Counter(zip(frame["steering"], frame["kind"])) == {
-        ("unsteered", "unsteered"): len(LONG) * 2, ("v", "steering"): each, ("w", "steering"): each, ("c", "control"): each,
-        ("v, random 1", "random"): each, ("v, random 2", "random"): each, ("w, random 1", "random"): each, ("w, random 2", "random"): each,
-    }  # fmt: skip
+        ("unsteered", "unsteered"): len(LONG) * 2,
+        ("v", "steering"): each,
+        ("w", "steering"): each,
+        ("c", "control"): each,
+        ("v, random 1", "random"): each,
+        ("v, random 2", "random"): each,
+        ("w, random 1", "random"): each,
+        ("w, random 2", "random"): each,
+    }
     assert (
         frame["layer"].dtype == "Int64"
         and frame["coeff"].dtype == "float64"
@@ -203,7 +227,7 @@ def test_columns_and_kinds(model, tokenizer, vector):
 
 
 def test_layers_by_default(model, tokenizer):
-    """Those of the vectors, negative ones counted from the last; all of them for additions. Layers from a table will do."""
+    """Those of the vectors, all for additions; layers from a table will do."""
     own = SteeringVector({1: torch.ones(128), -1: torch.ones(128)})
     frame = sweep_logits(
         model, tokenizer, Grid({"v": own, "w": x_vector(tokenizer)}, None, [1.0]), LONG
@@ -254,7 +278,7 @@ def test_coefficient_0_is_unsteered(model, tokenizer, vector):
 
 
 def test_samples_do_not_depend_on_what_is_beside_them(model, tokenizer, vector):
-    """Neither on the size of the batches, nor on the other coefficients, layers and prompts behind; but on the seed."""
+    """Neither on batches, nor on other coefficients, layers and later prompts; but on the seed."""
     options = {"sampling": SAMPLING, "per_prompt": 3}
     frame = sweep(model, tokenizer, Grid({"v": vector}, [1, 4], [-1.0, 1.0]), PROMPTS, **options)
     pd.testing.assert_frame_equal(
@@ -405,7 +429,7 @@ def check_logits(
 
 @pytest.mark.parametrize("memory", [2**30, 3_000_000, TINY])
 def test_logits_are_those_of_plain_passes(model, tokenizer, vector, memory):
-    """At every layer, for vectors and for additions (what block 0 reads included), whatever fits into a batch."""
+    """At every layer, for vectors and additions, however many rows fit into a batch."""
     tokens = (3, 77, 2000)
     metrics = {
         "kl": (
@@ -434,17 +458,20 @@ def test_logits_are_those_of_plain_passes(model, tokenizer, vector, memory):
             contexts["w", layer, coeff] = None
     for prompt in prompts:  # a context opens once
         made = {
-            (name, layer, coeff): SteeringVector({layer: vector.layer_activations[layer]}).apply(model, multiplier=coeff)
-            if name == "v" else apply_activation_additions(model, tokenizer, x_vector(tokenizer, coeff, layer))
+            (name, layer, coeff): SteeringVector({layer: vector.layer_activations[layer]}).apply(
+                model, multiplier=coeff
+            )
+            if name == "v"
+            else apply_activation_additions(model, tokenizer, x_vector(tokenizer, coeff, layer))
             for name, layer, coeff in contexts
-        }  # fmt: skip
+        }
         check_logits(frame[frame["prompt"] == prompt], model, tokenizer, made, [prompt], tokens)
     assert len(frame) == (1 + len(contexts)) * len(prompts)
 
 
 @pytest.mark.parametrize("name", ["GPT-NeoX", "Llama", "Mistral", "Gemma", "BLOOM", "OPT"])
 def test_other_architectures(name, tokenizer):
-    """Completions and logits, steered behind a block and at what block 0 reads."""
+    """Completions and logits, steered after a block and at what block 0 reads."""
     other = tiny_model(name, len(tokenizer))
     generator = torch.Generator().manual_seed(0)
     vector = SteeringVector({layer: 2 * torch.randn(32, generator=generator) for layer in range(4)})
@@ -532,7 +559,7 @@ def counting(model, layer: int):
 
 @pytest.mark.parametrize("run", [sweep_logits, sweep_perplexity])
 def test_blocks_below_run_once_for_each_prompt(model, tokenizer, vector, run):
-    """However many layers and coefficients are swept: this is what makes it fast. The last block sees every row but its own."""
+    """This is what makes a sweep fast. The last block sees every row that is steered before it."""
     with counting(model, 0) as first, counting(model, 5) as last:
         run(model, tokenizer, Grid({"v": vector}, range(6), [-1.0, 1.0, 2.0]), PROMPTS)
     assert first == [len(PROMPTS)]
@@ -545,7 +572,7 @@ def test_blocks_below_run_once_for_each_prompt(model, tokenizer, vector, run):
 
 
 def test_what_block_0_reads_is_steered_there(model, tokenizer):
-    """Additions at layer 0 run through all blocks, those at layer 1 start behind block 0."""
+    """Additions at layer 0 run through all blocks, those at layer 1 start after block 0."""
     additions = [ActivationAddition(1.0, 0, "Love")]
     for layers, rows in (([0], 1 + 3), ([1], 1), ([0, 1], 1 + 3)):
         with counting(model, 0) as first:
@@ -583,8 +610,15 @@ TEXTS = [
 @pytest.mark.parametrize("mask_len", [0, 1, 4])
 @pytest.mark.parametrize("memory", [2**30, TINY])
 def test_losses_are_those_of_a_plain_pass(model, tokenizer, vector, mask_len, memory):
-    """Mean loss with labels, BOS in front, in a padded batch; predictions made at positions in front can be left out."""
-    frame = sweep_perplexity(model, tokenizer, Grid({"v": vector, "w": x_vector(tokenizer)}, [0, 5], [2.0], controls={"c": a_vector(1)}), TEXTS, mask_len=mask_len, max_memory=memory)  # fmt: skip
+    """Mean loss with labels, after BOS, in a padded batch; the first predictions can be masked."""
+    frame = sweep_perplexity(
+        model,
+        tokenizer,
+        Grid({"v": vector, "w": x_vector(tokenizer)}, [0, 5], [2.0], controls={"c": a_vector(1)}),
+        TEXTS,
+        mask_len=mask_len,
+        max_memory=memory,
+    )
     assert list(frame) == [
         "steering",
         "kind",
@@ -696,7 +730,7 @@ def stopping(monkeypatch, after: int):
 def test_a_sweep_that_was_stopped_goes_on(
     model, tokenizer, vector, monkeypatch, tmp_path, kind, after
 ):
-    """The same table as in one go, up to the last bits of numbers; no row is computed twice, and a finished file is only read."""
+    """The same table as in one go; no row is computed twice, and a finished file is only read."""
     path, before = tmp_path / "50% done #1?.sweep", snapshot(model)
     options = {"path": path, "max_memory": 1_000_000}
     expected = RUNS[kind](model, tokenizer, {"v": vector})
@@ -729,7 +763,7 @@ def test_a_sweep_that_was_stopped_goes_on(
 
 @contextmanager
 def passes(model):
-    """What comes out of the model, pass by pass; reading the activations of an addition ends before that."""
+    """Count what comes out of the model, pass by pass; reading an addition ends before that."""
     seen = []
     handle = model.lm_head.register_forward_hook(
         lambda module, args, output: seen.append(len(output))
@@ -745,28 +779,30 @@ def passes(model):
     memory=st.sampled_from([TINY, 1_000_000, 3_000_000, 2**30]),
 )
 def test_however_often_it_was_stopped(model, tokenizer, tmp_path_factory, stops, memory):
-    """A metric that throws at some calls costs no row: each is completed once, and the metric is that of all."""
+    """A metric that throws costs no row: each is completed once, and measured in the end."""
     path, prompts = tmp_path_factory.mktemp("stops") / "a.sweep", PROMPTS[:2]
-    calls, stop, seen = 0, iter([*stops, None]), []
+    seen = []
 
-    def metric(texts):
-        nonlocal calls
-        if list(texts) == prompts:  # it is tried on the prompts
-            return [0] * len(texts)
-        if calls == limit:
-            raise Stopped
-        calls += 1
-        return words(texts)
+    def failing_after(limit):
+        calls = itertools.count()
 
-    for limit in stop:
-        calls = 0
+        def metric(texts):
+            if list(texts) == prompts:  # it is tried on the prompts
+                return [0] * len(texts)
+            if next(calls) == limit:
+                raise Stopped
+            return words(texts)
+
+        return metric
+
+    for limit in (*stops, None):
         with stopping(pytest.MonkeyPatch(), 10**6) as written, suppress(Stopped):
             found = sweep(
                 model,
                 tokenizer,
                 Grid({"v": a_vector()}, [2], [1.0, 2.0]),
                 prompts,
-                {"m": metric},
+                {"m": failing_after(limit)},
                 sampling=replace(GREEDY, max_new_tokens=2),
                 path=path,
                 max_memory=memory,
@@ -792,7 +828,8 @@ def metric(texts):
     return words(texts)
 
 model, tokenizer, _ = load_model("embedded", device="cpu")
-RUNS["completions"](model, tokenizer, {"v": a_vector()}, metrics={"words": metric}, path=sys.argv[1], max_memory=3_000_000)
+options = {"metrics": {"words": metric}, "path": sys.argv[1], "max_memory": 3_000_000}
+RUNS["completions"](model, tokenizer, {"v": a_vector()}, **options)
 """
 
 
@@ -845,26 +882,46 @@ def relabelled(tokenizer):
 @pytest.mark.parametrize(
     "what, says",
     [
-        ("coeffs", "layers and coeffs"), ("layers", "layers and coeffs, steering"), ("prompts", "prompts"), ("seed", "seed"), ("weights", "weights"), ("dtype", "weights"),
-        ("vector", "steering"), ("name", "layers and coeffs, steering"), ("controls", "layers and coeffs, steering"), ("kind", "steering"),
-        ("ends", "ends"), ("tokens", "tokens"), ("per_prompt", "per_prompt"), ("temperature", "temperature"), ("prepend_bos", "prompts"), ("max_new_tokens", "max_new_tokens"),
+        ("coeffs", "layers and coeffs"),
+        ("layers", "layers and coeffs, steering"),
+        ("prompts", "prompts"),
+        ("seed", "seed"),
+        ("weights", "weights"),
+        ("dtype", "weights"),
+        ("vector", "steering"),
+        ("name", "layers and coeffs, steering"),
+        ("controls", "layers and coeffs, steering"),
+        ("kind", "steering"),
+        ("ends", "ends"),
+        ("tokens", "tokens"),
+        ("per_prompt", "per_prompt"),
+        ("temperature", "temperature"),
+        ("prepend_bos", "prompts"),
+        ("max_new_tokens", "max_new_tokens"),
     ],
-)  # fmt: skip
+)
 def test_a_file_of_other_settings_is_left_alone(model, tokenizer, vector, tmp_path, what, says):
-    """The error says what differs. The file stays as it is, byte for byte, and the model does not run."""
+    """The error says what differs; the file stays as it is, and the model does not run."""
     path, w = tmp_path / "a.sweep", a_vector(1)
     shifted = {layer: values + 1e-6 for layer, values in w.layer_activations.items()}
     grid = Grid({"v": vector, "w": w}, [1, 4], [1.0, 2.0])
     sampling = Sampling(max_new_tokens=2, temperature=1.0)
     given = {
-        "model": model, "tokenizer": tokenizer, "grid": grid, "prompts": PROMPTS[:2],
-        "metrics": {"words": words}, "sampling": sampling, "per_prompt": 2,
-    }  # fmt: skip
+        "model": model,
+        "tokenizer": tokenizer,
+        "grid": grid,
+        "prompts": PROMPTS[:2],
+        "metrics": {"words": words},
+        "sampling": sampling,
+        "per_prompt": 2,
+    }
     sweep(path=path, **given)
     other = {
         "coeffs": lambda: {"grid": replace(grid, coeffs=[1.0, 2.5])},
         "layers": lambda: {"grid": replace(grid, layers=[1, 5])},
-        "vector": lambda: {"grid": replace(grid, steering={"v": vector, "w": SteeringVector(shifted)})},
+        "vector": lambda: {
+            "grid": replace(grid, steering={"v": vector, "w": SteeringVector(shifted)})
+        },
         "name": lambda: {"grid": replace(grid, steering={"v": vector, "x": w})},
         "controls": lambda: {"grid": replace(grid, controls={"c": w})},
         "kind": lambda: {"grid": replace(grid, steering={"v": vector}, controls={"w": w})},
@@ -878,7 +935,7 @@ def test_a_file_of_other_settings_is_left_alone(model, tokenizer, vector, tmp_pa
         "per_prompt": lambda: {"per_prompt": 3},
         "temperature": lambda: {"sampling": replace(sampling, temperature=0.5)},
         "max_new_tokens": lambda: {"sampling": replace(sampling, max_new_tokens=3)},
-    }[what]()  # fmt: skip
+    }[what]()
     content, settings = path.read_bytes(), {**given, **other}
     with (
         passes(settings["model"]) as count,
@@ -954,7 +1011,7 @@ def few(model, tokenizer, vector, metrics, **options) -> pd.DataFrame:
 def test_metrics_are_those_of_the_last_call(
     model, tokenizer, vector, monkeypatch, tmp_path, stopped
 ):
-    """Changed under the old name, another one, or none: they are taken from the texts in the file, and no text is written twice."""
+    """Changed, renamed or gone: they are taken of the texts in the file, which are written once."""
     path, options = tmp_path / "a.sweep", {"path": tmp_path / "a.sweep", "max_memory": TINY}
     with (
         stopping(monkeypatch, 2 if stopped else 10**6) as first,
@@ -978,10 +1035,17 @@ def test_metrics_are_those_of_the_last_call(
 
 
 ODD = {
-    "truth values": [True, False, True, False], "NaN": [float("nan"), 1.5, 2.5, 1.0], "nothing but NaN": [float("nan")] * 4, "gaps": [None, 1, 2, 3],
-    "no value": [None] * 4, "infinity": [float("inf"), -float("inf"), 0.0, 1.0], "large numbers": [2**63, -(2**70), 0, 10**30], "2**63 - 1": [2**63 - 1, 0, 1, 2],
-    "texts": ["a", "", "\0ü", None], "texts and numbers": ["a", 1, 0.5, True],
-}  # fmt: skip
+    "truth values": [True, False, True, False],
+    "NaN": [float("nan"), 1.5, 2.5, 1.0],
+    "nothing but NaN": [float("nan")] * 4,
+    "gaps": [None, 1, 2, 3],
+    "no value": [None] * 4,
+    "infinity": [float("inf"), -float("inf"), 0.0, 1.0],
+    "large numbers": [2**63, -(2**70), 0, 10**30],
+    "2**63 - 1": [2**63 - 1, 0, 1, 2],
+    "texts": ["a", "", "\0ü", None],
+    "texts and numbers": ["a", 1, 0.5, True],
+}
 
 
 @pytest.mark.parametrize("kind", ODD)
@@ -1060,7 +1124,7 @@ def test_metrics_of_logits_that_give_no_numbers(model, tokenizer, vector, given)
 
 
 def test_a_changed_metric_of_logits_needs_another_file(model, tokenizer, vector, tmp_path):
-    """Logits are not kept: the file holds what the old one gave, whatever the new one is called. An equal one may go on."""
+    """Logits are not kept: the file holds what the old one gave. An equal one may go on."""
     path, scale = tmp_path / "a.sweep", torch.ones(1)
 
     def metric_with(factor, scale):
@@ -1085,7 +1149,7 @@ def test_a_changed_metric_of_logits_needs_another_file(model, tokenizer, vector,
 
 
 def test_a_metric_without_content_needs_no_file(model, tokenizer, vector, tmp_path):
-    """It is refused where an older one could stand in the file, and by name; in memory it is as good as any."""
+    """It is refused by name where a file could hold an older one; in memory any will do."""
     numbers = iter(range(10**6))
     metrics = {
         "counted": lambda steered, plain: [next(numbers) for _ in steered],
@@ -1134,7 +1198,7 @@ def test_a_sweep_is_free_of_the_settings_of_a_checkpoint(model, tokenizer, vecto
 
 
 def test_a_sweep_of_additions_goes_on(model, tokenizer, monkeypatch, tmp_path):
-    """Also on another machine, where activations differ in the last bits; but not with other additions, or elsewhere."""
+    """Also where activations differ in the last bits; but not with other additions."""
     path, grid = (tmp_path / "a.sweep", Grid({"w": x_vector(tokenizer)}, [2], random_controls=1))
     sweep_logits(model, tokenizer, grid, LONG, path=path)
     with monkeypatch.context() as patch:
@@ -1216,30 +1280,78 @@ WRONG = {
     "no steering": ({"steering": {}}, "expected steering by name"),
     "steering without a name": ({"steering": a_vector()}, "expected steering by name"),
     "controls without a name": ({"controls": a_vector(1)}, "expected controls by name"),
-    "no vector": ({"steering": {"v": torch.ones(128)}}, "expected a SteeringVector or ActivationAdditions for 'v'"),
-    "a text": ({"steering": {"v": "Love"}}, "expected a SteeringVector or ActivationAdditions for 'v'"),
-    "no additions": ({"steering": {"v": []}}, "expected a SteeringVector or ActivationAdditions for 'v'"),
+    "no vector": (
+        {"steering": {"v": torch.ones(128)}},
+        "expected a SteeringVector or ActivationAdditions for 'v'",
+    ),
+    "a text": (
+        {"steering": {"v": "Love"}},
+        "expected a SteeringVector or ActivationAdditions for 'v'",
+    ),
+    "no additions": (
+        {"steering": {"v": []}},
+        "expected a SteeringVector or ActivationAdditions for 'v'",
+    ),
     "unknown layer": ({"layers": [3, 6]}, "layers from 0 to 5"),
     "negative layer": ({"layers": [-1]}, "layers from 0 to 5"),
     "no layer": ({"layers": []}, "layers from 0 to 5"),
     "a truth value as layer": ({"layers": [True]}, "layers from 0 to 5"),
     "a layer twice": ({"layers": [3, 1, 3]}, "layer 3 is given twice"),
-    "vector without the layer": ({"steering": {"v": a_vector(0, [1, 2])}}, "'v' has no vector for layer 3"),
-    "control without the layer": ({"controls": {"c": a_vector(0, [1, 2])}}, "'c' has no vector for layer 3"),
-    "vector of a larger model": ({"steering": {"v": a_vector(0, [3, 9])}}, "'v'.*layer 9 does not exist"),
-    "vector with a layer twice": ({"steering": {"v": a_vector(0, [3, -3])}}, "'v'.*layer 3 is given twice"),
+    "vector without the layer": (
+        {"steering": {"v": a_vector(0, [1, 2])}},
+        "'v' has no vector for layer 3",
+    ),
+    "control without the layer": (
+        {"controls": {"c": a_vector(0, [1, 2])}},
+        "'c' has no vector for layer 3",
+    ),
+    "vector of a larger model": (
+        {"steering": {"v": a_vector(0, [3, 9])}},
+        "'v'.*layer 9 does not exist",
+    ),
+    "vector with a layer twice": (
+        {"steering": {"v": a_vector(0, [3, -3])}},
+        "'v'.*layer 3 is given twice",
+    ),
     "vector of another width": (
-        {"steering": {"v": SteeringVector({1: torch.ones(128), 3: torch.ones(64)})}, "layers": [1, 3]}, "'v' has 64 numbers at layer 3, and d_model is 128",
+        {
+            "steering": {"v": SteeringVector({1: torch.ones(128), 3: torch.ones(64)})},
+            "layers": [1, 3],
+        },
+        "'v' has 64 numbers at layer 3, and d_model is 128",
     ),
-    "vector with nan": ({"steering": {"v": SteeringVector({3: torch.full((128,), torch.nan)})}}, "nan or inf in 'v' at layer 3"),
+    "vector with nan": (
+        {"steering": {"v": SteeringVector({3: torch.full((128,), torch.nan)})}},
+        "nan or inf in 'v' at layer 3",
+    ),
     "another layer type": ({"steering": {"v": mlp(a_vector())}}, "'v' acts on 'mlp'"),
-    "additions elsewhere": ({"steering": {"v": [ActivationAddition(1, (3, "mlp"), "Love")]}}, "at resid_pre, or at resid_post, got mlp"),
-    "additions at two places": (
-        {"steering": {"v": [ActivationAddition(1, 3, "Love"), ActivationAddition(1, (3, "resid_post"), "Hate")]}}, "got resid_post, resid_pre",
+    "additions elsewhere": (
+        {"steering": {"v": [ActivationAddition(1, (3, "mlp"), "Love")]}},
+        "at resid_pre, or at resid_post, got mlp",
     ),
-    "addition of an unknown token": ({"steering": {"v": [ActivationAddition(1, 3, tokens=[10**6])]}}, "token 1000000 does not exist"),
-    "prompt shorter than the addition": ({"steering": {"v": [ActivationAddition(1, 3, "I love the old garden behind the mill")]}}, "only 3"),
-    "prompt shorter than a control": ({"controls": {"c": [ActivationAddition(1, 3, "I love the old garden behind the mill")]}}, "only 3"),
+    "additions at two places": (
+        {
+            "steering": {
+                "v": [
+                    ActivationAddition(1, 3, "Love"),
+                    ActivationAddition(1, (3, "resid_post"), "Hate"),
+                ]
+            }
+        },
+        "got resid_post, resid_pre",
+    ),
+    "addition of an unknown token": (
+        {"steering": {"v": [ActivationAddition(1, 3, tokens=[10**6])]}},
+        "token 1000000 does not exist",
+    ),
+    "prompt shorter than the addition": (
+        {"steering": {"v": [ActivationAddition(1, 3, "I love the old garden behind the mill")]}},
+        "only 3",
+    ),
+    "prompt shorter than a control": (
+        {"controls": {"c": [ActivationAddition(1, 3, "I love the old garden behind the mill")]}},
+        "only 3",
+    ),
     "no prompts": ({"prompts": []}, "list of prompts"),
     "one text as prompts": ({"prompts": "I think"}, "list of prompts"),
     "empty prompt": ({"prompts": ["I", ""]}, "empty"),
@@ -1251,10 +1363,13 @@ WRONG = {
     "random controls below 0": ({"random_controls": -1}, "integer of 0 or more as random_controls"),
     "half a random control": ({"random_controls": 0.5}, "integer of 0 or more as random_controls"),
     "same name": ({"controls": {"v": a_vector(1)}}, "'v' is the name of two"),
-    "name of a random control": ({"controls": {"v, random 1": a_vector(1)}, "random_controls": 1}, "'v, random 1' is the name of two"),
+    "name of a random control": (
+        {"controls": {"v, random 1": a_vector(1)}, "random_controls": 1},
+        "'v, random 1' is the name of two",
+    ),
     "no memory": ({"max_memory": 0}, "integer of 1 or more as max_memory"),
     "unknown location": ({"addition_location": "middle"}, "front, mid, back"),
-}  # fmt: skip
+}
 WRONG_COMPLETIONS = {
     "metric of the wrong length": (
         {"metrics": {"m": lambda texts: [0]}},

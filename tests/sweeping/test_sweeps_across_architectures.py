@@ -1,4 +1,4 @@
-"""Sweeps, batches and readings on models with ways of their own: each row gets what it gets alone. Offloaded ones, and dropout."""
+"""Sweeps, batches and readings on odd models, offloaded and with dropout: each row as alone."""
 
 import copy
 import weakref
@@ -43,7 +43,6 @@ from common import (
 )
 from common.checking.pristine import assert_pristine, snapshot
 from common.measuring.likelihood import token_logprobs
-from common.passes import batching as passes
 from common.passes.batching import batching
 from common.passes.padding import encode
 from common.passes.running import input_device
@@ -118,7 +117,7 @@ def rows_of(frame: pd.DataFrame, name: str, layer: int | None) -> pd.DataFrame:
 
 @pytest.mark.parametrize("name", ODD)
 def test_completions_are_those_of_single_runs(models, tokenizer, vector, name):
-    """Prompts of different lengths, unsteered and steered at both ends and in the middle: the ids of a plain greedy run."""
+    """Prompts of different lengths, unsteered and steered: the ids of a plain greedy run."""
     model = models[name]
     before = snapshot(model)
     given = {"v": vector, "w": additions(0)}
@@ -148,7 +147,7 @@ def test_completions_are_those_of_single_runs(models, tokenizer, vector, name):
 
 @pytest.mark.parametrize("name", ODD)
 def test_logits_and_losses_are_those_of_single_runs(models, tokenizer, vector, name):
-    """The next token behind each prompt, and the loss of each text."""
+    """The next token after each prompt, and the loss of each text."""
     model = models[name]
     before = snapshot(model)
     given = {"v": vector, "w": additions(0)}
@@ -181,7 +180,7 @@ def test_logits_and_losses_are_those_of_single_runs(models, tokenizer, vector, n
 
 @pytest.mark.parametrize("name", ODD)
 def test_batches_outside_sweeps_are_single_runs(models, tokenizer, name):
-    """Logits, greedy ids, samples and log-probabilities of a padded batch, and activations of one padded on the right."""
+    """Logits, greedy ids, samples and log-probabilities of a padded batch, and activations."""
     model, inputs = models[name], encode(tokenizer, PROMPTS)
     seeds = list(range(len(PROMPTS)))
     with torch.no_grad():
@@ -265,17 +264,18 @@ def test_a_compiled_model_and_one_of_16_bit_are_measured(tokenizer):
     assert batching(tiny_model("Llama", len(tokenizer)).bfloat16(), inputs) == "any"
 
 
-def test_the_trial_is_made_once_and_steered_by_nothing(tokenizer, monkeypatch):
-    """Not even where the model is offloaded, and cannot be copied without its hooks: this steering is for three rows."""
+def test_the_trial_is_made_once_and_steered_by_nothing(tokenizer):
+    """Not even where an offloaded model keeps its hooks: this steering is for three rows."""
     model, inputs = (
         accelerate.cpu_offload(tiny_model("Llama", len(tokenizer))),
         encode(tokenizer, PROMPTS[:3]),
     )
-    mask = torch.ones(3, 1, dtype=torch.long)
+    mask, ran = torch.ones(3, 1, dtype=torch.long), []
+    model.lm_head.register_forward_hook(lambda *_: ran.append(1))
     with SteeringVector({0: torch.full((D_MODEL,), 9.0)}).apply(model, token_indices=mask):
-        assert batching(model, inputs) == "any"
-    monkeypatch.setattr(passes, "_measured_batching", None)
-    assert batching(model, inputs) == "any"
+        assert batching(model, inputs) == "any" and ran
+    ran.clear()
+    assert batching(model, inputs) == "any" and not ran
 
 
 def test_the_trial_does_not_end_with_a_text(tokenizer):
@@ -330,36 +330,83 @@ def test_options_of_a_whole_batch_are_refused_where_rows_disturb_each_other(
 OTHERS = {
     "altup_num_inputs": lambda: AutoModelForCausalLM.from_config(
         Gemma3nTextConfig(
-            hidden_size=D_MODEL, num_hidden_layers=2, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, head_dim=8, vocab_size=99,
-            vocab_size_per_layer_input=99, hidden_size_per_layer_input=8, num_kv_shared_layers=0, altup_num_inputs=2, laurel_rank=4,
-            activation_sparsity_pattern=None, layer_types=["sliding_attention", "full_attention"],
+            hidden_size=D_MODEL,
+            num_hidden_layers=2,
+            intermediate_size=48,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            vocab_size=99,
+            vocab_size_per_layer_input=99,
+            hidden_size_per_layer_input=8,
+            num_kv_shared_layers=0,
+            altup_num_inputs=2,
+            laurel_rank=4,
+            activation_sparsity_pattern=None,
+            layer_types=["sliding_attention", "full_attention"],
         )
     ),
     "hyper-connections": lambda: AutoModelForCausalLM.from_config(
         HYV4Config(
-            hidden_size=D_MODEL, num_hidden_layers=2, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, head_dim=8, vocab_size=99,
-            num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16, pad_token_id=0, bos_token_id=0, eos_token_id=0,
+            hidden_size=D_MODEL,
+            num_hidden_layers=2,
+            intermediate_size=48,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            vocab_size=99,
+            num_experts=2,
+            num_experts_per_tok=1,
+            moe_intermediate_size=16,
+            pad_token_id=0,
+            bos_token_id=0,
+            eos_token_id=0,
         )
     ),
     "n-gram": lambda: AutoModelForCausalLM.from_config(
-        ProphetNetConfig(hidden_size=D_MODEL, num_encoder_layers=1, num_decoder_layers=2, num_decoder_attention_heads=4, decoder_ffn_dim=48, vocab_size=99)
+        ProphetNetConfig(
+            hidden_size=D_MODEL,
+            num_encoder_layers=1,
+            num_decoder_layers=2,
+            num_decoder_attention_heads=4,
+            decoder_ffn_dim=48,
+            vocab_size=99,
+        )
     ),
-    "in front of the batch": lambda: AutoModelForCausalLM.from_config(XLNetConfig(d_model=D_MODEL, n_layer=2, n_head=4, d_inner=48, vocab_size=99)),
+    "in front of the batch": lambda: AutoModelForCausalLM.from_config(
+        XLNetConfig(d_model=D_MODEL, n_layer=2, n_head=4, d_inner=48, vocab_size=99)
+    ),
     "both directions": lambda: AutoModelForCausalLM.from_config(
-        BertConfig(hidden_size=D_MODEL, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=99)
+        BertConfig(
+            hidden_size=D_MODEL,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=48,
+            vocab_size=99,
+        )
     ),
-    "BartForConditionalGeneration has an encoder and a decoder": lambda: BartForConditionalGeneration(BartConfig(d_model=16, vocab_size=99, **{
-        f"{side}_{what}": number for side in ("encoder", "decoder") for what, number in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 16))
-    })),
+    "BartForConditionalGeneration has an encoder and a decoder": lambda: (
+        BartForConditionalGeneration(
+            BartConfig(
+                d_model=16,
+                vocab_size=99,
+                **{
+                    f"{side}_{what}": number
+                    for side in ("encoder", "decoder")
+                    for what, number in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 16))
+                },
+            )
+        )
+    ),
     "T5ForConditionalGeneration has an encoder and a decoder": lambda: T5ForConditionalGeneration(
         T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=99)
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", OTHERS)
 def test_other_models_are_refused_by_name(tokenizer, what):
-    """Blocks that give something else than one residual stream, and models that are not causal: before anything runs."""
+    """Blocks without one residual stream, and models that are not causal: before anything runs."""
     model = OTHERS[what]()
     before = snapshot(model)
     for call in (
@@ -461,7 +508,7 @@ def test_an_offloaded_model_gives_the_same(tokenizer, vector, how, tmp_path):
 
 
 def test_dropout_is_off_in_whatever_mode_the_model_is(tokenizer, vector):
-    """The same as in evaluation mode, and each module's own mode comes back, also after an exception."""
+    """As in evaluation mode; each module's own mode comes back, also after an exception."""
     config = tiny_config("GPT-2", len(tokenizer))
     assert config.resid_pdrop > 0
     model = tiny_model("GPT-2", len(tokenizer))
@@ -510,7 +557,7 @@ def test_dropout_is_off_in_whatever_mode_the_model_is(tokenizer, vector):
 
 
 def test_a_model_that_refuses_the_trials_gets_its_batches_whole(tokenizer):
-    """A module that somebody put into it may take batches of one shape only; the model is measured once that is gone."""
+    """A module put into it may take batches of one shape only; once it is gone, all is measured."""
     model, inputs = tiny_model("BART decoder", len(tokenizer)), encode(tokenizer, PROMPTS)
     block, rows = get_blocks(model)[1][1], torch.randn(len(PROMPTS), 1, D_MODEL)
 
@@ -528,7 +575,7 @@ def test_a_model_that_refuses_the_trials_gets_its_batches_whole(tokenizer):
 
 
 class Tied(nn.Module):
-    """A block that ties itself to what lies outside of it at its first pass, as the bridges of TransformerLens do."""
+    """A block that ties itself to others at its first pass, as TransformerBridge does."""
 
     def __init__(self, block: nn.Module):
         super().__init__()
