@@ -61,7 +61,9 @@ class Grid:
             )
         if not isinstance(self.controls or {}, Mapping):
             raise ValueError(f"expected controls by name, got {self.controls!r}")
-        integer(self.random_controls, "random_controls")
+        object.__setattr__(
+            self, "random_controls", integer(self.random_controls, "random_controls")
+        )
         TokenSpan(0, self.addition_location)
         if isinstance(self.coeffs, str) or not isinstance(self.coeffs, Iterable):
             raise ValueError(f"expected a list of numbers as coeffs, got {self.coeffs!r}")

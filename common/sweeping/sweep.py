@@ -95,8 +95,8 @@ def sweep(
         OSError: there is no room for the file. What was written before stays readable, and the same
             call goes on there.
     """
-    integer(seed, "seed")
-    if integer(per_prompt, "per_prompt", 1) > 1 and not sampling.temperature:
+    seed, per_prompt = integer(seed, "seed"), integer(per_prompt, "per_prompt", 1)
+    if per_prompt > 1 and not sampling.temperature:
         raise ValueError(
             f"{per_prompt} completions of each prompt need a temperature above 0: greedy ones are"
             " all the same"
@@ -107,16 +107,18 @@ def sweep(
     max_memory = integer(max_memory, "max_memory", 1)
     run = Completing(texts, cells, sampling, per_prompt, seed, max_memory)
     columns = TextColumns(metrics or {}, texts.shown)
-    settings = path is not None and {
-        "what": "completions",
-        **_identity(texts, cells),
-        **run.settings(),
-        "ends": _list(model.generation_config.eos_token_id),
-        "tokens": identity_of_tokens(tokenizer),
-    }
-    store = SweepStore(
-        path, settings or {}, [*KEYS, "prompt", "sample", "completion"], columns.titles
+    settings = (
+        {}
+        if path is None
+        else {
+            "what": "completions",
+            **_identity(texts, cells),
+            **run.settings(),
+            "ends": _list(model.generation_config.eos_token_id),
+            "tokens": identity_of_tokens(tokenizer),
+        }
     )
+    store = SweepStore(path, settings, [*KEYS, "prompt", "sample", "completion"], columns.titles)
     return _table(store, run, "Completing", show_progress, columns)
 
 
@@ -155,11 +157,15 @@ def sweep_logits(
     trial = torch.zeros(2, texts.vocabulary, device=input_device(model))
     for name, metric in metrics.items():
         numbers(metric(trial, trial), 2, name)
-    settings = path is not None and {
-        "what": "logits",
-        **_identity(texts, cells),
-        "metrics": {name: identity_of_metric(metric, name) for name, metric in metrics.items()},
-    }
+    settings = (
+        {}
+        if path is None
+        else {
+            "what": "logits",
+            **_identity(texts, cells),
+            "metrics": {name: identity_of_metric(metric, name) for name, metric in metrics.items()},
+        }
+    )
 
     def measured(steered: Tensor, plain: Tensor, inputs: Mapping[str, Tensor]) -> list[Row]:
         # In bf16 a log-probability has three digits.
@@ -169,7 +175,7 @@ def sweep_logits(
 
     max_memory = integer(max_memory, "max_memory", 1)
     run = Predicting(texts, cells, "prompt", measured, True, max_memory)
-    store = SweepStore(path, settings or {}, [*KEYS, "prompt", *metrics])
+    store = SweepStore(path, settings, [*KEYS, "prompt", *metrics])
     return _table(store, run, "Predicting", show_progress)
 
 
@@ -205,7 +211,8 @@ def sweep_perplexity(
             `coeff`, `text`, `loss`, `unsteered_loss` (means over the tokens that count, in nats)
             and `tokens`. `perplexity_ratio_by_cell` makes ratios of them.
     """
-    first = integer(mask_len, "mask_len") + 1
+    mask_len = integer(mask_len, "mask_len")
+    first = mask_len + 1
     cells, read = _prepared(model, tokenizer, grid, texts, prepend_bos)
     if (shortest := min(read.lengths)) <= first:
         short = read.prompts[read.lengths.index(shortest)]
@@ -213,14 +220,14 @@ def sweep_perplexity(
             f"the first {first} tokens of a text do not count, a BOS included, and {short!r} has"
             f" only {shortest}"
         )
-    settings = path is not None and {
-        "what": "perplexity",
-        **_identity(read, cells),
-        "mask_len": mask_len,
-    }
+    settings = (
+        {}
+        if path is None
+        else {"what": "perplexity", **_identity(read, cells), "mask_len": mask_len}
+    )
     max_memory = integer(max_memory, "max_memory", 1)
     run = Predicting(read, cells, "text", partial(_losses, first), False, max_memory)
-    store = SweepStore(path, settings or {}, [*KEYS, "text", "loss", "unsteered_loss", "tokens"])
+    store = SweepStore(path, settings, [*KEYS, "text", "loss", "unsteered_loss", "tokens"])
     return _table(store, run, "Reading", show_progress)
 
 

@@ -1276,10 +1276,19 @@ def mlp(vector: SteeringVector) -> SteeringVector:
     return SteeringVector(vector.layer_activations, "mlp")
 
 
-WRONG = {
+WRONG_GRID = {
     "no steering": ({"steering": {}}, "expected steering by name"),
     "steering without a name": ({"steering": a_vector()}, "expected steering by name"),
     "controls without a name": ({"controls": a_vector(1)}, "expected controls by name"),
+    "no coefficient": ({"coeffs": []}, "different finite coefficients"),
+    "a coefficient twice": ({"coeffs": [1, 2, 1.0]}, "different finite coefficients"),
+    "nan": ({"coeffs": [1.0, float("nan")]}, "finite number as coefficient"),
+    "infinity": ({"coeffs": [float("inf")]}, "finite number as coefficient"),
+    "random controls below 0": ({"random_controls": -1}, "integer of 0 or more as random_controls"),
+    "half a random control": ({"random_controls": 0.5}, "integer of 0 or more as random_controls"),
+    "unknown location": ({"addition_location": "middle"}, "front, mid, back"),
+}
+WRONG = {
     "no vector": (
         {"steering": {"v": torch.ones(128)}},
         "expected a SteeringVector or ActivationAdditions for 'v'",
@@ -1356,19 +1365,12 @@ WRONG = {
     "one text as prompts": ({"prompts": "I think"}, "list of prompts"),
     "empty prompt": ({"prompts": ["I", ""]}, "empty"),
     "prompt longer than the model": ({"prompts": ["I think " * 200]}, "256 positions"),
-    "no coefficient": ({"coeffs": []}, "different finite coefficients"),
-    "a coefficient twice": ({"coeffs": [1, 2, 1.0]}, "different finite coefficients"),
-    "nan": ({"coeffs": [1.0, float("nan")]}, "finite number as coefficient"),
-    "infinity": ({"coeffs": [float("inf")]}, "finite number as coefficient"),
-    "random controls below 0": ({"random_controls": -1}, "integer of 0 or more as random_controls"),
-    "half a random control": ({"random_controls": 0.5}, "integer of 0 or more as random_controls"),
     "same name": ({"controls": {"v": a_vector(1)}}, "'v' is the name of two"),
     "name of a random control": (
         {"controls": {"v, random 1": a_vector(1)}, "random_controls": 1},
         "'v, random 1' is the name of two",
     ),
     "no memory": ({"max_memory": 0}, "integer of 1 or more as max_memory"),
-    "unknown location": ({"addition_location": "middle"}, "front, mid, back"),
 }
 WRONG_COMPLETIONS = {
     "metric of the wrong length": (
@@ -1426,6 +1428,13 @@ CASES = [
     *(("sweep_logits", name) for name in WRONG_LOGITS),
     *(("sweep_perplexity", name) for name in WRONG_PERPLEXITY),
 ]
+
+
+@pytest.mark.parametrize("name", WRONG_GRID)
+def test_what_is_not_a_grid_is_refused_when_it_is_made(vector, name):
+    given, says = WRONG_GRID[name]
+    with pytest.raises(ValueError, match=says):
+        Grid(**{"steering": {"v": vector}, **given})
 
 
 @pytest.mark.parametrize("run, name", CASES)
