@@ -103,22 +103,21 @@ def steered_from(
         yield
 
 
+def expect_as_plain(subject: Subject, scores: Tensor, ids: Tensor) -> None:
+    """Fail unless logits and ids are those of the plain copy, as it is steered now."""
+    expected = logits(subject.plain, subject.inputs)[subject.real]
+    expect(scores, expected, "other positions are steered")
+    expected = generate(subject.plain, subject.inputs, max_new_tokens=NEW)
+    expect(ids, expected, "other tokens are generated")
+
+
 def later_positions(subject: Subject) -> None:
     """Token 2 and all later ones, with a KV cache and padding."""
     vector = SteeringVector({subject.layer: subject.vector})
     with steered_from(subject, FIRST):
         scores, ids = subject.logits(), subject.generate()
     with vector.apply(subject.plain, min_token_index=FIRST):
-        expect(
-            scores,
-            logits(subject.plain, subject.inputs)[subject.real],
-            "other positions are steered",
-        )
-        expect(
-            ids,
-            generate(subject.plain, subject.inputs, max_new_tokens=NEW),
-            "other tokens are generated",
-        )
+        expect_as_plain(subject, scores, ids)
 
 
 def front_additions(subject: Subject) -> None:
@@ -133,16 +132,7 @@ def front_additions(subject: Subject) -> None:
     with adding_spans(
         subject.plain, {(Site(subject.layer, "resid_post"), len(vectors)): vectors}, "front"
     ):
-        expect(
-            scores,
-            logits(subject.plain, subject.inputs)[subject.real],
-            "other positions are steered",
-        )
-        expect(
-            ids,
-            generate(subject.plain, subject.inputs, max_new_tokens=NEW),
-            "other tokens are generated",
-        )
+        expect_as_plain(subject, scores, ids)
 
 
 def ablation(subject: Subject) -> None:
