@@ -25,9 +25,10 @@ def get_loss_metric(
     batch_size: int = 32,
     prepend_bos: bool | None = True,
 ) -> Metric:
-    """Return a metric of how unlikely a model finds a text: the loss of each token but BOS, in nats, aggregated.
+    """Return a metric of how unlikely a model finds a text: the loss of its tokens, aggregated.
 
-    Without BOS nothing predicts the first token of a text, and it does not count.
+    Losses are in nats. BOS does not count, and without BOS nothing predicts the first token of a
+    text, which then does not count either.
 
     Args:
         model: a causal language model.
@@ -103,7 +104,7 @@ def get_logprob_metric(
 
 
 def kl_divergence(steered: Tensor, unsteered: Tensor) -> Tensor:
-    """Return KL(steered || unsteered) in nats [...], from logits or log-probabilities [..., vocab]."""
+    """Return KL(steered || unsteered), [...], in nats, from logits or logprobs [..., vocab]."""
     steered, unsteered = steered.log_softmax(-1), unsteered.log_softmax(-1)
     return (steered.exp() * (steered - unsteered)).sum(-1).clamp(min=0)
 
@@ -116,10 +117,12 @@ def token_logprobs(
     batch_size: int = 32,
     prepend_bos: bool | None = True,
 ) -> list[Tensor]:
-    """Return the log-probability of every token of each text that has a token before it, BOS included.
+    """Return the log-probabilities of the tokens of each text that have a token before them.
+
+    BOS counts as one.
 
     Returns:
-        One tensor [pos] a text, in fp32 on the CPU; empty where a text has but one token or none.
+        One tensor [pos - 1] a text, in fp32 on the CPU; empty where a text has one token or none.
 
     Raises:
         ValueError: a text that the model has no positions for, or that `prompt_ids` refuses.
@@ -155,5 +158,5 @@ def _batches(
 
 
 def _after_a_token(values: Tensor, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-    """What belongs to tokens that have one before them, row by row; `values` is [batch, pos - 1, …]."""
+    """The values [batch, pos - 1, …] of the tokens that have one before them, row by row."""
     return [row[mask].cpu() for row, mask in zip(values, inputs["attention_mask"][:, :-1].bool())]

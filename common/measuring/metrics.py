@@ -6,9 +6,8 @@ names are those of the library of the activation-addition post
 (https://github.com/montemac/activation_additions).
 
 The tone is counted by the words of the embedded model's grammar. On that model this is nearly all
-there is; on another one
-it misses most words that carry a tone, and shows a direction at best: there, give
-`get_sentiment_metric` a classifier.
+there is; on another one it misses most words that carry a tone, and shows a direction at best:
+there, give `get_sentiment_metric` a classifier.
 """
 
 import re
@@ -55,7 +54,7 @@ def add_metric_cols(
     metrics: Mapping[str, Metric],
     cols_to_use: str | Sequence[str] = ("prompts", "completions"),
 ) -> pd.DataFrame:
-    """Return a table with one or more columns for each metric added at the end; the table given is not changed.
+    """Return a copy of a table with one or more columns for each metric added at the end.
 
     Args:
         data: for example completions.
@@ -98,10 +97,10 @@ def add_metric_cols(
 
 
 def get_word_count_metric(words: Iterable[str], case_sensitive: bool = False) -> Metric:
-    """Return a metric that counts how often any of some words stands in a text: whole words, in any case unless told otherwise.
+    """Return a metric that counts how often any of some words stands in a text, as a whole word.
 
     Raises:
-        ValueError: no words, or something that is no word.
+        ValueError: no words, or something that is not a word.
     """
     pattern = _whole_words([words] if isinstance(words, str) else list(words), case_sensitive)
     return lambda texts: [len(pattern.findall(text)) for text in texts]

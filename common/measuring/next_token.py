@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Literal
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ def next_token_probs(
     steering: Steering | None = None,
     prepend_bos: bool | None = True,
 ) -> Tensor:
-    """Return the probabilities of the next token after every token of a prompt, [pos, vocab], in fp32 on the CPU.
+    """Return the probabilities of the next token after every token of a prompt.
 
     Args:
         model: a causal language model.
@@ -39,6 +40,9 @@ def next_token_probs(
         steering: makes what is open meanwhile, for example `lambda: vector.apply(model)`.
         prepend_bos: see `prompts.prompt_ids`; by default one BOS where the tokenizer has one. It is
             position 0 then.
+
+    Returns:
+        [pos, vocab], in fp32 on the CPU.
 
     Raises:
         ValueError: a prompt without tokens, or one that `prompt_ids` refuses.
@@ -52,7 +56,7 @@ def token_set(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> list[
     """Return the ids of words that are one token, each with and without a space in front.
 
     Raises:
-        ValueError: no words, an empty one, or a word that is no single token in either form.
+        ValueError: no words, an empty one, or a word that is not a single token in either form.
     """
     if (
         isinstance(words, str)
@@ -69,7 +73,7 @@ def token_set(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> list[
         single = [ids[0] for ids in forms if len(ids) == 1]
         if not single:
             raise ValueError(
-                f"{word!r} is no single token of this tokenizer: it is"
+                f"{word!r} is not a single token of this tokenizer: it is"
                 f" {tokenizer.tokenize(' ' + word.strip())}"
             )
         found += single
@@ -127,8 +131,9 @@ def top_changed_tokens(
     )
     if by == "logprob":
         frame = frame[frame[["unsteered", "steered"]].max(axis=1) >= min_probability]
-    sizes = frame[orders[by]] if by == "kl" else frame[orders[by]].abs()
-    frame = frame.loc[sizes.sort_values(ascending=False, kind="stable").index[:count]]
+    sizes = frame[orders[by]].to_numpy()
+    order = np.argsort(-(sizes if by == "kl" else np.abs(sizes)), kind="stable")
+    frame = frame.iloc[order[:count]].copy()
     frame.insert(0, "token", [tokenizer.decode([token]) for token in frame.index])
     return frame.drop(columns="difference").reset_index(drop=True)
 
@@ -163,11 +168,10 @@ def effectiveness_and_disruption(
 
     Returns:
         By position: `token` (the last that is read), `effectiveness`, `disruption` and `kl`, in
-            nats. Where no words are
-        given, effectiveness is 0 and disruption is `kl`.
+        nats. Where no words are given, effectiveness is 0 and disruption is `kl`.
 
     Raises:
-        ValueError: words that are no single token, a position outside the prompt, or a mask_len
+        ValueError: words that are not a single token, a position outside the prompt, or a mask_len
             that leaves no position.
     """
     before, after = (
@@ -200,7 +204,9 @@ def effectiveness_and_disruption(
 
 
 def split_divergence(unsteered: Tensor, steered: Tensor, members: Tensor) -> dict[str, float]:
-    """Return `effectiveness`, `disruption` and `kl` of two distributions; see `effectiveness_and_disruption`.
+    """Return `effectiveness`, `disruption` and `kl` of two distributions.
+
+    See `effectiveness_and_disruption`.
 
     Args:
         unsteered: probabilities [vocab].

@@ -1,4 +1,4 @@
-"""What steering costs and gains on text that somebody else wrote: perplexity, on the topic of the steering and off it.
+"""What steering costs and gains on text that somebody else wrote, on its topic and off it.
 
 The table is that of the activation-addition post
 (https://www.lesswrong.com/posts/5spBue2z2tw4JuDCx): steering towards a topic should make text on
@@ -58,7 +58,7 @@ class CorpusStats:
 
 
 def split_sentences(text: str) -> list[str]:
-    """Cut a text after full stops, question and exclamation marks that a space follows; closing quotes stay with them."""
+    """Cut a text after the marks that end sentences where a space follows; quotes stay closed."""
     ends = [match.end() for match in re.finditer(r"[.!?][\"'\u2019\u201d)\]]*(?=\s)", text)]
     parts = [text[start:end].strip() for start, end in zip([0, *ends], [*ends, len(text)])]
     return [part for part in parts if part]
@@ -210,7 +210,7 @@ def _prefix(tokenizer: PreTrainedTokenizerBase, condition: Condition | None) -> 
     return ids
 
 
-def _put_in(prefix: list[int], piece: list[int], bos: int | None) -> list[int]:
+def _put_in(prefix: list[int], piece: list[int], bos: Any) -> list[int]:
     """A piece with a prefix in front, after BOS where the piece has one."""
     front = int(piece[:1] == [bos])
     return [*piece[:front], *prefix, *piece[front:]]

@@ -31,7 +31,7 @@ def lexicon() -> dict[str, int]:
 
 
 def tone(text: str) -> int:
-    """Count positive minus negative words; a negation up to two words before turns a word round."""
+    """Count positive minus negative words; a negation up to two words before reverses a word."""
     words = re.findall(r"[a-z]+", text.lower())
     score = 0
     for index, word in enumerate(words):
@@ -46,7 +46,7 @@ def tone_sign(texts: Iterable[str]) -> list[int]:
 
 
 def tone_shares(texts: Iterable[str]) -> dict[str, float]:
-    """Return which share of the texts is more positive than negative, more negative than positive, and neither.
+    """Return the shares of the texts that are more positive, more negative, and neither.
 
     Raises:
         ValueError: there is no text.
@@ -106,8 +106,7 @@ def moves(tones: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         By condition: `moved` (mean over the prompts, from -2 to 2), `spread` (standard deviation
-            over the prompts) and
-        `wrong way` (the share of prompts that moved against the mean).
+        over the prompts) and `wrong way` (the share of prompts that moved against the mean).
     """
     moved = tones.drop("unsteered") - tones.loc["unsteered"]
     mean = moved.mean(axis=1)

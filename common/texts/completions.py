@@ -7,7 +7,7 @@ The names are those of the library of the activation-addition post
 import html
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ from common.vectors.activation_additions import (
     apply_activation_additions,
 )
 
+DEFAULT = Sampling(max_new_tokens=40)
 UNSTEERED, STEERED = "Unsteered completions", "Steered completions"
 
 
@@ -40,17 +41,17 @@ def complete(
     prompts: Sequence[Prompt],
     steering: AbstractContextManager | None = None,
     *,
-    sampling: Sampling = Sampling(max_new_tokens=40),
+    sampling: Sampling = DEFAULT,
     seed: int | None = None,
     include_logits: bool = False,
     prepend_bos: bool | None = True,
     show_progress: bool = False,
 ) -> pd.DataFrame:
-    """Sample a completion of each prompt, all in one batch, and measure how likely the model finds the whole text.
+    """Sample a completion of each prompt, and measure how likely the model finds each whole text.
 
-    Row i draws its random numbers from (seed, i) alone (`generation.SeededSampling`): with the same
-    seed, steered and unsteered completions differ by the steering only. The global random state is
-    not touched.
+    All prompts are one batch. Row i draws its random numbers from (seed, i) alone
+    (`sampling.SeededSampling`): with the same seed, steered and unsteered completions differ by the
+    steering only. The global random state is not touched.
 
     Args:
         model: a causal language model; it is as it was afterwards. Dropout is off meanwhile,
@@ -76,7 +77,7 @@ def complete(
     Raises:
         ValueError: no prompts, an empty one, one that `prompt_ids` refuses, or a seed below 0.
     """
-    seed = np.random.SeedSequence().entropy if seed is None else integer(seed, "seed")
+    seed = int(np.random.default_rng().integers(2**63)) if seed is None else integer(seed, "seed")
     inputs = encode(tokenizer, prompts, prepend_bos).to(input_device(model))
     with steering or nullcontext():
         ids = sample(
@@ -143,7 +144,7 @@ def _with_sampling(settings: dict[str, Any]) -> dict[str, Any]:
     names["max_new_tokens"] = "tokens_to_generate"
     given = {own: settings[name] for own, name in names.items() if name in settings}
     rest = {name: value for name, value in settings.items() if name not in names.values()}
-    return rest | {"sampling": Sampling(**{"max_new_tokens": 40, **given})} if given else rest
+    return {"sampling": replace(DEFAULT, **given), **rest}
 
 
 def gen_normal_and_modified(
@@ -191,7 +192,7 @@ def print_n_comparisons(
     prepend_bos: bool | None = True,
     show_progress: bool = True,
 ) -> None:
-    """Print unsteered and steered completions of a prompt side by side; all of them are sampled at once.
+    """Print unsteered and steered completions of a prompt side by side, sampled all at once.
 
     Args:
         prompt: a text, or messages for a chat model; it is shown in bold.
@@ -223,15 +224,17 @@ def print_n_comparisons(
 
 
 def pretty_print_completions(results: pd.DataFrame) -> None:
-    """Show completions as a table, unsteered and steered side by side: HTML in a notebook, else in the terminal.
+    """Show completions as a table, unsteered and steered side by side.
+
+    In a notebook it is HTML, elsewhere text in the terminal.
 
     Args:
         results: `prompts`, `completions` and `is_modified`, as `gen_normal_and_modified` returns
             them.
 
     Raises:
-        ValueError: a column is missing, there is no row, or as many rows of one kind as of the
-            other are not there.
+        ValueError: a column or every row is missing, or there are more rows of one kind than of
+            the other.
     """
     columns = side_by_side(results)
     console = Console()
@@ -247,7 +250,7 @@ def pretty_print_completions(results: pd.DataFrame) -> None:
 
 
 def side_by_side(results: pd.DataFrame) -> dict[str, list[tuple[str, str]]]:
-    """Return the (prompt, completion) pairs of a comparison by the title of their column; see `pretty_print_completions`."""
+    """Return the (prompt, completion) pairs that `pretty_print_completions` shows, by column."""
     if missing := {"prompts", "completions", "is_modified"} - set(results.columns):
         raise ValueError(
             "expected the columns prompts, completions and is_modified;"

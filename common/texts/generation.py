@@ -19,10 +19,11 @@ from common.passes.running import evaluating, pass_inputs
 @torch.no_grad()
 @evaluating
 def logits(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Run one forward pass and return the logits [batch, pos, vocab]; those of padding mean nothing.
+    """Run one forward pass and return the logits, [batch, pos, vocab].
 
-    Each row gets what it gets alone: models that padding disturbs (Bart, RecurrentGemma) run each
-    length by itself, RWKV each row. Dropout is off, whatever the mode of the model.
+    Those of padding mean nothing. Each row gets what it gets alone: models that padding disturbs
+    (Bart, RecurrentGemma) run each length by itself, RWKV each row. Dropout is off, whatever the
+    mode of the model.
     """
     found = run_parts(
         separate_parts(model, inputs), lambda *part: model(**part_of(inputs, *part)).logits
@@ -33,7 +34,7 @@ def logits(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
 def _in_place(
     inputs: Mapping[str, Tensor], found: Sequence[tuple[Tensor, Tensor, Tensor]]
 ) -> Tensor:
-    """Put the logits of parts, (rows, columns, [n, pos, vocab]), where they belong in the batch; 0 at padding."""
+    """Put the logits of parts, (rows, columns, [n, pos, vocab]), into their batch; 0 at padding."""
     first = found[0][2]
     whole = first.new_zeros(*inputs["input_ids"].shape, first.shape[-1])
     for rows, columns, values in found:
@@ -42,7 +43,7 @@ def _in_place(
 
 
 def generation_options(**options: Any) -> dict[str, Any]:
-    """Fill in the options of `generate`: greedy unless told otherwise, 20 new tokens, and no top-k nobody asked for.
+    """Fill in the options of `generate`: greedy, 20 new tokens, and no top-k nobody asked for.
 
     Hugging Face keeps only the 50 likeliest tokens when it samples, unless `top_k=0`; the published
     settings of activation additions have no top-k.
@@ -74,16 +75,22 @@ def generate(model: PreTrainedModel, inputs: Mapping[str, Tensor], **options: An
             to the whole batch.
     """
     if not (parts := separate_parts(model, inputs)):
-        return model.generate(**inputs, **generation_options(**options))
+        own: Any = model.generate
+        return own(**inputs, **generation_options(**options))
     refuse_for_parts(model, options)
     found = run_parts(parts, lambda *part: generate(model, part_of(inputs, *part), **options))
     return joined(inputs, found, end_of_text(model, options))
 
 
 WHOLE_BATCH = (
-    "logits_processor", "past_key_values", "return_dict_in_generate", "num_return_sequences", "prefix_allowed_tokens_fn", "negative_prompt_ids",
+    "logits_processor",
+    "past_key_values",
+    "return_dict_in_generate",
+    "num_return_sequences",
+    "prefix_allowed_tokens_fn",
+    "negative_prompt_ids",
     "negative_prompt_attention_mask",
-)  # fmt: skip
+)
 
 
 def refuse_for_parts(model: PreTrainedModel, options: Mapping[str, Any]) -> None:
@@ -112,7 +119,10 @@ def end_of_text(model: PreTrainedModel, options: Mapping[str, Any]) -> int | Non
 def joined(
     inputs: Mapping[str, Tensor], found: Sequence[tuple[Tensor, Tensor, Tensor]], end: int | None
 ) -> Tensor:
-    """Put texts of parts, (rows, columns, ids [n, pos + new]), after their padded prompts; those that ended early are padded."""
+    """Put texts of parts, (rows, columns, ids [n, pos + new]), after their padded prompts.
+
+    Those that ended early are padded.
+    """
     prompts, new = inputs["input_ids"], [ids[:, int(columns.sum()) :] for _, columns, ids in found]
     fill = 0 if end is None else end
     whole = prompts.new_full((len(prompts), max(ids.shape[1] for ids in new)), fill)
@@ -127,14 +137,14 @@ def completions(
     ids: Tensor,
     real: Tensor | None = None,
 ) -> list[str]:
-    """Return the new text of every row: what comes after the prompt, up to the end of text, without special tokens.
+    """Return the new text of every row: from the prompt to the end of text, no special tokens.
 
     Args:
         tokenizer: the model's tokenizer.
         inputs: the prompts as given to `generate`, [batch, pos].
         ids: what `generate` returned, [batch, pos + new].
         real: which of them belong to the texts (`real_tokens`): needed where what a text ends with
-            is no special token of the tokenizer, since rows that ended early are filled up.
+            is not a special token of the tokenizer, since rows that ended early are filled up.
     """
     start = inputs["input_ids"].shape[1]
     new = (
@@ -179,7 +189,10 @@ def text_logits(model: PreTrainedModel, inputs: Mapping[str, Tensor], ids: Tenso
 
 
 def real_tokens(model: PreTrainedModel, inputs: Mapping[str, Tensor], ids: Tensor) -> Tensor:
-    """Return which tokens belong to the texts, [batch, pos + new], bool: no padding, and nothing after the first end of text."""
+    """Return which tokens belong to the texts, [batch, pos + new], bool.
+
+    Padding does not, and nothing after the first end of text.
+    """
     rest = ids[:, inputs["input_ids"].shape[1] :]
     ends = torch.tensor(
         (

@@ -1,4 +1,4 @@
-"""How likely a model finds the tokens of a text: one computation for everything that measures it."""
+"""How likely a model finds the tokens of a text: one computation for all that measure it."""
 
 from torch import Tensor
 

@@ -1,7 +1,7 @@
-"""Sampling as in the activation-addition post, with random numbers that belong to each row of a batch."""
+"""Sampling as in the activation-addition post, with random numbers of its own for each row."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -37,7 +37,7 @@ class FrequencyPenalty(LogitsProcessor):
         self.penalty = penalty
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return the penalised scores [batch, vocab]; `input_ids` is [batch, pos], padding included."""
+        """Return the penalised scores [batch, vocab]; `input_ids` [batch, pos] has its padding."""
         counts = torch.zeros_like(scores).scatter_add_(
             1, input_ids, torch.ones_like(input_ids, dtype=scores.dtype)
         )
@@ -45,17 +45,18 @@ class FrequencyPenalty(LogitsProcessor):
 
 
 class TopP(LogitsProcessor):
-    """Keep the likeliest tokens that together have at least the probability `top_p`, as `TopPLogitsWarper` of transformers.
+    """Keep the likeliest tokens that together have at least the probability `top_p`.
 
-    That one sorts the whole vocabulary at every step, which takes longer than a small model. Here
-    only the likeliest tokens are sorted, as many as it takes.
+    `TopPLogitsWarper` of transformers keeps the same ones, but sorts the whole vocabulary at every
+    step, which takes longer than a small model. Here only the likeliest tokens are sorted, as many
+    as it takes.
     """
 
     def __init__(self, top_p: float):
         self.top_p = top_p
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return scores [batch, vocab] with all other tokens at minus infinity; the likeliest one always stays."""
+        """Return scores [batch, vocab] with all others at -inf; the likeliest one always stays."""
         probs = scores.softmax(-1)
         least, enough = self._least(probs.topk(min(32, probs.shape[1])).values)
         if not enough.all():
@@ -63,22 +64,20 @@ class TopP(LogitsProcessor):
         return scores.masked_fill(probs < least, -torch.inf)
 
     def _least(self, best: Tensor) -> tuple[Tensor, Tensor]:
-        """The smallest probability that is kept, [batch, 1], and whether these likeliest ones [batch, n] reach far enough."""
+        """The least probability kept, [batch, 1], and whether those in `best` suffice."""
         total = best.cumsum(-1)
-        kept = (
-            (total - best < self.top_p).sum(-1, keepdim=True).clamp(min=1)
-        )  # 0 only in a row of nan
+        # It would be 0 only in a row of nan.
+        kept = (total - best < self.top_p).sum(-1, keepdim=True).clamp(min=1)
         return best.gather(-1, kept - 1), total[:, -1] >= self.top_p
 
 
 class SeededSampling(LogitsProcessor):
-    """Turns greedy decoding into sampling whose random numbers belong to each row, not to the batch.
+    """Turns greedy decoding into sampling whose random numbers belong to each row of a batch.
 
     It adds Gumbel noise to the scores, and the largest sum is then a sample of their softmax. The
-    noise of a row comes from
-    the seed of that row alone: a prompt gets the same text in any batch, on any device, and rows
-    with equal seeds (a prompt steered and unsteered) get equal noise. The global random state is
-    neither read nor changed.
+    noise of a row comes from the seed of that row alone: a prompt gets the same text in any batch,
+    on any device, and rows with equal seeds (a prompt steered and unsteered) get equal noise. The
+    global random state is neither read nor changed.
 
     Args:
         seeds: for each row, one or several integers from 0 on.
@@ -104,12 +103,16 @@ class SeededSampling(LogitsProcessor):
 
 
 class PerRow(LogitsProcessor):
-    """Lets a processor that counts tokens see each row without its padding, which is the end of text and no repetition."""
+    """Lets a processor that counts tokens see each row without its padding.
 
-    def __init__(self, processor: LogitsProcessor, attention_mask: Tensor):
+    Padding is often the end of text, and no repetition of it.
+    """
+
+    def __init__(self, processor: Callable[..., Tensor], attention_mask: Tensor):
         self.processor, self.starts = processor, (attention_mask == 0).sum(-1).tolist()
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return the processed scores [batch, vocab]; `input_ids` is [batch, pos]."""
         rows = zip(input_ids.split(1), scores.split(1), self.starts)
         return torch.cat([self.processor(ids[:, start:], row) for ids, row, start in rows])
 
@@ -127,9 +130,10 @@ class _Bar(LogitsProcessor):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How texts are sampled: temperature, top_p and penalties as in the activation-addition post, and no top-k.
+    """How texts are sampled: length, temperature, top_p and penalties, and no top-k.
 
-    The order is that of TransformerLens: repetition penalty, temperature, frequency penalty, top_p.
+    It is the sampling of the activation-addition post, in the order of TransformerLens: repetition
+    penalty, temperature, frequency penalty, top_p.
 
     Attributes:
         max_new_tokens: length of the completions.
@@ -160,7 +164,8 @@ class Sampling:
             raise ValueError(f"expected a top_p above 0 and at most 1, got {self.top_p!r}")
         if not self.repetition_penalty > 0:
             raise ValueError(
-                f"expected a repetition penalty above 0 (1 is none), got {self.repetition_penalty!r}"
+                "expected a repetition penalty above 0 (1 is none), got"
+                f" {self.repetition_penalty!r}"
             )
         FrequencyPenalty(self.freq_penalty)
 
@@ -192,8 +197,15 @@ class Sampling:
 # They act on the drawing of transformers, which `sample` does not use; "generation_config" would
 # bring all of them.
 PASSED_OVER = {
-    "generation_config", "do_sample", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff",
-}  # fmt: skip
+    "generation_config",
+    "do_sample",
+    "top_k",
+    "min_p",
+    "top_h",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+}
 
 
 def sample(
@@ -238,8 +250,8 @@ def sample(
         )
     if ignored := sorted(PASSED_OVER & options.keys()):
         raise ValueError(
-            f"`sample` draws by itself, and {', '.join(ignored)} would mean nothing: set `sampling`,"
-            " or call `generate`"
+            f"`sample` draws by itself, and {', '.join(ignored)} would mean nothing: set"
+            " `sampling`, or call `generate`"
         )
     if parts := separate_parts(model, inputs):
         refuse_for_parts(model, options)

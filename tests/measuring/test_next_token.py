@@ -142,8 +142,8 @@ def test_one_form_is_enough():
         ([""], "list of words"),
         (["bride", " "], "list of words"),
         ([3], "list of words"),
-        (["bride", "weddinggroom"], "'weddinggroom' is no single token"),
-        (["old garden"], "'old garden' is no single token"),
+        (["bride", "weddinggroom"], "'weddinggroom' is not a single token"),
+        (["old garden"], "'old garden' is not a single token"),
     ],
 )
 def test_other_words_are_refused(tokenizer, words, says):
@@ -399,7 +399,7 @@ def test_masked_positions_are_left_out(model, tokenizer, steering):
         (ALIGNED, 11, "mask_len from 0 to 10 .* 11 tokens, got 11"),
         (ALIGNED, -1, "got -1"),
         ("wedding", 0, "list of words"),
-        (["weddinggroom"], 0, "no single token"),
+        (["weddinggroom"], 0, "not a single token"),
     ],
 )
 def test_mistakes_are_named(model, tokenizer, steering, aligned, mask_len, says):
