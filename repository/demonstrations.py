@@ -1,9 +1,8 @@
-"""The four famous demonstrations of activation additions: which prompts, where, how strongly, and when they count as working.
+"""The four famous demonstrations of activation additions, and when they count as working.
 
-For GPT2-XL they are as published. The embedded model has places and coefficients of its own, found
-on other prompts, and for
-the fourth other words: it has never read "kill" or "hurt". Any other model gets GPT2-XL's, at the
-same relative depth.
+For GPT2-XL prompts, places and coefficients are as published. The embedded model has places and
+coefficients of its own, found on other prompts, and other words for the fourth: it has never read
+"kill" or "hurt". Any other model gets GPT2-XL's, at the same relative depth.
 """
 
 import json
@@ -26,7 +25,17 @@ PATH = Path(__file__).resolve().parent / "data" / "demonstrations.json"
 
 
 class Demonstration(NamedTuple):
-    """One demonstration: `coeff` times the activations of `prompt1` minus those of `prompt2`, at resid_pre of `layer`."""
+    """`coeff` times the activations of `prompt1` minus those of `prompt2`, at resid_pre of `layer`.
+
+    Attributes:
+        name: "love", "weddings", "rome" or "praise".
+        prompt: what is completed, steered and unsteered.
+        prompt1: the prompt whose activations are added.
+        prompt2: the prompt whose activations are subtracted.
+        layer: the block in front of which they are added.
+        coeff: what they are multiplied by.
+        source: where layer and coefficient come from.
+    """
 
     name: str
     prompt: str
@@ -39,7 +48,12 @@ class Demonstration(NamedTuple):
     def additions(
         self, tokenizer: PreTrainedTokenizerBase, coeff: float | None = None
     ) -> tuple[ActivationAddition, ActivationAddition]:
-        """Return the X-vector, the shorter prompt padded with spaces on its right, as published; or with another coefficient."""
+        """Return the X-vector; as published, spaces on its right pad the shorter prompt.
+
+        Args:
+            tokenizer: of the model.
+            coeff: another coefficient than its own.
+        """
         space = tokenizer(" ", add_special_tokens=False)["input_ids"][0]
         coeff = self.coeff if coeff is None else coeff
         return get_x_vector(
@@ -53,7 +67,11 @@ class Demonstration(NamedTuple):
         )
 
     def works(self, text: str) -> bool:
-        """Whether a completion is what the demonstration is after: loving, about weddings, or in Italy and not in France."""
+        """Say whether a completion is what the demonstration is after.
+
+        "love" and "praise" want more positive than negative words, "weddings" a word about
+        weddings, "rome" Rome or Italy and neither Paris nor France.
+        """
         return _TESTS[self.name](text)
 
 
@@ -62,14 +80,10 @@ def _has(words: set[str]) -> Callable[[str], bool]:
     return lambda text: count([text])[0] > 0
 
 
-_weddings, _italy, _france = (
-    _has(vocabulary.WEDDING_WORDS),
-    _has({"Rome", "Italy"}),
-    _has({"Paris", "France"}),
-)
+_italy, _france = _has({"Rome", "Italy"}), _has({"Paris", "France"})
 _TESTS: dict[str, Callable[[str], bool]] = {
     "love": lambda text: tone(text) > 0,
-    "weddings": _weddings,
+    "weddings": _has(vocabulary.WEDDING_WORDS),
     "rome": lambda text: _italy(text) and not _france(text),
     "praise": lambda text: tone(text) > 0,
 }
@@ -77,7 +91,7 @@ _TESTS: dict[str, Callable[[str], bool]] = {
 
 @cache
 def data() -> dict[str, Any]:
-    """Return what is published, as stored."""
+    """Return what was published, as stored."""
     return json.loads(PATH.read_text(encoding="utf-8"))
 
 
@@ -90,7 +104,7 @@ def demonstrations(model: PreTrainedModel) -> dict[str, Demonstration]:
 
 
 def topic_vector(model: PreTrainedModel) -> Demonstration:
-    """Return the vector of the table of perplexities, " weddings" minus nothing, for a model."""
+    """Return the vector behind the table of perplexities for a model, " weddings" minus nothing."""
     return Demonstration(
         "weddings",
         prompt="",
@@ -99,6 +113,7 @@ def topic_vector(model: PreTrainedModel) -> Demonstration:
 
 
 def _for_model(model: PreTrainedModel, published: dict[str, Any], kind: str) -> dict[str, Any]:
+    """Return the published values with a model's own layer, coefficient and words, by name."""
     name, blocks = model_name(model).split("/")[-1], len(get_blocks(model)[1])
     path = getattr(model.config, "_name_or_path", "")
     if path and Path(path).resolve() == embedded.FOLDER.resolve():

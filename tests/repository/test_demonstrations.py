@@ -1,4 +1,4 @@
-"""The demonstrations: published ones for GPT2-XL, measured ones for the embedded model, and that they work there."""
+"""The demonstrations: published for GPT2-XL, measured for the embedded model, where they work."""
 
 import json
 
@@ -13,7 +13,7 @@ NAMES = ["love", "weddings", "rome", "praise"]
 
 
 def test_each_model_has_its_own(model, monkeypatch):
-    """GPT2-XL as published, the embedded model by its preset and with words that it knows, others a guess that says so."""
+    """GPT2-XL as published, the embedded model by its preset and in its words, others a guess."""
     preset = json.loads((FOLDER / "preset.json").read_text(encoding="utf-8"))
     found = demonstrations(model)
     assert list(found) == NAMES
@@ -39,7 +39,7 @@ def test_each_model_has_its_own(model, monkeypatch):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_works_on_the_embedded_model(model, tokenizer, name):
-    """With the published sampling, at the shares of the model card: nearly always steered, hardly ever unsteered."""
+    """With the published sampling: nearly always steered, hardly ever unsteered."""
     demo = demonstrations(model)[name]
     settings = {**data()["sampling"], "tokens_to_generate": 24, "seed": 11}
     shares = [
