@@ -18,7 +18,14 @@ OUTCOMES = {
     "error": "it is refused, or fails",
     "silently no": "it runs, and does something else",
 }
-COLOURS = {"yes": "#2e8b57", "few lines": "#9fd3a8", "error": "#f0a35e", "silently no": "#c0392b"}
+NOT_MEASURED = "not measured yet"
+COLOURS = {
+    "yes": "#2e8b57",
+    "few lines": "#9fd3a8",
+    "error": "#f0a35e",
+    "silently no": "#c0392b",
+    NOT_MEASURED: "#e6e6e6",
+}
 
 
 def load_matrix(path: Path = RESULTS / "abilities.json") -> pd.DataFrame:
@@ -30,9 +37,12 @@ def load_matrix(path: Path = RESULTS / "abilities.json") -> pd.DataFrame:
 
 
 def matrix_table(cells: pd.DataFrame) -> pd.DataFrame:
-    """One row for each ability, one column for each mechanism."""
+    """One row for each ability, one column for each mechanism; what was not tried says so."""
     table = cells.pivot(index="ability", columns="mechanism", values="outcome")
-    return table.loc[list(dict.fromkeys(cells["ability"])), list(dict.fromkeys(cells["mechanism"]))]
+    measured = list(dict.fromkeys(cells["mechanism"]))
+    others = [name for name in MECHANISMS if name not in measured]
+    table = table.reindex(index=list(dict.fromkeys(cells["ability"])), columns=measured + others)
+    return table.astype(object).fillna(NOT_MEASURED)
 
 
 def plot_matrix(cells: pd.DataFrame) -> Figure:
@@ -80,6 +90,13 @@ def plot_matrix(cells: pd.DataFrame) -> Figure:
     return figure
 
 
+def abilities(mechanism: str, cells: pd.DataFrame | None = None) -> str:
+    """Say how many of the abilities a mechanism has, as in "21 of 26", or "not measured yet"."""
+    cells = load_matrix() if cells is None else cells
+    mine = cells[cells["mechanism"] == mechanism]
+    return NOT_MEASURED if mine.empty else f"{(mine['outcome'] == 'yes').sum()} of {len(mine)}"
+
+
 def print_limits(mechanism: str, cells: pd.DataFrame | None = None) -> None:
     """Print the abilities that a mechanism does not simply have, and why.
 
@@ -91,18 +108,18 @@ def print_limits(mechanism: str, cells: pd.DataFrame | None = None) -> None:
         ValueError: there is no such mechanism.
     """
     cells = load_matrix() if cells is None else cells
-    mine = cells[cells["mechanism"] == mechanism]
     if mechanism not in {*MECHANISMS, *cells["mechanism"]}:
         raise ValueError(
             f"unknown mechanism {mechanism!r}: expected one of {', '.join(MECHANISMS)}"
         )
+    mine = cells[cells["mechanism"] == mechanism]
     if mine.empty:
-        print(f"{mechanism}: not measured yet (`make benchmark-mechanisms` does)")
+        print(f"{mechanism}: {NOT_MEASURED} (`make benchmark-mechanisms` does)")
         return
-    print(f"{mechanism}: {(mine['outcome'] == 'yes').sum()} of {len(mine)} abilities")
+    print(f"{mechanism}: {abilities(mechanism, cells)} abilities")
     for cell in mine[mine["outcome"] != "yes"].itertuples():
         print(
             f"{cell.outcome:11}  {cell.ability}",
-            *textwrap.wrap(cell.says, 105, initial_indent=" " * 17, subsequent_indent=" " * 17),
+            *textwrap.wrap(cell.says, 96, initial_indent=" " * 13, subsequent_indent=" " * 13),
             sep="\n",
         )

@@ -72,15 +72,17 @@ class Subject:
         """Steer by the mechanism."""
         return self.mechanism.steer(self.wrapped, self.layer, self.vector)
 
-    def intervene(
-        self, change: Callable[[Tensor], Tensor], vector: Tensor | None = None, **wish
-    ) -> AbstractContextManager:
-        """Change hidden states; without `intervene`, the mechanism's `steer` must say why not."""
-        if self.mechanism.intervene:
-            return self.mechanism.intervene(self.wrapped, self.layer, change)
-        return self.mechanism.steer(
-            self.wrapped, self.layer, self.vector if vector is None else vector, **wish
-        )
+    def intervene(self, change: Callable[[Tensor], Tensor]) -> AbstractContextManager:
+        """Change hidden states by the mechanism.
+
+        Raises:
+            ValueError: it has no `intervene`.
+        """
+        if self.mechanism.intervene is None:
+            raise ValueError(
+                f"{self.mechanism.name} has no `intervene`: it adds one vector at every position"
+            )
+        return self.mechanism.intervene(self.wrapped, self.layer, change)
 
     def logits(self) -> Tensor:
         """Logits of the real tokens by the mechanism, as it is now."""

@@ -96,10 +96,7 @@ def steered_from(
         moved = hidden + subject.vector
         return moved if tracker.mask is None else torch.where(tracker.mask, moved, hidden)
 
-    with (
-        following(subject, TokenSelection(first)) as tracker,
-        subject.intervene(change, positions=slice(first, None)),
-    ):
+    with following(subject, TokenSelection(first)) as tracker, subject.intervene(change):
         yield
 
 
@@ -124,10 +121,7 @@ def front_additions(subject: Subject) -> None:
     """One vector for each of the first tokens of every row, as activation additions do."""
     vectors = torch.stack([subject.vector, -subject.vector])
     span = TokenSpan(len(vectors), "front")
-    with (
-        following(subject, span) as tracker,
-        subject.intervene(SpanHook(vectors, tracker).steer, positions=[0, 1]),
-    ):
+    with following(subject, span) as tracker, subject.intervene(SpanHook(vectors, tracker).steer):
         scores, ids = subject.logits(), subject.generate()
     with adding_spans(
         subject.plain, {(Site(subject.layer, "resid_post"), len(vectors)): vectors}, "front"
@@ -138,9 +132,7 @@ def front_additions(subject: Subject) -> None:
 def ablation(subject: Subject) -> None:
     """The component along the vector is taken away."""
     operator = ablation_operator()
-    with subject.intervene(
-        lambda hidden: hidden + operator(hidden, subject.vector), operator="ablate"
-    ):
+    with subject.intervene(lambda hidden: hidden + operator(hidden, subject.vector)):
         scores = subject.logits()
     with SteeringVector({subject.layer: subject.vector}).apply(subject.plain, operator=operator):
         expect(
@@ -154,7 +146,7 @@ def coefficient_for_each_row(subject: Subject) -> None:
     """Each row of one batch is steered by a coefficient of its own."""
     coeffs = torch.tensor([1.0, 0.0, -1.0])
     rows = coeffs[:, None, None] * subject.vector  # [batch, 1, d_model]
-    with subject.intervene(lambda hidden: hidden + rows, vector=rows):
+    with subject.intervene(lambda hidden: hidden + rows):
         scores = subject.mechanism.logits(subject.wrapped, subject.inputs)
     for row, coeff in enumerate(coeffs):
         with SteeringVector({subject.layer: coeff * subject.vector}).apply(subject.plain):

@@ -68,6 +68,7 @@ from .plots import plot_line_up as plot_line_up
 from .plots import plot_moves as plot_moves
 from .plots import plot_perplexity_ratios as plot_perplexity_ratios
 from .plots import plot_prompts as plot_prompts
+from .plots import plot_shift as plot_shift
 from .plots import plot_top_changed_tokens as plot_top_changed_tokens
 from .plots import token_strip as token_strip
 from .sweeping.grid import Grid as Grid

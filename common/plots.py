@@ -1,7 +1,7 @@
 """Every picture of what the library measures, in one style (`style.mplstyle`)."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import ArrayLike
+from torch import Tensor
 
 from common.measuring.effects import (
     WorkingWindow,
@@ -390,4 +391,53 @@ def plot_line_up(frame: pd.DataFrame, title: str = "") -> Figure:
     axes.tick_params(length=0)
     axes.set(ylabel="norm", title=title, xlim=(-1.2, len(frame) - 0.4))
     axes.legend()
+    return figure
+
+
+@styled
+def plot_shift(
+    points: Mapping[str, Tensor], names: tuple[str, str], labels: Sequence[str], title: str = ""
+) -> Figure:
+    """Draw hidden states in a plane, with arrows from where each was unsteered.
+
+    Args:
+        points: coordinates [n, 2] by what was done; the first are the unsteered ones, from which
+            the arrows start.
+        names: what the two axes are.
+        labels: of the n unsteered points.
+        title: above the picture; say which model it shows.
+
+    Raises:
+        ValueError: the coordinates have different shapes, or there is not one label for each; or
+            more than three things were done.
+    """
+    wanted = (len(labels), 2)
+    for what, found in points.items():
+        if tuple(found.shape) != wanted:
+            raise ValueError(
+                f"expected coordinates of shape {list(wanted)}, got {list(found.shape)} for {what!r}"
+            )
+    if len(points) > 4:
+        raise ValueError(f"expected the unsteered points and up to three more, got {len(points)}")
+    figure, axes = plt.subplots(figsize=(8, 4))
+    (start, at_first), *others = points.items()
+    axes.scatter(*at_first.T, color=UNSTEERED, label=start, zorder=3)
+    for (what, found), colour in zip(others, (STEERED, REVERSED, BETTER)):
+        axes.scatter(*found.T, color=colour, label=what, zorder=3)
+        for tail, head in zip(at_first.tolist(), found.tolist()):
+            arrow = {"arrowstyle": "->", "color": colour, "shrinkA": 4, "shrinkB": 4}
+            axes.annotate("", head, tail, arrowprops=arrow)
+    for place, label in zip(at_first.tolist(), labels):
+        axes.annotate(
+            label.strip().replace("$", r"\$"),
+            place,
+            xytext=(0, 7),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+        )
+    axes.set(xlabel=names[0], ylabel=names[1], title=title)
+    axes.margins(0.12)
+    axes.set_aspect("equal", adjustable="datalim")
+    figure.legend(loc="outside lower center", ncols=len(points))
     return figure

@@ -1,4 +1,4 @@
-"""The one experiment of this collection, through any of the six mechanisms: steer from Love to Hate and compare.
+"""The one experiment of this collection, through each mechanism: steer from Love to Hate, compare.
 
 `python -m repository.agreement` runs the notebooks' own cells one mechanism after another, prints
 the completions and the table of agreement, and ends with exit code 1 if anything disagrees.
@@ -24,12 +24,14 @@ from repository.mechanisms import MECHANISMS, load_mechanism
 
 REFERENCE = "pytorch_hooks"
 PROMPTS = ("I think dogs are ", "In my opinion the baker is", "I believe old books are")
-# of TransformerLens and bias editing on the embedded model; the other mechanisms differ by 0
-TOLERANCE = 1e-5
+TOLERANCE = 1e-5  # the largest difference of a logit to the plain hook, on the embedded model
+# These do the same arithmetic in the same order, so nothing may differ. A bridge computes attention
+# by other kernels, and a bias is added before the sum with the residual stream.
+TO_THE_LAST_BIT = ("custom_wrapper", "pytorch_hooks", "baukit", "nnsight")
 
 
 class Result(NamedTuple):
-    """What one mechanism gave. The keys of `logits`, `ids` and `texts` are "unsteered", "+" and "-"."""
+    """What one mechanism gave. The keys of the dictionaries are "unsteered", "+" and "-"."""
 
     mechanism: str
     vector: Tensor  # [d_model], Love minus Hate as this mechanism reads it
@@ -37,6 +39,11 @@ class Result(NamedTuple):
     ids: dict[str, Tensor]  # [batch, pos + new]
     texts: dict[str, list[str]]
     left_behind: list[str]  # differences to the model before; empty if it was restored
+
+
+def tolerance(mechanism: str) -> float:
+    """Return how far a logit may be from the plain hook's; `TOLERANCE` for a new mechanism."""
+    return 0.0 if mechanism in TO_THE_LAST_BIT else TOLERANCE
 
 
 def run_mechanism(
@@ -48,7 +55,7 @@ def run_mechanism(
     prompts: Sequence[str] = PROMPTS,
     max_new_tokens: int = 20,
 ) -> Result:
-    """Read Love and Hate, steer with +coeff, -coeff and not at all, by one mechanism from beginning to end.
+    """Read Love and Hate, steer with +coeff, -coeff and not at all, all by one mechanism.
 
     The mechanism works on a copy of the modules that shares the weights, so the model itself is
     never touched.
@@ -195,13 +202,11 @@ def main(arguments: list[str] | None = None) -> int:
     for result in results:
         for line in result.left_behind:
             console.print(f"{result.mechanism}: {line}")
-    tolerance = options.tolerance or (TOLERANCE if model.num_parameters() < 1e9 else 1e-4)
-    agreed = (
-        (rows["logits"] <= tolerance).all() and rows["same text"].all() and rows["restored"].all()
-    )
+    most = options.tolerance or (TOLERANCE if model.num_parameters() < 1e9 else 1e-4)
+    agreed = (rows["logits"] <= most).all() and rows["same text"].all() and rows["restored"].all()
     print(
         f"The {len(rows)} mechanisms {'agree' if agreed else 'DO NOT agree'} (logits within"
-        f" {tolerance:g}, same greedy text, restored)."
+        f" {most:g}, same greedy text, restored)."
     )
     return 0 if agreed else 1
 

@@ -1,8 +1,8 @@
 """The six mechanisms as callables: the very cells that a reader reads, run from the notebooks.
 
 Cells tagged `mechanism` define `wrap`, `read`, `steer`, `logits` and `generate`, and `intervene`
-where the mechanism can do more than add (README.md, "How to add a seventh"). Tests, benchmark and
-comparison take them from here, so that nothing holds a second copy.
+where the mechanism can do more than add (see CONTRIBUTING.md, "A seventh mechanism"). Tests,
+benchmarks and comparison take them from here, so that nothing holds a second copy.
 """
 
 import json
@@ -27,7 +27,7 @@ MECHANISMS = (
 
 
 class Mechanism(NamedTuple):
-    """One way to steer. `wrapped` is what `wrap` returned; `inputs` is what the tokenizer returned."""
+    """One way to steer. `wrapped` comes from `wrap`, `inputs` from the tokenizer."""
 
     name: str
     wrap: Callable  # (model, tokenizer) -> wrapped
@@ -95,7 +95,7 @@ def _run_once(name: str, folder: Path) -> dict:
 
 
 def load_mechanism(name: str, folder: Path = ROOT) -> Mechanism:
-    """Run the tagged cells of one notebook and return its functions: five, and `intervene` where it has one.
+    """Run the tagged cells of one notebook; return its five functions, and `intervene` if any.
 
     Raises:
         ValueError: no such notebook, or its cells do not define all five.

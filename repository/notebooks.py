@@ -1,11 +1,15 @@
-"""Runs the notebooks, those of the root and of guides/, and stores what they print; says what is wrong with a stored notebook.
+"""Runs the notebooks of the root and of guides/ and stores what they print; finds what is wrong.
 
-`python -m repository.notebooks [names]` executes each one from top to bottom in a fresh kernel. A
+`python -m repository.notebooks [names]` writes the shared cells (repository/shared_cells) into each
+one and executes it from top to bottom in a fresh kernel. A
 notebook that fails, writes to stderr or shows a widget is left as it was. What is stored is the
 same after every run: no timing, no widget state.
 """
 
 import argparse
+import base64
+import hashlib
+import io
 import json
 import os
 import re
@@ -18,10 +22,12 @@ import nbclient
 import nbformat
 from jupyter_client.kernelspec import NoSuchKernel
 from nbformat import NotebookNode
+from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
 from repository.mechanisms import MECHANISMS, ROOT
+from repository.shared import write_shared
 
 # What JupyterLab writes as soon as a notebook is opened; the version is that of the Python the
 # outputs were made with.
@@ -41,6 +47,9 @@ TIMEOUT = 900  # seconds for one cell; GPT2-XL on a slow machine needs some
 WIDGET = "application/vnd.jupyter.widget-view+json"
 # Cell metadata that says when or where a cell ran, or how somebody's editor showed it.
 VOLATILE = ("execution", "ExecuteTime", "executionInfo", "outputId", "collapsed", "scrolled")
+PICTURES = ROOT / "repository" / "data" / "pictures.json"  # what is known of each stored picture
+FEWEST_COLOURS = 8  # of a picture that shows something
+WIDEST_CODE, WIDEST_PRINT = 88, 100  # columns: readers have narrow windows
 PATH = re.compile(r"(?<![\w.:/])(?:/(?:home|root|tmp|usr|opt|var|mnt|content|Users)/|[A-Z]:\\)\S*")
 # What another machine or another run would print differently; a compared cell must not hold it.
 PRIVATE = {
@@ -56,7 +65,7 @@ PRIVATE = {
 
 
 def notebook_paths(names: Sequence[str] = (), folder: Path = ROOT) -> list[Path]:
-    """Return the notebooks of a folder and of guides/ in it, the six mechanisms first, or those that are named.
+    """Return the notebooks of a folder and its guides/, the six first, or those that are named.
 
     Raises:
         ValueError: there is no notebook of that name.
@@ -96,25 +105,25 @@ def clean_environment(environment: MutableMapping[str, str]) -> None:
 
 
 def execute(path: Path, on_cell: Callable[..., None] | None = None) -> NotebookNode:
-    """Run a notebook from top to bottom in a fresh kernel; the file stays as it is.
+    """Run a notebook, its shared cells as they are in the source; the file stays as it is.
 
     Args:
         path: of the notebook; it runs in its folder.
         on_cell: called after each executed cell.
 
     Returns:
-        The notebook with its new outputs, normalised.
+        The notebook with its shared cells and its new outputs, normalised.
 
     Raises:
+        ValueError: a cell is tagged as a shared one that does not exist.
         nbclient.exceptions.CellExecutionError: a cell raised an error.
         nbclient.exceptions.CellTimeoutError: a cell took longer than `TIMEOUT`.
     """
     notebook = nbformat.read(path, as_version=4)
+    write_shared(notebook, path.stem)
     for cell in _code_cells(notebook):
-        cell.execution_count, cell.outputs = (
-            None,
-            [],
-        )  # an empty cell is skipped and would keep what it had
+        # An empty cell is skipped, and would keep what it had.
+        cell.execution_count, cell.outputs = None, []
     environment = dict(os.environ)
     clean_environment(environment)
     client = nbclient.NotebookClient(
@@ -152,7 +161,7 @@ def normalise(notebook: NotebookNode) -> None:
 
 
 def before_saving(model: dict, path: str, contents_manager: Any) -> None:
-    """Leave out of a notebook that JupyterLab saves what opening it and bars have changed; `make lab` sets this hook.
+    """Undo what opening a notebook in JupyterLab, and bars, changed; `make lab` sets this hook.
 
     The version of Python stays the stored one where nothing else of `language_info` differs, and
     empty outputs go. Arguments are those of `ContentsManager.pre_save_hook`; the content of `model`
@@ -177,7 +186,7 @@ def _drop_empty_outputs(notebook: dict) -> None:
 
 
 def store(notebook: NotebookNode, path: Path) -> None:
-    """Write a notebook in the form every tool of this project writes; an interrupted write leaves the old file."""
+    """Write a notebook as every tool of this project does; if interrupted, the old file stays."""
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
         nbformat.write(notebook, unfinished)  # indent 1, sorted keys, a newline at the end
@@ -187,7 +196,7 @@ def store(notebook: NotebookNode, path: Path) -> None:
 
 
 def failures(notebook: NotebookNode) -> list[str]:
-    """List why the outputs of a notebook must not be stored: errors, stderr, widgets. Empty if they may."""
+    """List why outputs must not be stored: errors, stderr, widgets. Empty if they may."""
     found = ["the notebook holds the state of a widget"] if "widgets" in notebook.metadata else []
     for number, cell in _numbered(notebook):
         for output in cell.outputs:
@@ -245,8 +254,64 @@ def problems(notebook: NotebookNode) -> list[str]:
     return found
 
 
+def too_wide(notebook: NotebookNode) -> list[str]:
+    """List lines of code over `WIDEST_CODE` columns and printed ones over `WIDEST_PRINT`.
+
+    The first cell, which is the same everywhere, and the one that loads the model are left out.
+    """
+    found = []
+    for number, cell in _numbered(notebook):
+        if "colab" in _tags(cell) or not is_compared(cell):
+            continue
+        for line in cell.source.splitlines():
+            if len(line) > WIDEST_CODE:
+                found.append(f"cell {number} has {len(line)} columns of code: {line.strip()}")
+        for text in _plain_texts(cell):
+            for line in text.splitlines():
+                if len(line) > WIDEST_PRINT:
+                    found.append(f"cell {number} prints {len(line)} columns: {line.strip()}")
+    return found
+
+
+def known_pictures(notebook: NotebookNode) -> dict[str, dict]:
+    """Decode every stored PNG; return its size, number of colours and SHA-256 by cell and place.
+
+    Raises:
+        OSError: one is not a picture.
+    """
+    found = {}
+    for cell in _code_cells(notebook):
+        pictures = [
+            output.data["image/png"]
+            for output in cell.outputs
+            if "image/png" in output.get("data", {})
+        ]
+        for place, text in enumerate(pictures, 1):
+            data = base64.b64decode(text)
+            with Image.open(io.BytesIO(data)) as image:
+                image.load()
+                colours = image.convert("RGB").getcolors(maxcolors=2**24)
+                found[f"{cell.id}, {place}"] = {
+                    "size": list(image.size),
+                    "colours": len(colours),
+                    "sha256": hashlib.sha256(data).hexdigest(),
+                }
+    return found
+
+
+def note_pictures(paths: Sequence[Path], table: Path = PICTURES) -> None:
+    """Write into the table what is stored in some notebooks; what it says of others stays."""
+    noted = json.loads(table.read_text(encoding="utf-8")) if table.is_file() else {}
+    for path in paths:
+        noted.pop(path.stem, None)
+        if pictures := known_pictures(nbformat.read(path, as_version=4)):
+            noted[path.stem] = pictures
+    text = json.dumps(noted, indent=1, sort_keys=True) + "\n"
+    table.write_text(text, encoding="utf-8")
+
+
 def is_compared(cell: NotebookNode) -> bool:
-    """Say whether nbval compares the outputs of a code cell; it passes over a cell without a count."""
+    """Say whether nbval compares the outputs of a code cell; it skips a cell without a count."""
     return cell.execution_count is not None and IGNORED not in _tags(cell)
 
 
@@ -263,6 +328,16 @@ def _tags(cell: NotebookNode) -> set[str]:
     return set(cell.metadata.get("tags", []))
 
 
+def _plain_texts(cell: NotebookNode) -> Iterator[str]:
+    """Give what a cell printed, as a terminal would show it."""
+    for output in cell.outputs:
+        yield (
+            output.text
+            if output.output_type == "stream"
+            else output.get("data", {}).get("text/plain", "")
+        )
+
+
 def _texts(cell: NotebookNode) -> Iterator[str]:
     """Give every text that a cell printed."""
     for output in cell.outputs:
@@ -274,24 +349,30 @@ def _texts(cell: NotebookNode) -> Iterator[str]:
 
 
 def _shorten(error: Exception) -> str:
-    """Say what went wrong in one line; the text of nbclient's errors is the whole cell and its coloured traceback."""
+    """Say what went wrong in one line; nbclient's text is the whole cell and its traceback."""
     if isinstance(error, nbclient.exceptions.CellExecutionError):
         return f"{error.ename}: {error.evalue}"
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def main(arguments: Sequence[str] | None = None, folder: Path = ROOT) -> int:
-    """Execute notebooks and store their outputs; return 0 only if all could be stored and nothing is wrong with them."""
+    """Execute notebooks and store their outputs; return 0 only if all is well with all of them."""
     parser = argparse.ArgumentParser(
         prog="python -m repository.notebooks", description=main.__doc__
     )
-    parser.add_argument("names", nargs="*", help="notebooks of the root (default: all)")
+    parser.add_argument("names", nargs="*", help="of notebooks (default: all)")
+    parser.add_argument(
+        "--pictures", action="store_true", help="only note size and hash of the stored pictures"
+    )
     options = parser.parse_args(arguments)
     try:
         paths = notebook_paths(options.names, folder)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 1
+    if options.pictures:
+        note_pictures(paths)
+        return 0
     complaints = 0
     with Progress(console=Console(stderr=True)) as progress:
         for path in paths:
@@ -304,13 +385,16 @@ def main(arguments: Sequence[str] | None = None, folder: Path = ROOT) -> int:
                 nbclient.exceptions.CellControlSignal,
                 nbclient.exceptions.DeadKernelError,
                 NoSuchKernel,
+                ValueError,
             ) as error:
                 found = [_shorten(error)]
             if found:
                 found = [f"not stored: {line}" for line in found]
             else:
                 store(notebook, path)
-                found = [f"stored, but {line}" for line in problems(notebook)]
+                if folder == ROOT:
+                    note_pictures([path])
+                found = [f"stored, but {line}" for line in problems(notebook) + too_wide(notebook)]
             complaints += len(found)
             for line in found:
                 progress.console.print(

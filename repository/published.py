@@ -43,8 +43,8 @@ def read_figures(name: str) -> dict:
     return {"layer": preset.layer, "coeff": preset.coeff} | stored
 
 
-def published_table(*sites: str) -> pd.DataFrame:
-    """Return what the Love-Hate steps printed on the real GPT2-XL: published, not run here.
+def published_markdown(*sites: str) -> str:
+    """Return a Markdown table of what the same steps printed on GPT2-XL: published, not run here.
 
     Args:
         sites: `"resid_post"`, and `"ln_1"` for the edit of `c_attn`'s bias.
@@ -62,14 +62,10 @@ def published_table(*sites: str) -> pd.DataFrame:
             for sign, text in figures["completions"][site].items()
         ]
     # The published texts begin with a non-breaking space; a table is no place to look for it.
-    texts = [text.replace("\u00a0", " ").strip() for _, text in rows]
-    return pd.DataFrame(
-        {
-            "GPT2-XL, published": [label for label, _ in rows],
-            f"after {figures['prompt']!r}": texts,
-            "source": figures["source_short"],
-        }
-    )
+    lines = [f"| {label} | {text.replace(chr(0xA0), ' ').strip()} |" for label, text in rows]
+    head = [f"| GPT2-XL, published | after {figures['prompt']!r} |", "| :--- | :--- |"]
+    address = figures["source"].split()[0]
+    return "\n".join([*head, *lines, "", f"Source: [{figures['source_short']}]({address})."])
 
 
 def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, expected: dict) -> dict:

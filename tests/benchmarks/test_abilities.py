@@ -5,8 +5,17 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+from benchmarks import ability_matrix
 from benchmarks.abilities import attempt, run_trial
-from benchmarks.ability_matrix import OUTCOMES, load_matrix, matrix_table, plot_matrix, print_limits
+from benchmarks.ability_matrix import (
+    NOT_MEASURED,
+    OUTCOMES,
+    abilities,
+    load_matrix,
+    matrix_table,
+    plot_matrix,
+    print_limits,
+)
 from benchmarks.ability_subject import Silently, Subject, embedded_model, expect
 from benchmarks.ability_trials import TRIALS
 from repository.mechanisms import MECHANISMS, load_mechanism
@@ -21,7 +30,7 @@ ELSEWHERE = {
 def test_matrix_is_complete():
     """A cell for each ability and measured mechanism, and a reason where it is not a plain yes."""
     cells = load_matrix()
-    measured = [name for name in MECHANISMS if name in set(cells["mechanism"])]
+    measured = [name for name in MECHANISMS if abilities(name) != NOT_MEASURED]
     assert len(measured) >= 6
     assert list(zip(cells["ability"], cells["mechanism"])) == [
         (ability, name) for ability in TRIALS for name in measured
@@ -85,8 +94,20 @@ def test_limits_are_printed_with_their_reasons(capsys):
         any(line.split("  ")[-1].strip() == ability for line in lines)
         for ability in missing["ability"]
     )
+
+
+def test_what_is_not_measured_yet_says_so(monkeypatch, capsys):
+    """A seventh mechanism has a grey column and a sentence; an unknown one is refused."""
     with pytest.raises(ValueError, match="unknown mechanism 'telepathy'"):
         print_limits("telepathy")
+    monkeypatch.setattr(ability_matrix, "MECHANISMS", (*MECHANISMS, "telepathy"))
+    print_limits("telepathy")
+    assert capsys.readouterr().out.startswith("telepathy: not measured yet")
+    assert abilities("telepathy") == NOT_MEASURED and abilities("baukit").endswith(" of 26")
+    cells = load_matrix()
+    assert set(matrix_table(cells)["telepathy"]) == {NOT_MEASURED}
+    words = [text.get_text() for text in plot_matrix(cells).axes[0].texts]
+    assert words.count(NOT_MEASURED) == len(TRIALS)
 
 
 def test_picture_shows_every_cell():

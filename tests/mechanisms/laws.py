@@ -11,17 +11,9 @@ from support import Bench
 from torch import Tensor
 from transformers import BatchEncoding
 
-from repository.agreement import TOLERANCE
+from repository.agreement import tolerance
 
 NEW = 6  # tokens generated in each run: one from the prompt, the others from decoding steps
-# Four mechanisms do the same arithmetic in the same order as the plain hook. A bridge computes
-# attention with other kernels, and a bias is added before the residual stream, not after it.
-EXACT = {"custom_wrapper", "pytorch_hooks", "baukit", "nnsight"}
-
-
-def tolerance(mechanism: str) -> float:
-    """The largest difference of a logit from the plain hook."""
-    return 0 if mechanism in EXACT else TOLERANCE
 
 
 class Steering(NamedTuple):

@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import inspect
 import pickle
 import sys
 import warnings
@@ -421,19 +422,24 @@ def test_bias_is_given_to_a_layer_without_one(llama, tokenizer, bias_editing, la
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "wish",
-    [{"positions": [0]}, {"positions": slice(0, 2)}, {"positions": []}, {"operator": "ablate"}],
-)
-def test_bias_refuses_what_it_cannot_do(model, plus, bias_editing, wish):
-    """Other positions and other operators are refused by name, and nothing is changed."""
+@pytest.mark.parametrize("rows", [(3, 1), (1, 2), (2,)])
+def test_bias_refuses_what_it_cannot_do(model, bias_editing, rows):
+    """A vector for each row or position is refused, and nothing is changed; it has no `intervene`."""
     before = snapshot(model)
     with (
-        pytest.raises(ValueError, match="a bias adds at every position"),
-        bias_editing["steer"](model, 1, plus, **wish),
+        pytest.raises(ValueError, match="expected a steering vector of shape"),
+        bias_editing["steer"](model, 1, torch.ones(*rows, model.config.hidden_size)),
     ):
         raise AssertionError("steered all the same")
     assert_pristine(model, before)
+    assert load_mechanism("bias_editing").intervene is None
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_steer_has_one_signature(name):
+    """What is wrapped, the layer, the vector: whatever the mechanism calls the first."""
+    parameters = list(inspect.signature(load_mechanism(name).steer).parameters)
+    assert len(parameters) == 3 and parameters[1:] == ["layer", "vector"]
 
 
 def test_bias_refuses_unknown_architectures(llama, bias_editing):

@@ -63,8 +63,8 @@ NEVER_REMOVED = {
     ),
     "baukit": (
         (
-            "with Trace(model, block_path(model, layer), edit_output=edit_output,"
-            " retain_output=False):\n        yield model"
+            "with Trace(model, path, edit_output=edit_output, retain_output=False):\n"
+            "        yield model"
         ),
         (
             "Trace(model, block_path(model, layer), edit_output=edit_output, retain_output=False)\n"

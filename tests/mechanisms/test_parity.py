@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from laws import NEW, Steering, logits_equal, read_states, steered_ids, tolerance
+from laws import NEW, Steering, logits_equal, read_states, steered_ids
 from support import PROMPTS
 from torch import Tensor
 from transformers import BatchEncoding, GPT2Config, TopPLogitsWarper
@@ -24,6 +24,7 @@ from common import embedded
 from common.checking.pristine import assert_pristine, snapshot
 from common.loading import copy_sharing_weights
 from common.places.positions import with_position_ids
+from repository.agreement import tolerance
 
 LAST = GPT2Config.from_pretrained(embedded.FOLDER).n_layer - 1
 

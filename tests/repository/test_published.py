@@ -1,4 +1,4 @@
-"""The published figures, and the code that checks them: tested on the embedded model with figures of its own."""
+"""The published figures and the code that checks them, tested with the embedded model's own."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ import pytest
 
 from common.loading import preset_for
 from repository import published as figures
-from repository.published import compare, published_table, read_figures
+from repository.published import compare, published_markdown, read_figures
 
 STORED = figures.DATA / "embedded.json"
 SKELETON = {
@@ -172,10 +172,12 @@ def test_model_without_figures_is_named(capsys):
 
 
 def test_published_table_shows_texts_and_source():
-    """The table of published texts has a row for each run and names its source; other sites are refused."""
-    table = published_table("resid_post", "ln_1")
-    assert len(table) == 5 and set(table["source"]) == {read_figures("gpt2-xl")["source_short"]}
-    assert table.iloc[2, 1] == "icky, but I don't think they're"
+    """The table has a row for each run, and the address of its source; other sites are refused."""
+    lines = published_markdown("resid_post", "ln_1").splitlines()
+    assert len([line for line in lines if line.startswith("| ")]) == 2 + 5
+    assert lines[4] == "| -10 at resid_post | icky, but I don't think they're |"
+    assert read_figures("gpt2-xl")["source"].split()[0] in lines[-1]
+    assert len(published_markdown("resid_post").splitlines()) == len(lines) - 2
     for sites in ((), ("ln_2",), ("resid_post", "ln_2")):
         with pytest.raises(ValueError, match="expected some of resid_post, ln_1"):
-            published_table(*sites)
+            published_markdown(*sites)
