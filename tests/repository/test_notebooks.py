@@ -272,7 +272,7 @@ def test_stored_pictures_are_the_known_ones(name):
     assert found == noted, f"`make notebooks NAMES={name}` draws and notes the pictures again"
     for picture in found.values():
         assert picture["colours"] >= notebooks.FEWEST_COLOURS
-        assert min(picture["size"]) >= 200 and max(picture["size"]) <= 2000
+        assert min(picture["size"]) >= 100 and max(picture["size"]) <= 2000
 
 
 def png(colour: str = "white") -> str:
