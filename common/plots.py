@@ -415,7 +415,8 @@ def plot_shift(
     for what, found in points.items():
         if tuple(found.shape) != wanted:
             raise ValueError(
-                f"expected coordinates of shape {list(wanted)}, got {list(found.shape)} for {what!r}"
+                f"expected coordinates of shape {list(wanted)} for {what!r}, got"
+                f" {list(found.shape)}"
             )
     if len(points) > 4:
         raise ValueError(f"expected the unsteered points and up to three more, got {len(points)}")
