@@ -4,6 +4,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
+import torch
 
 from common import plots
 from common.measuring.effects import WorkingWindow
@@ -38,6 +39,11 @@ DRAWN = {
         pd.DataFrame(
             {"prompt": ["I"], "+3": " a", "steering": 30.0, "residual": 12.0, "ratio": 2.5}
         )
+    ],
+    "plot_shift": [
+        {"unsteered": torch.zeros(1, 2), "to Love": torch.ones(1, 2)},
+        ("one", "another"),
+        ["I"],
     ],
     "token_strip": [[["I", " a"]], [[1]], ["a text"]],
 }
@@ -89,3 +95,17 @@ def test_token_strip_refuses_what_does_not_fit(rows, marked, labels, says):
     """Positions outside the text, and lists of other lengths."""
     with pytest.raises(ValueError, match=says):
         token_strip(rows, marked, labels)
+
+
+def test_plot_shift_draws_an_arrow_for_each_point():
+    """Arrows go from the unsteered points to the others; other shapes are refused."""
+    start, end = torch.tensor([[0.0, 1.0], [2.0, 3.0]]), torch.tensor([[4.0, 1.0], [6.0, 3.0]])
+    figure = plots.plot_shift({"unsteered": start, "to Love": end}, ("x", "y"), ["a", "b"])
+    arrows = [text for text in figure.axes[0].texts if text.arrow_patch]
+    assert [(*text.xyann, *text.xy) for text in arrows] == [(0, 1, 4, 1), (2, 3, 6, 3)]
+    plt.close(figure)
+    with pytest.raises(ValueError, match=r"shape \[2, 2\] for 'to Love', got \[1, 2\]"):
+        plots.plot_shift({"unsteered": start, "to Love": end[:1]}, ("x", "y"), ["a", "b"])
+    many = dict.fromkeys("abcde", start)
+    with pytest.raises(ValueError, match="up to three more, got 5"):
+        plots.plot_shift(many, ("x", "y"), ["a", "b"])
