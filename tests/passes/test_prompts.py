@@ -454,7 +454,13 @@ def test_a_corpus_without_bos(qwen, method):
         assert sum(map(len, expected)) == len(row) - 1
         assert [number for piece, seen in zip(pieces, known) for number in piece[seen:]] == row
     ratios = c.perplexity_ratios(
-        model, tokenizer, {"all": texts}, {"prompted": " red bride"}, method, window=6, stride=3
+        model,
+        tokenizer,
+        {"all": texts},
+        {"prompted": " red bride"},
+        method=method,
+        window=6,
+        stride=3,
     )
     assert ratios["tokens"].tolist() == [sum(map(len, expected))]
 
