@@ -458,7 +458,7 @@ def test_a_corpus_without_bos(qwen, method):
         tokenizer,
         {"all": texts},
         {"prompted": " red bride"},
-        method=method,
+        split_method=method,
         window=6,
         stride=3,
     )
