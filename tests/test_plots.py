@@ -1,4 +1,7 @@
-"""All pictures have one style; what each shows is tested beside its table, strips of tokens here."""
+"""All pictures have one style.
+
+What each shows is tested beside its table, strips of tokens here.
+"""
 
 import matplotlib
 import matplotlib.pyplot as plt

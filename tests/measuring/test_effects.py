@@ -1,4 +1,7 @@
-"""What a sweep is judged by: moves prompt by prompt, costs, the window in which steering works, and the pictures of it."""
+"""What a sweep is judged by.
+
+Moves prompt by prompt, costs, the window in which steering works, and the pictures of it.
+"""
 
 import itertools
 import math
@@ -39,7 +42,7 @@ def no_figure_stays_open():
 
 
 def rows_of(moves: Moves, samples: int = 1) -> pd.DataFrame:
-    """A table as `sweep` returns it, from how far each prompt moves at each (steering, kind, layer, coeff)."""
+    """A table as `sweep` returns it, from how far each prompt moves at each cell."""
     rows = []
     for (steering, kind, layer, coeff), moved in {
         ("unsteered", "unsteered", None, 0.0): [0.0] * 4,
@@ -65,7 +68,10 @@ def rows_of(moves: Moves, samples: int = 1) -> pd.DataFrame:
 
 
 def costs_of(ratios: dict[tuple[str, str, int, float], float]) -> pd.DataFrame:
-    """A table as `sweep_perplexity` returns it: two texts of different lengths, with this ratio together."""
+    """A table as `sweep_perplexity` returns it.
+
+    Two texts of different lengths, with this ratio together.
+    """
     rows = [
         {
             "steering": "unsteered",
@@ -100,7 +106,10 @@ def costs_of(ratios: dict[tuple[str, str, int, float], float]) -> pd.DataFrame:
 
 @pytest.mark.parametrize("samples", [1, 3])
 def test_an_effect_is_a_mean_of_moves(samples):
-    """Against the unsteered completions of the same prompt, with the spread over the prompts, and the share that went astray."""
+    """Against the unsteered completions of the same prompt, with the spread over the prompts.
+
+    The share that went astray is that of those prompts.
+    """
     up, down = ("Love", "steering", 3, 2.0), ("Love", "steering", 3, -2.0)
     rows = rows_of({up: [1.0, 0.5, -0.25, 0.0], down: [-1.0, 0.25, -0.5, 0.75]}, samples)
     table = effect_by_cell(rows, "tone").set_index("coeff")
@@ -132,7 +141,10 @@ NAN = float("nan")
 
 
 def test_a_prompt_without_a_value_does_not_count():
-    """Mean, spread and the share that went astray are those of the other prompts alone, and their number is said."""
+    """Mean, spread and the share that went astray are those of the other prompts alone.
+
+    Their number is said.
+    """
     up, down, none = (("Love", "steering", 3, coeff) for coeff in (2.0, -2.0, 4.0))
     table = effect_by_cell(
         rows_of({up: [1.0, NAN, -0.25, 0.5], down: [NAN, NAN, 1.0, -0.5], none: [NAN] * 4}), "tone"
@@ -161,7 +173,10 @@ def test_a_sample_without_a_value_does_not_count():
 
 @pytest.mark.parametrize("values", [[None] * 8, [NAN] * 8, [float("inf")] * 8])
 def test_a_metric_without_values(values):
-    """Rows of NaN and 0 prompts, and a sentence where a window is asked for; the pictures stay empty."""
+    """Rows of NaN and 0 prompts, and a sentence where a window is asked for.
+
+    The pictures stay empty.
+    """
     rows = rows_of({("Love", "steering", 3, 2.0): [1.0] * 4}).assign(tone=pd.Series(values))
     table = effect_by_cell(rows, "tone")
     assert table["effect"].isna().all() and table["prompts"].tolist() == [0]
@@ -210,7 +225,10 @@ def test_texts_are_no_effect(call):
 
 
 def test_a_model_that_broke_has_no_perplexity_ratio():
-    """One text without a loss, and the cell has no ratio; it is no cell of the window, and none that lacks its cost."""
+    """One text without a loss, and the cell has no ratio.
+
+    It is no cell of the window, and none that lacks its cost.
+    """
     cells = dict.fromkeys(CELLS, 1.02)
     costs = costs_of(cells)
     costs.loc[
@@ -253,7 +271,10 @@ def test_tables_that_cannot_be_compared_are_refused():
     st.sampled_from([1.0, -2.0]),
 )
 def test_a_perplexity_ratio_is_over_all_tokens(texts, coeff):
-    """exp(all the losses, steered) / exp(all the losses, unsteered): a long text counts for more than a short one."""
+    """exp(all the losses, steered) / exp(all the losses, unsteered).
+
+    A long text counts for more than a short one.
+    """
     rows = pd.DataFrame(
         [
             {
@@ -325,7 +346,10 @@ ALL = {(layer, size) for layer in (2, 3, 4) for size in (1.0, 2.0)}
 
 
 def test_all_cells_work():
-    """Recommended is the middle of the window, here with three neighbours, and of these the strongest; not a corner that is stronger."""
+    """Recommended is the middle of the window, here with three neighbours.
+
+    Of several it is the strongest; not a corner that is stronger still.
+    """
     found = window(
         {
             ("Love", "steering", layer, sign * 2.0): good(sign, factor)
@@ -366,7 +390,10 @@ def test_all_cells_work():
     "what", ["weak", "other way", "control", "random", "ratio", "wrong way", "nan"]
 )
 def test_a_cell_must_hold_with_both_signs(sign, what):
-    """One sign that is too weak, too dear, astray or no better than a control, and the cell does not work; the others do."""
+    """One sign that is too weak, too dear, astray or no better than a control.
+
+    The cell does not work; the others do.
+    """
     cell, changed, ratios = ("Love", "steering", 3, sign * 1.0), {}, {}
     if what == "weak":
         changed = {cell: good(sign, 0.4)}
@@ -413,9 +440,15 @@ def test_one_sign_is_enough_where_only_one_was_swept():
 def test_other_steerings_are_no_controls_and_their_random_directions_neither():
     """But unrelated pairs are controls for all of them."""
     strong = {
-        (name, kind, 3, sign * 1.0): good(sign, 4) for sign in (1, -1)
-        for name, kind in (("Hate", "steering"), ("Hate, random 1", "random"), ("Love, randomly", "steering"), ("Love, randomly, random 1", "random"))
-    }  # fmt: skip
+        (name, kind, 3, sign * 1.0): good(sign, 4)
+        for sign in (1, -1)
+        for name, kind in (
+            ("Hate", "steering"),
+            ("Hate, random 1", "random"),
+            ("Love, randomly", "steering"),
+            ("Love, randomly, random 1", "random"),
+        )
+    }
     assert works(window(strong, steering="Love")) == ALL
     with pytest.raises(
         ValueError, match="expected one of 'Love', 'Hate', 'Love, randomly' as steering, got None"
@@ -429,8 +462,14 @@ def test_other_steerings_are_no_controls_and_their_random_directions_neither():
 
 def test_no_cell_works():
     """Then nothing is recommended, and the sentence says what the best cell lacks."""
-    found = window({("Love", "steering", 4, sign * 2.0): [sign * move for move in (4.0, 4.0, 4.0, -1.0)] for sign in (1, -1)},
-                   {("Love", "steering", 4, 2.0): 1.5}, max_wrong_way=0.0)  # fmt: skip
+    found = window(
+        {
+            ("Love", "steering", 4, sign * 2.0): [sign * move for move in (4.0, 4.0, 4.0, -1.0)]
+            for sign in (1, -1)
+        },
+        {("Love", "steering", 4, 2.0): 1.5},
+        max_wrong_way=0.0,
+    )
     assert not works(found) and found.layer is None and found.coeff is None
     assert (
         found.reason
@@ -462,12 +501,15 @@ quarters = st.integers(-3, 6).map(lambda number: number / 4)
     data=st.data(),
     layers=st.integers(1, 3),
     sizes=st.integers(1, 3),
-    signs=st.sampled_from([(1,), (-1,), (1, -1)]),  # fmt: skip
+    signs=st.sampled_from([(1,), (-1,), (1, -1)]),
     min_effect=st.none() | st.sampled_from([-1.0, 0.25, 1.0]),
     max_wrong_way=st.sampled_from([0.0, 0.25, 0.5]),
 )
 def test_what_is_recommended_works(data, layers, sizes, signs, min_effect, max_wrong_way):
-    """Some cell is recommended if and only if one meets all conditions: of those with the most such neighbours, a strongest one."""
+    """Some cell is recommended if and only if one meets all conditions.
+
+    Of those with the most such neighbours, a strongest one.
+    """
     grid = [(layer, size) for layer in range(layers) for size in range(1, sizes + 1)]
     cells = [
         ("Love", "steering", layer, float(sign * size)) for layer, size in grid for sign in signs
@@ -539,7 +581,10 @@ def framed(axes, layers: list[int], coeffs: list[float]) -> set[tuple[int, float
 
 
 def test_heat_maps_frame_the_window():
-    """In both pictures; a star stands in the cell that is recommended, and each cell says its number."""
+    """In both pictures.
+
+    A star stands in the cell that is recommended, and each cell says its number.
+    """
     found = window(
         {("Love", "steering", 4, 1.0): good(1, 0.2)}, {("Love", "steering", 2, -2.0): 1.4}
     )
@@ -562,7 +607,7 @@ def test_heat_maps_frame_the_window():
 
 
 def test_heat_maps_of_nothing():
-    """No cell works: no frame and no star. A cell that was not swept, or has no number, stays empty."""
+    """No frame and no star. A cell that was not swept, or has no number, stays empty."""
     none = plot_heat_map(window(min_effect=9.0))
     assert not any(axes.patches or axes.lines for axes in none.axes)
     cells = [cell for cell in CELLS if cell[2:] not in {(2, 1.0), (2, -1.0)}]
@@ -588,7 +633,10 @@ def test_colours_of_a_heat_map_are_those_of_finite_numbers():
 
 
 def test_plot_effect():
-    """A line for each steering through the unsteered mean at 0, with its standard error; controls share one entry of the legend."""
+    """A line for each steering through the unsteered mean at 0, with its standard error.
+
+    Controls share one entry of the legend.
+    """
     moved = {
         ("Love", "steering", 3, coeff): [coeff, coeff / 2, 0.0, 0.0] for coeff in (-2.0, 1.0, 2.0)
     }
@@ -624,7 +672,10 @@ def test_plot_effect_has_colours_for_many():
 
 @pytest.mark.parametrize("signs", [(1, -1), (1,), (-1,)])
 def test_plot_prompts(signs):
-    """Each prompt unsteered and steered, those that moved furthest on top, and at the bottom the one that went astray."""
+    """Each prompt unsteered and steered, those that moved furthest on top.
+
+    At the bottom the one that went astray.
+    """
     up = [0.25, 1.0, 0.5, -0.25]
     rows = rows_of(
         {("Love", "steering", 3, 2.0 * sign): [sign * move for move in up] for sign in signs}
@@ -651,12 +702,23 @@ LONG = "I talk about weddings constantly - I do not talk about weddings constant
 
 @pytest.mark.parametrize("layers, sizes", [(1, 1), (3, 2), (12, 10)])
 def test_no_text_is_cut_and_none_lies_on_another(monkeypatch, layers, sizes):
-    """With few cells and with many, and with long prompts and names: all of it lies within the picture, labels and numbers apart."""
+    """With few cells and with many, and with long prompts and names.
+
+    All of it lies within the picture, labels and numbers apart.
+    """
     grid = [(layer, size / 4) for layer in range(layers) for size in range(1, sizes + 1)]
     moved = {
-        (name, kind, layer, sign * size): good(sign, -0.01 if layer else 12.5) for layer, size in grid for sign in (1, -1)
-        for name, kind in ((LONG, "steering"), ("Love - Hate", "steering"), ("b" * 120, "steering"), ("w", "control"), (f"{LONG}, random 1", "random"))
-    }  # fmt: skip
+        (name, kind, layer, sign * size): good(sign, -0.01 if layer else 12.5)
+        for layer, size in grid
+        for sign in (1, -1)
+        for name, kind in (
+            (LONG, "steering"),
+            ("Love - Hate", "steering"),
+            ("b" * 120, "steering"),
+            ("w", "control"),
+            (f"{LONG}, random 1", "random"),
+        )
+    }
     costs = costs_of({cell: 1.0 + cell[2] for cell in moved})
     rows = rows_of(moved)
     rows["prompt"] = rows["prompt"].map(
@@ -679,9 +741,11 @@ def test_no_text_is_cut_and_none_lies_on_another(monkeypatch, layers, sizes):
         ),
     )
     for figure in (
-        plot_heat_map(working_window(rows, costs, "tone", LONG), LONG), plot_effect(rows, "tone", 0, "positive minus negative share", LONG),
-        plot_prompts(rows, "tone", LONG, 0, 0.25, "positive minus negative share", LONG), plot_moves(tones, LONG),
-    ):  # fmt: skip
+        plot_heat_map(working_window(rows, costs, "tone", LONG), LONG),
+        plot_effect(rows, "tone", 0, "positive minus negative share", LONG),
+        plot_prompts(rows, "tone", LONG, 0, 0.25, "positive minus negative share", LONG),
+        plot_moves(tones, LONG),
+    ):
         figure.canvas.draw()
         drawn.clear()
         figure.canvas.draw()
@@ -702,7 +766,10 @@ def test_no_text_is_cut_and_none_lies_on_another(monkeypatch, layers, sizes):
 
 
 def test_conditions_differ_by_the_steering_only(model, tokenizer):
-    """The same seed for all: an empty condition is the unsteered one, and a vector of no length as well."""
+    """The same seed for all.
+
+    An empty condition is the unsteered one, and a vector of no length as well.
+    """
     nothing = SteeringVector({2: torch.ones(128)}).apply(model, multiplier=0.0)
     tones = tone_by_prompt(
         model,

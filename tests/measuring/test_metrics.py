@@ -79,7 +79,10 @@ def plain_losses(model, tokenizer, text: str) -> torch.Tensor:
 
 @given(texts=texts_of_words, rows=st.lists(st.integers(0, 3), min_size=5, max_size=5))
 def test_a_metric_sees_the_joined_texts_and_the_table_given_stays(texts, rows):
-    """Values stand beside their rows whatever the index, the index is kept, and nothing is done to the table given."""
+    """Values stand beside their rows whatever the index, the index is kept.
+
+    Nothing is done to the table given.
+    """
     data = pd.DataFrame(
         {"prompts": texts, "completions": [text[::-1] for text in texts], "other": 1},
         index=rows[: len(texts)],
@@ -209,7 +212,10 @@ PIECES = [
 
 
 def naive_count(words: list[str], text: str, case_sensitive: bool) -> int:
-    """Walk through a text; where a word begins that stands whole, count the longest and go on behind it."""
+    """Walk through a text.
+
+    Where a word begins that stands whole, count the longest and go on behind it.
+    """
     words, text = (
         (words, text) if case_sensitive else ([word.lower() for word in words], text.lower())
     )
@@ -324,7 +330,10 @@ def test_no_texts_have_no_shares():
 
 
 def test_weights_of_words():
-    """Whole words and words of several parts, in any case; those that are not in the list weigh nothing."""
+    """Whole words and words of several parts, in any case.
+
+    Those that are not in the list weigh nothing.
+    """
     metric = get_sentiment_metric({"Good": 1, "very good": 2.5, "bad": -1, "don't": -0.5})
     assert metric(["Good, good BAD", "a very GOOD badge", "I don't", "", "ſ"]) == [
         1,
@@ -506,7 +515,10 @@ def test_a_text_longer_than_the_model_is_named(model, tokenizer, steering):
 
 @given(texts=texts_of_words, batch_size=st.integers(1, 4))
 def test_logprobs_along_a_text(model, tokenizer, steering, texts, batch_size):
-    """The log-probability is minus the steered loss, its change the difference of two losses; batches change nothing."""
+    """The log-probability is minus the steered loss, its change the difference of two losses.
+
+    Batches change nothing.
+    """
     found = get_logprob_metric(model, tokenizer, steering, batch_size)(texts)
     steered, plain = (
         np.array(get_loss_metric(model, tokenizer, steering=how)(texts)) for how in (steering, None)
@@ -526,7 +538,10 @@ def test_logprobs_along_a_text(model, tokenizer, steering, texts, batch_size):
 
 
 def test_kl_is_the_mean_over_the_tokens(model, tokenizer, steering):
-    """Of the distributions that predict a token of the text: behind BOS, but not behind the last token."""
+    """Of the distributions that predict a token of the text.
+
+    Behind BOS, but not behind the last token.
+    """
     for text in TEXTS:
         ids = torch.tensor([with_bos(tokenizer, text)])
         with torch.no_grad():
@@ -556,7 +571,10 @@ def test_coefficient_0_changes_nothing(model, tokenizer):
     shift=st.floats(-5, 5),
 )
 def test_kl_divergence(rows, shift):
-    """As torch has it; never negative, 0 for the same distribution, and the same for logits and log-probabilities."""
+    """As torch has it; never negative, 0 for the same distribution.
+
+    The same for logits and log-probabilities.
+    """
     q, p = torch.tensor(rows)
     expected = torch.nn.functional.kl_div(
         p.double().log_softmax(-1), q.double().log_softmax(-1), log_target=True, reduction="sum"
@@ -583,9 +601,10 @@ def test_kl_divergence_is_never_negative():
 def test_a_model_in_bf16_is_measured_in_fp32(tokenizer):
     """Its logits are coarse; what is computed from them is not made coarser."""
     other = tiny_model("GPT-2", len(tokenizer)).bfloat16()
-    steering = lambda: apply_activation_additions(
-        other, tokenizer, get_x_vector("Love", "Hate", 3, 2)
-    )
+
+    def steering():
+        return apply_activation_additions(other, tokenizer, get_x_vector("Love", "Hate", 3, 2))
+
     for text in TEXTS:
         (found,) = token_logprobs(other, tokenizer, [text])
         assert found.dtype == torch.float32 and torch.allclose(
@@ -622,9 +641,10 @@ def test_the_model_is_as_it_was(model, tokenizer, steering):
     get_loss_metric(model, tokenizer, steering=steering)(TEXTS)
     get_logprob_metric(model, tokenizer, steering)(TEXTS)
     assert_pristine(model, before)
-    too_long = lambda: apply_activation_additions(
-        model, tokenizer, get_x_vector(TEXTS[2], TEXTS[0], 1, 4)
-    )
+
+    def too_long():
+        return apply_activation_additions(model, tokenizer, get_x_vector(TEXTS[2], TEXTS[0], 1, 4))
+
     for metric in (
         get_loss_metric(model, tokenizer, steering=too_long),
         get_logprob_metric(model, tokenizer, too_long),

@@ -1,4 +1,7 @@
-"""Next-token probabilities: how the divergence splits, which tokens changed, and what the pictures draw."""
+"""Next-token probabilities.
+
+How the divergence splits, which tokens changed, and what the pictures draw.
+"""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -156,7 +159,10 @@ def test_other_words_are_refused(tokenizer, words, says):
 
 @given(prompt=prompts, coeff=st.floats(-4, 4), by=st.sampled_from(["kl", "probability"]))
 def test_shares_of_all_tokens_are_the_divergence(model, tokenizer, prompt, coeff, by):
-    """The column `kl` over the whole vocabulary sums to the divergence, and the probabilities to 1."""
+    """The column `kl` over the whole vocabulary sums to the divergence.
+
+    The probabilities to 1.
+    """
 
     def steering():
         return apply_activation_additions(model, tokenizer, get_x_vector("Love", "Hate", coeff, 3))
@@ -189,7 +195,10 @@ def test_columns_of_the_changed_tokens(model, tokenizer, steering):
 
 @pytest.mark.parametrize("by", ["kl", "probability", "logprob"])
 def test_orders(model, tokenizer, steering, by):
-    """The largest first, and none that is left out is larger than the last; differences by their size."""
+    """The largest first, and none that is left out is larger than the last.
+
+    Differences by their size.
+    """
     p, q = (
         next_token_probs(model, tokenizer, PROMPT, how)[-1].double() for how in (None, steering)
     )
@@ -260,7 +269,10 @@ def test_unknown_orders_and_counts_are_refused(model, tokenizer, steering, given
     )
 )
 def test_the_divergence_splits(logits):
-    """It is disruption plus the divergence of the two shares, with disruption as it is defined, and none of them negative."""
+    """It is disruption plus the divergence of the two shares, with disruption as it is defined.
+
+    None of them negative.
+    """
     p, q, members = (torch.tensor(column) for column in zip(*logits))
     p, q = p.double().softmax(-1), q.double().softmax(-1)
     found = split_divergence(p, q, members)
@@ -342,9 +354,10 @@ def test_every_position_of_a_prompt(model, tokenizer, prompt, coeff, words):
 
 def test_the_wedding_vector_is_effective(model, tokenizer, steering):
     """Words of weddings become likelier, and its opposite makes them less likely."""
-    away = lambda: apply_activation_additions(
-        model, tokenizer, get_x_vector(" weddings", "", -2, 3)
-    )
+
+    def away():
+        return apply_activation_additions(model, tokenizer, get_x_vector(" weddings", "", -2, 3))
+
     found = [
         effectiveness_and_disruption(model, tokenizer, PROMPT, how, ALIGNED)["effectiveness"].iloc[
             -1
@@ -355,15 +368,18 @@ def test_the_wedding_vector_is_effective(model, tokenizer, steering):
 
 
 def test_coefficient_0_is_neither_effective_nor_disruptive(model, tokenizer):
-    nothing = lambda: apply_activation_additions(
-        model, tokenizer, get_x_vector("Love", "Hate", 0, 3)
-    )
+    def nothing():
+        return apply_activation_additions(model, tokenizer, get_x_vector("Love", "Hate", 0, 3))
+
     frame = effectiveness_and_disruption(model, tokenizer, PROMPT, nothing, ALIGNED)
     assert (frame[["effectiveness", "disruption", "kl"]] == 0).all(axis=None)
 
 
 def test_words_by_position(model, tokenizer, steering):
-    """A position with words has its row of the whole, another one is all disruption; no words at all are the same."""
+    """A position with words has its row of the whole, another one is all disruption.
+
+    No words at all are the same.
+    """
     whole = effectiveness_and_disruption(model, tokenizer, PROMPT, steering, ALIGNED)
     some = effectiveness_and_disruption(
         model, tokenizer, PROMPT, steering, {4: ALIGNED, 7: ["garden"], 6: []}
@@ -483,7 +499,10 @@ def test_any_token_can_be_a_label(tokens, tmp_path):
 
 
 def faults(figure) -> list[tuple[str, str]]:
-    """The texts of a picture that are cut, the level ones that overlap, and the legend where it lies on the plot."""
+    """The texts of a picture that are cut, the level ones that overlap.
+
+    The legend where it lies on the plot.
+    """
     figure.canvas.draw()
     (axes,), (legend,) = figure.axes, figure.legends
     ticks = [

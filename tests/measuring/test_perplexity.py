@@ -1,4 +1,7 @@
-"""Perplexity of a corpus: which tokens count, under which condition, and what steering gains and costs."""
+"""Perplexity of a corpus.
+
+Which tokens count, under which condition, and what steering gains and costs.
+"""
 
 import copy
 import itertools
@@ -131,7 +134,10 @@ def test_sentences(text, expected):
     st.lists(st.sampled_from([*"aB.!?\"')]”’ \n\u2028", "Mr. ", "e.g. "]), max_size=30).map("".join)
 )
 def test_sentences_lose_nothing(text):
-    """Words come out as they went in, whatever abbreviations do; a piece is never empty, and has no space around it."""
+    """Words come out as they went in, whatever abbreviations do.
+
+    A piece is never empty, and has no space around it.
+    """
     pieces = split_sentences(text)
     assert " ".join(pieces).split() == text.split()
     assert all(piece and piece == piece.strip() for piece in pieces)
@@ -161,7 +167,10 @@ def whole_row(tokenizer, texts: list[str]) -> list[int]:
 @example(texts=["I love the old garden"], window=5, data=None)
 @example(texts=["I love the old garden"], window=4, data=None)
 def test_every_token_counts_once(tokenizer, texts, window, data):
-    """In order, whatever the lengths, the window and the stride; BOS is in front of each piece, and no piece is for nothing."""
+    """In order, whatever the lengths, the window and the stride.
+
+    BOS is in front of each piece, and no piece is for nothing.
+    """
     stride = data.draw(st.integers(1, window)) if data else window
     pieces, known = split_corpus(tokenizer, texts, "token", window, stride)
     row = whole_row(tokenizer, texts)
@@ -190,7 +199,10 @@ def test_tokens_of_windows(model, tokenizer, texts, window, data):
 
 
 def test_windows_that_overlap_know_more(model, tokenizer):
-    """The same tokens, with more in front of them: on text that the model knows, a lower perplexity."""
+    """The same tokens, with more in front of them.
+
+    On text that the model knows, a lower perplexity.
+    """
     texts = list(itertools.islice(grammar.documents(777_000_112), 40))
     apart, overlapping = (
         get_stats_over_corpus(
@@ -313,7 +325,10 @@ def test_masks_and_windows(tokenizer, model, window, mask_len, data):
 
 @pytest.mark.parametrize("mask_len", [0, 2])
 def test_a_prompt_does_not_count(model, tokenizer, mask_len):
-    """It stands between BOS and each sentence; the tokens that count are those that count without it."""
+    """It stands between BOS and each sentence.
+
+    The tokens that count are those that count without it.
+    """
     prompt = " I talk about weddings."
     stats, plain = (
         get_stats_over_corpus(model, tokenizer, ON, how, mask_len=mask_len)
@@ -395,7 +410,10 @@ def conditions(model, additions):
 
 
 def test_columns_of_the_ratios(model, tokenizer, conditions):
-    """The ratio is that of two perplexities on the same tokens; by default the longest addition is masked."""
+    """The ratio is that of two perplexities on the same tokens.
+
+    By default the longest addition is masked.
+    """
     texts = {"on": ON, "off": OFF}
     frame = perplexity_ratios(model, tokenizer, texts, conditions)
     assert list(frame.columns) == [
@@ -449,7 +467,10 @@ def test_settings_reach_the_corpus(model, tokenizer, additions):
 
 
 def test_intervals(model, tokenizer, additions):
-    """Around the ratio, the same for the same seed, and the ratio whatever the seed; the same text again makes them narrower."""
+    """Around the ratio, the same for the same seed, and the ratio whatever the seed.
+
+    The same text again makes them narrower.
+    """
     texts, conditions = (
         {"off": list(itertools.islice(grammar.documents(777_000_113), 12))},
         {"steering": additions, "prompting": " weddings"},
@@ -471,7 +492,10 @@ def test_intervals(model, tokenizer, additions):
 
 @pytest.mark.parametrize(("pieces", "expected"), [(5, 0.91), (8, 0.94), (20, 0.94)])
 def test_intervals_hold_the_truth_as_often_as_the_docstring_says(pieces, expected):
-    """Pieces of 3 to 30 tokens, half with the noise in each token and half with it in each piece, and a known true ratio."""
+    """Pieces of 3 to 30 tokens, half with the noise in each token and half with it in each piece.
+
+    A known true ratio.
+    """
     rng, truth, hits = np.random.default_rng(0), math.exp(-0.05), 0
     for case in range(1200):
         lengths = rng.integers(3, 31, size=pieces)
@@ -516,7 +540,10 @@ def test_intervals_are_as_wide_as_the_standard_error_says(model, tokenizer, addi
 
 
 def test_long_pieces_weigh_more_in_an_interval(model, tokenizer, additions):
-    """A token is a token: where long pieces and short ones differ, the interval lies around the ratio of all tokens."""
+    """A token is a token.
+
+    Where long pieces and short ones differ, the interval lies around the ratio of all tokens.
+    """
     documents = list(itertools.islice(grammar.documents(777_000_114), 40))
     long = [
         re.sub("[.!?]", ",", " ".join(documents[start : start + 4])) + "."
@@ -619,7 +646,10 @@ def test_ratios_need_names(model, tokenizer, texts, conditions):
 @pytest.mark.parametrize("split_method", ["sentence", "token"])
 @pytest.mark.parametrize("stride", [32, 8])
 def test_without_bos_the_pieces_are_the_same(tokenizer, split_method, stride):
-    """A tokenizer without BOS, and one that is told to leave it out: the pieces and what counts of them, one place earlier."""
+    """A tokenizer without BOS, and one that is told to leave it out.
+
+    The pieces and what counts of them, one place earlier.
+    """
     other = copy.deepcopy(tokenizer)
     other.bos_token = None
     pieces, known = split_corpus(tokenizer, OFF, split_method, stride=stride)
@@ -678,7 +708,10 @@ def drawn(figure) -> tuple[list[float], list[tuple[float, float]], list[str]]:
 
 
 def test_the_picture_is_the_table(model, tokenizer, conditions):
-    """One line for each row: point, interval, number and label; the colour says on which side of 1 the interval lies."""
+    """One line for each row: point, interval, number and label.
+
+    The colour says on which side of 1 the interval lies.
+    """
     frame = perplexity_ratios(model, tokenizer, {"on": ON, "off": OFF}, conditions)
     frame.loc[0, ["ratio", "low", "high"]] = 0.8, 0.7, 0.9
     frame.loc[1, ["ratio", "low", "high"]] = 1.2, 1.1, 1.4
@@ -728,7 +761,10 @@ def test_intervals_that_are_no_intervals_are_drawn(tmp_path):
 
 
 def test_steering_towards_weddings_makes_them_likelier_and_leaves_the_rest(model, tokenizer):
-    """On sentences that no training has seen: those with a wedding word, and those of documents without any."""
+    """On sentences that no training has seen.
+
+    Those with a wedding word, and those of documents without any.
+    """
     on, off = grammar.topic_sentences(777_000_111, 500, 1000)
     conditions = {"steering": topic_vector(model).additions(tokenizer), "prompting": " weddings"}
     frame = perplexity_ratios(model, tokenizer, {"on": on, "off": off}, conditions)

@@ -43,7 +43,10 @@ def additions():
     seed=st.integers(0, 999),
 )
 def test_samples_follow_the_softmax(logits, cut, seed):
-    """Shares of 4000 samples lie within five standard errors of the probabilities; what is cut off never comes."""
+    """Shares of 4000 samples lie within five standard errors of the probabilities.
+
+    What is cut off never comes.
+    """
     logits, count = torch.tensor(logits), 4000
     logits[cut % len(logits)] = -torch.inf
     scores = SeededSampling([(seed, row) for row in range(count)])(
@@ -56,7 +59,10 @@ def test_samples_follow_the_softmax(logits, cut, seed):
 
 @given(order=st.permutations(range(3)))
 def test_a_row_gets_its_text_in_any_batch(model, tokenizer, order):
-    """Whatever else is in the batch, in whatever order, with whatever padding; with penalties that count tokens as well."""
+    """Whatever else is in the batch, in whatever order, with whatever padding.
+
+    With penalties that count tokens as well.
+    """
     texts = complete_ids(model, tokenizer, [PROMPTS[i] for i in order], [(7, i) for i in order])
     for place, i in enumerate(order):
         assert texts[place] == complete_ids(model, tokenizer, [PROMPTS[i]], [(7, i)])[0]
@@ -189,7 +195,10 @@ def test_bos_is_in_front_once(tokenizer):
 
 
 def test_columns_and_loss(model, tokenizer, additions):
-    """The loss is that of the whole text, under the steering, beside the unsteered one; as a plain pass gives it."""
+    """The loss is that of the whole text, under the steering, beside the unsteered one.
+
+    As a plain pass gives it.
+    """
     frame = gen_using_activation_additions(
         model,
         tokenizer,
@@ -272,7 +281,10 @@ def test_loss_of_a_padded_row_is_its_own(model, tokenizer):
 
 
 def test_without_additions_both_halves_are_equal(model, tokenizer):
-    """Coefficient 0 steers nothing, and the same seed gives the same texts: they differ by the steering only."""
+    """Coefficient 0 steers nothing, and the same seed gives the same texts.
+
+    They differ by the steering only.
+    """
     frame = gen_normal_and_modified(
         model,
         tokenizer,

@@ -1,4 +1,4 @@
-"""Laws of `common.places.positions` and `common.texts.generation`, which every notebook leans on."""
+"""Positions of padded prompts, and completions: the laws that every notebook leans on."""
 
 import copy
 
@@ -23,7 +23,7 @@ masks = st.integers(1, 12).flatmap(
 
 @given(masks)
 def test_positions_count_real_tokens_from_zero(rows):
-    """With padding on the left, the real tokens of each row are numbered 0, 1, 2 … and padding gets 0."""
+    """With padding on the left, the tokens of each row are numbered 0, 1, 2 …; padding gets 0."""
     width, lengths = rows
     mask = torch.stack([(torch.arange(width) >= width - length).long() for length in lengths])
     for kind in (mask, mask.bool()):
@@ -42,7 +42,10 @@ def test_inputs_keep_what_the_tokenizer_gave(batch):
 
 
 def test_plain_forward_needs_positions(model, batch):
-    """The trap behind it: without position ids the logits of padded rows are wrong, and only theirs."""
+    """The trap behind it.
+
+    Without position ids the logits of padded rows are wrong, and only theirs.
+    """
     real = batch["attention_mask"].bool()
     with torch.no_grad():
         plain = model(**batch).logits
@@ -95,7 +98,10 @@ def test_completions_are_the_new_text(model, tokenizer, batch):
 
 @given(data=st.data(), penalty=st.floats(0, 5))
 def test_frequency_penalty_lowers_by_the_count(data, penalty):
-    """A token that occurred n times loses n · penalty; row by row; the given scores are not changed."""
+    """A token that occurred n times loses n · penalty.
+
+    Row by row; the given scores are not changed.
+    """
     rows, vocab = data.draw(st.integers(1, 3)), 7
     ids = torch.tensor(
         data.draw(
@@ -136,21 +142,74 @@ def test_frequency_penalty_takes_effect_in_generate(model, batch):
 # What a checkpoint may bring along, each value one that changes or stops what is written where it
 # is obeyed.
 FROM_A_CHECKPOINT = {
-    "max_length": 3, "max_new_tokens": 2, "min_length": 60, "min_new_tokens": 12, "early_stopping": True, "max_time": 0.0, "stop_strings": ["e", " "],
-    "do_sample": True, "num_beams": 3, "use_mtp": True, "use_cache": False, "cache_implementation": "static", "cache_config": {"max_cache_len": 4},
-    "max_cache_len": 4, "temperature": 9.0, "top_k": 3, "top_p": 0.1, "min_p": 0.9, "top_h": 0.1, "typical_p": 0.1, "epsilon_cutoff": 0.9,
-    "eta_cutoff": 0.9, "repetition_penalty": 5.0, "encoder_repetition_penalty": 0.2, "length_penalty": -3.0, "no_repeat_ngram_size": 1,
-    "renormalize_logits": True, "forced_bos_token_id": 7, "forced_eos_token_id": 7, "remove_invalid_values": True,
-    "exponential_decay_length_penalty": (1, 9.0), "suppress_tokens": list(range(8, 1500)), "begin_suppress_tokens": list(range(8, 1500)),
-    "bad_words_ids": [[token] for token in range(8, 1500)], "sequence_bias": {(9,): 50.0}, "token_healing": True, "guidance_scale": 3.0,
-    "watermarking_config": WatermarkingConfig(bias=50.0), "num_return_sequences": 3, "output_attentions": True, "output_hidden_states": True,
-    "output_scores": True, "output_logits": True, "return_dict_in_generate": True, "encoder_no_repeat_ngram_size": 1, "is_assistant": True,
-    "num_assistant_tokens": 3, "num_assistant_tokens_schedule": "heuristic", "assistant_confidence_threshold": 0.9, "prompt_lookup_num_tokens": 3,
-    "max_matching_ngram_size": 2, "assistant_early_exit": 2, "assistant_lookbehind": 2, "target_lookbehind": 2, "assistant_ensemble_weight": 0.5,
-    "speculation_type": "prompt_lookup", "compile_config": CompileConfig(), "disable_compile": True, "low_memory": True, "penalty_alpha": 0.6,
-    "dola_layers": "high", "diversity_penalty": 3.0, "num_beam_groups": 3, "constraints": [object()], "force_words_ids": [[9]], "prefill_chunk_size": 2,
+    "max_length": 3,
+    "max_new_tokens": 2,
+    "min_length": 60,
+    "min_new_tokens": 12,
+    "early_stopping": True,
+    "max_time": 0.0,
+    "stop_strings": ["e", " "],
+    "do_sample": True,
+    "num_beams": 3,
+    "use_mtp": True,
+    "use_cache": False,
+    "cache_implementation": "static",
+    "cache_config": {"max_cache_len": 4},
+    "max_cache_len": 4,
+    "temperature": 9.0,
+    "top_k": 3,
+    "top_p": 0.1,
+    "min_p": 0.9,
+    "top_h": 0.1,
+    "typical_p": 0.1,
+    "epsilon_cutoff": 0.9,
+    "eta_cutoff": 0.9,
+    "repetition_penalty": 5.0,
+    "encoder_repetition_penalty": 0.2,
+    "length_penalty": -3.0,
+    "no_repeat_ngram_size": 1,
+    "renormalize_logits": True,
+    "forced_bos_token_id": 7,
+    "forced_eos_token_id": 7,
+    "remove_invalid_values": True,
+    "exponential_decay_length_penalty": (1, 9.0),
+    "suppress_tokens": list(range(8, 1500)),
+    "begin_suppress_tokens": list(range(8, 1500)),
+    "bad_words_ids": [[token] for token in range(8, 1500)],
+    "sequence_bias": {(9,): 50.0},
+    "token_healing": True,
+    "guidance_scale": 3.0,
+    "watermarking_config": WatermarkingConfig(bias=50.0),
+    "num_return_sequences": 3,
+    "output_attentions": True,
+    "output_hidden_states": True,
+    "output_scores": True,
+    "output_logits": True,
+    "return_dict_in_generate": True,
+    "encoder_no_repeat_ngram_size": 1,
+    "is_assistant": True,
+    "num_assistant_tokens": 3,
+    "num_assistant_tokens_schedule": "heuristic",
+    "assistant_confidence_threshold": 0.9,
+    "prompt_lookup_num_tokens": 3,
+    "max_matching_ngram_size": 2,
+    "assistant_early_exit": 2,
+    "assistant_lookbehind": 2,
+    "target_lookbehind": 2,
+    "assistant_ensemble_weight": 0.5,
+    "speculation_type": "prompt_lookup",
+    "compile_config": CompileConfig(),
+    "disable_compile": True,
+    "low_memory": True,
+    "penalty_alpha": 0.6,
+    "dola_layers": "high",
+    "diversity_penalty": 3.0,
+    "num_beam_groups": 3,
+    "constraints": [object()],
+    "force_words_ids": [[9]],
+    "prefill_chunk_size": 2,
     "continuous_batching_config": object(),
-}  # fmt: skip
+}
 NO_SETTINGS = {
     "pad_token_id",
     "bos_token_id",
@@ -243,6 +302,9 @@ def test_options_of_sampling_count(model, batch):
     ],
 )
 def test_options_that_sampling_would_pass_over_are_refused(model, batch, options):
-    """Its random numbers belong to the rows: `generate` must not draw on top, and settings for that drawing mean nothing."""
+    """Its random numbers belong to the rows.
+
+    `generate` must not draw on top, and settings for that drawing mean nothing.
+    """
     with pytest.raises(ValueError, match=next(iter(options))):
         sample(model, batch, [1, 2, 3], **options)

@@ -1,4 +1,4 @@
-"""Steering at some positions falls on the same tokens however a text is generated, or is refused by name."""
+"""Steering falls on the same tokens however a text is generated, or is refused by name."""
 
 import copy
 import inspect
@@ -64,7 +64,10 @@ def steering(model, place: str) -> AbstractContextManager:
 
 
 def assert_same_text(model, inputs, place: str, **options) -> None:
-    """The text is that of plain generation under the same steering, and it is not the unsteered one."""
+    """The text is that of plain generation under the same steering.
+
+    It is not the unsteered one.
+    """
     with steering(model, place):
         wanted, found = (
             model.generate(**inputs, **OPTIONS),
@@ -99,14 +102,20 @@ def test_other_ways_to_generate(model, tokenizer, place):
 
 @pytest.mark.parametrize("place", ["the last", "from the last but one", "mid"])
 def test_drafts(tokenizer, place):
-    """Of another model, and of a model's own first layers, whose `generate` is called within its `generate`."""
+    """Of another model.
+
+    Of a model's own first layers, whose `generate` is called within its `generate`.
+    """
     llama, one = tiny_model("Llama", len(tokenizer)), encode(tokenizer, TEXTS[:1])
     assert_same_text(llama, one, place, assistant_early_exit=2)
     assert_same_text(llama, one, place, assistant_model=copy_sharing_weights(llama))
 
 
 def test_drafts_are_steered_like_their_text(tokenizer):
-    """Drafts of all layers are the text itself, so each is taken, and it takes as few passes as without steering."""
+    """Drafts of all layers are the text itself, so each is taken.
+
+    It takes as few passes as without steering.
+    """
     llama, one, passes = tiny_model("Llama", len(tokenizer)), encode(tokenizer, TEXTS[:1]), []
     options = {
         **OPTIONS,
@@ -142,7 +151,10 @@ def test_several_sequences_of_each_prompt(model, tokenizer, place, several):
 
 @pytest.mark.parametrize("place", ["the last", "from the fourth", "front"])
 def test_prompts_without_mask_and_as_embeddings(model, tokenizer, place):
-    """Where no mask is given transformers finds the padding, and that counts; embeddings are a prompt as well."""
+    """Where no mask is given transformers finds the padding, and that counts.
+
+    Embeddings are a prompt as well.
+    """
     inputs = encode(tokenizer, TEXTS)
     ids, padding = inputs["input_ids"], inputs["input_ids"].ne(model.generation_config.pad_token_id)
     chunks, embeddings = {"prefill_chunk_size": 2}, model.transformer.wte(ids)
@@ -163,7 +175,10 @@ def test_prompts_without_mask_and_as_embeddings(model, tokenizer, place):
 
 @pytest.mark.parametrize("place", ["from the last but one", "the last", "from the fourth"])
 def test_a_cache_that_holds_part_of_the_prompt(model, tokenizer, place):
-    """The prompt is all that `generate` is given or its mask spans, wherever the cache ends; chunks or not."""
+    """The prompt is all that `generate` is given or its mask spans, wherever the cache ends.
+
+    Chunks or not.
+    """
     inputs = encode(tokenizer, TEXTS[:1])
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     with torch.no_grad():
@@ -249,7 +264,10 @@ def continuously(model, prompts: list[list[int]]) -> list[list[int]]:
 
 
 def test_continuous_batching(tokenizer):
-    """Packed into one row, tokens from the front are found; those from the end are refused before anything runs."""
+    """Packed into one row, tokens from the front are found.
+
+    Those from the end are refused before anything runs.
+    """
     model = tiny_model("Llama", len(tokenizer))
     prompts = tokenizer(TEXTS)["input_ids"]
     with steering(model, "from the fourth"):
@@ -290,7 +308,7 @@ def recurrent(request, tokenizer):
     "place", ["the last", "the first and the fifth", "from the fourth", "front", "mid"]
 )
 def test_recurrent_models(recurrent, tokenizer, place):
-    """Their hidden states with the state are those without it, while they generate and when the text is read again."""
+    """Hidden states with the state are those without it, in generation and when read again."""
     # RWKV and RecurrentGemma read padding like text, so a row of their batches is not what it is
     # alone.
     inputs = encode(
@@ -339,7 +357,10 @@ def by_hand(model, ids: Tensor, cuts: list[int], cache: str) -> Tensor:
 
 @torch.no_grad()
 def test_recurrent_models_by_hand(tokenizer):
-    """A state that was filled under steering is counted; one that nobody counted is refused by name."""
+    """A state that was filled under steering is counted.
+
+    One that nobody counted is refused by name.
+    """
     ids, vector = (
         encode(tokenizer, TEXTS[:1])["input_ids"][:, :8],
         SteeringVector({1: direction(32)[0]}),
@@ -395,7 +416,10 @@ def test_a_longer_text_without_a_cache_is_a_prompt_of_its_own(model, tokenizer):
 
 @torch.no_grad()
 def test_each_cache_is_a_text_of_its_own(model, tokenizer):
-    """Two texts read in turn, a deep copy of a cache, a cache that is used again: each goes on where it ended."""
+    """Two texts read in turn, a deep copy of a cache, a cache that is used again.
+
+    Each goes on where it ended.
+    """
     texts = [encode(tokenizer, [text])["input_ids"] for text in TEXTS[:2]]
     with steering(model, "the last"):
         first = [model(ids[:, :3], use_cache=True) for ids in texts]
@@ -416,7 +440,10 @@ def test_each_cache_is_a_text_of_its_own(model, tokenizer):
 
 @torch.no_grad()
 def test_a_text_that_begins_unsteered(model, tokenizer):
-    """What was read while steering was suspended is no prompt: the text begins with the pass that is steered."""
+    """What was read while steering was suspended is no prompt.
+
+    The text begins with the pass that is steered.
+    """
     ids = encode(tokenizer, TEXTS[:1])["input_ids"]
     with steering(model, "the last"):
         model(ids[:, :2])
@@ -429,7 +456,10 @@ def test_a_text_that_begins_unsteered(model, tokenizer):
 
 @torch.no_grad()
 def test_rows_of_a_cache_that_was_repeated(model, tokenizer):
-    """Prompts of one length have it in every row; of different lengths it is not known whose a row is."""
+    """Prompts of one length have it in every row.
+
+    Of different lengths it is not known whose a row is.
+    """
     inputs = encode(tokenizer, TEXTS[:1] * 2)
     batch, new = encode(tokenizer, TEXTS), torch.tensor([[5]])
     with steering(model, "from the last but one"):
@@ -449,7 +479,10 @@ def test_rows_of_a_cache_that_was_repeated(model, tokenizer):
 
 @torch.no_grad()
 def test_a_cache_that_was_cut_begins_anew(model, tokenizer):
-    """Cut within its prompt, a cache holds the beginning of another one; cut behind it, the prompt is the same."""
+    """Cut within its prompt, a cache holds the beginning of another one.
+
+    Cut behind it, the prompt is the same.
+    """
     ids = encode(tokenizer, TEXTS[:1])["input_ids"]
     with steering(model, "the last"):
         cache = model(ids[:, :6], use_cache=True).past_key_values
@@ -506,7 +539,10 @@ def test_threads_have_each_their_own_passes(model, tokenizer, place):
 
 
 def test_generate_is_put_back(model, tokenizer):
-    """In whatever order blocks close, and after an exception; meanwhile the check for leftovers sees what stands there."""
+    """In whatever order blocks close, and after an exception.
+
+    Meanwhile the check for leftovers sees what stands there.
+    """
     before, vector = snapshot(model), SteeringVector({1: direction(128)[0]})
     handles = [vector.patch(model, token_indices=[-index]) for index in (1, 2, 3)]
     assert (
@@ -553,7 +589,10 @@ def test_a_model_within_a_model_is_not_watched(model, tokenizer):
 
 
 def test_another_method_in_the_place_of_generate_stays(model, tokenizer):
-    """What a user set on the model before is called, and is there again afterwards; what is set meanwhile stays."""
+    """What a user set on the model before is called, and is there again afterwards.
+
+    What is set meanwhile stays.
+    """
     own, calls = copy_sharing_weights(model), []
     own.generate = mine = lambda *args, **kwargs: (
         calls.append(1) or type(own).generate(own, *args, **kwargs)
