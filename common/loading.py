@@ -58,7 +58,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device | None = None,
 ) -> Loaded:
-    """Load a causal language model for steering and say in one line which.
+    """Load a causal language model for steering and say which.
 
     Args:
         name: `"embedded"`, the id of a model on the Hugging Face hub, or a local folder. Without
@@ -85,8 +85,8 @@ def load_model(
     other = "gpt2-xl" if name == EMBEDDED else EMBEDDED
     print(
         f"Loaded {'the embedded model' if name == EMBEDDED else name}: {type(model).__name__},"
-        f" {blocks} blocks x {width}, {str(dtype).removeprefix('torch.')} on {device.type}. Another"
-        f" one: load_model({other!r}), or {VARIABLE}={other}"
+        f" {blocks} blocks x {width}, {str(dtype).removeprefix('torch.')} on {device.type}.\n"
+        f"Another one: load_model({other!r}), or {VARIABLE}={other}"
     )
     return Loaded(model, tokenizer, preset_for(name, blocks))
 

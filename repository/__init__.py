@@ -1,1 +1,1 @@
-"""What keeps this collection: the notebooks as callables, their agreement, published figures, Colab, and the README."""
+"""What keeps this collection: the notebooks as callables, published figures, Colab, the README."""

@@ -131,7 +131,7 @@ def top_changed_tokens(
     )
     if by == "logprob":
         frame = frame[frame[["unsteered", "steered"]].max(axis=1) >= min_probability]
-    sizes = frame[orders[by]].to_numpy()
+    sizes = np.asarray(frame[orders[by]])
     order = np.argsort(-(sizes if by == "kl" else np.abs(sizes)), kind="stable")
     frame = frame.iloc[order[:count]].copy()
     frame.insert(0, "token", [tokenizer.decode([token]) for token in frame.index])

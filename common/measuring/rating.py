@@ -87,7 +87,7 @@ class RatingSession:
         self.path, self.total = Path(path), len(self._texts)
         self.question, self.scale = question, (scale[0], scale[1])
         self.values = range(scale[0], scale[1] + 1)
-        # An id that does not reveal the row number: in most tables the unsteered completions come first.
+        # An id that hides the row number: in most tables the unsteered completions come first.
         digest = hashlib.sha256(json.dumps(self._texts).encode()).hexdigest()
         ids = (hashlib.sha256(f"{digest} {row}".encode()) for row in range(self.total))
         self._rows = {name.hexdigest()[:16]: row for row, name in enumerate(ids)}

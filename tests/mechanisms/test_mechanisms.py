@@ -424,7 +424,7 @@ def test_bias_is_given_to_a_layer_without_one(llama, tokenizer, bias_editing, la
 
 @pytest.mark.parametrize("rows", [(3, 1), (1, 2), (2,)])
 def test_bias_refuses_what_it_cannot_do(model, bias_editing, rows):
-    """A vector for each row or position is refused, and nothing is changed; it has no `intervene`."""
+    """A vector for each row or position is refused, and nothing changes; it has no `intervene`."""
     before = snapshot(model)
     with (
         pytest.raises(ValueError, match="expected a steering vector of shape"),

@@ -561,9 +561,14 @@ def test_generate_is_put_back(model, tokenizer):
     with vector.apply(model, token_indices=[-3]):
         assert torch.equal(model.generate(**inputs, **OPTIONS), still)
     for place in ("the last", "back", "from the fourth"):
-        with pytest.raises(ValueError, match="boom"), steering(model, place):
-            model.generate(**encode(tokenizer, TEXTS), max_new_tokens=1)
-            raise ValueError("boom")
+
+        def fails(place=place):
+            with steering(model, place):
+                model.generate(**encode(tokenizer, TEXTS), max_new_tokens=1)
+                raise ValueError("boom")
+
+        with pytest.raises(ValueError, match="boom"):
+            fails()
     assert_pristine(model, before)
     with vector.apply(model):
         assert vars(model).keys() == vars(
