@@ -429,6 +429,26 @@ def test_limits_are_those_that_are_given():
     )
 
 
+def test_a_limit_is_allowed_itself():
+    """A ratio, or a share that went astray, that is exactly the limit."""
+    dear = {("Love", "steering", 3, 1.0): 1.3}
+    limit = window(ratios=dear, max_ratio=9).cells["ratio"].max()
+    assert works(window(ratios=dear, max_ratio=limit)) == ALL
+
+
+def test_a_name_is_no_pattern():
+    """The random directions of "Love (a+b)" are its controls."""
+    name, names = "Love (a+b)", {"Love": "Love (a+b)", "Love, random 1": "Love (a+b), random 1"}
+    moved = {cell: good(np.sign(cell[3])) for cell in CELLS}
+    moved |= {("Love, random 1", "random", *cell[2:]): good(1, 9) for cell in CELLS}
+    rows, costs = (
+        table.replace({"steering": names})
+        for table in (rows_of(moved), costs_of(dict.fromkeys(CELLS, 1.0)))
+    )
+    found = working_window(rows, costs, "tone", name)
+    assert not works(found) and found.cells["control"].notna().all()
+
+
 def test_one_sign_is_enough_where_only_one_was_swept():
     cells = [cell for cell in CELLS if cell[3] > 0]
     found = working_window(

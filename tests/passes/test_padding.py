@@ -1,5 +1,7 @@
 """Padding: rows of token ids in one batch, as the tokenizer pads where it has a pad token."""
 
+import copy
+
 import pytest
 import torch
 from odd_tokenizers import gpt2
@@ -25,3 +27,11 @@ def test_without_a_pad_token_the_end_of_text_pads():
     assert pad_id(tokenizer) == tokenizer.eos_token_id
     tokenizer.eos_token = None
     assert pad_id(tokenizer) == 0
+
+
+def test_pad_token_0_pads(tokenizer):
+    """It is an id like others, and not the absence of one."""
+    other = copy.deepcopy(tokenizer)
+    other.pad_token = other.convert_ids_to_tokens(0)
+    other.eos_token = other.convert_ids_to_tokens(5)
+    assert other.pad_token_id == 0 and pad_id(other) == 0

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from architectures import tiny_model
+from torch import nn
 
 from common import SteeringVector, assert_pristine, get_block, get_hidden, snapshot
 from common.passes.recording import record_pass, recording
@@ -69,3 +70,16 @@ def test_a_recorded_pass_ends_after_the_last_place():
     )
     handle.remove()
     assert found == {Site(0, "resid_pre"): (2, 5), Site(0, "resid_post"): (2, 5)} and not runs
+
+
+def test_an_input_by_keyword_is_seen():
+    """Some models call their blocks so."""
+
+    class Block(nn.Module):
+        def forward(self, hidden_states):
+            return hidden_states + 1
+
+    block, given, found = Block(), torch.ones(1, 2, 3), {}
+    with recording({"in": (block, "input"), "out": (block, "output")}, found.__setitem__):
+        block(hidden_states=given)
+    assert torch.equal(found["in"], given) and torch.equal(found["out"], given + 1)

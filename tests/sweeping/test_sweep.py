@@ -247,18 +247,25 @@ def test_bos_by_default_where_there_are_additions(model, tokenizer, vector, bos)
         ({"v": vector}, {}, False),
         ({"v": vector}, {"c": x_vector(tokenizer)}, True),
     ):
-        frame = sweep(
-            model,
-            tokenizer,
-            Grid(steering, [3], [1.0], controls=controls),
-            LONG,
-            sampling=GREEDY,
-            prepend_bos=bos,
-        )
-        expected = [
-            completed(model, tokenizer, prompt, default if bos is None else bos) for prompt in LONG
-        ]
+        grid, front = Grid(steering, [3], controls=controls), default if bos is None else bos
+        frame = sweep(model, tokenizer, grid, LONG, sampling=GREEDY, prepend_bos=bos)
+        expected = [completed(model, tokenizer, prompt, front) for prompt in LONG]
         assert frame[frame["kind"] == "unsteered"]["completion"].tolist() == expected
+        # The same greedy text can follow with and without BOS; the logits differ.
+        metrics = {"first": lambda steered, plain: plain[:, 0]}
+        frame = sweep_logits(model, tokenizer, grid, LONG, metrics, prepend_bos=bos)
+        expected = [
+            logits(model, encode(tokenizer, [prompt], front))[0, -1, 0].item() for prompt in LONG
+        ]
+        assert frame["first"][:2].tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_grid_by_default_and_of_an_iterator(vector):
+    """Coefficient 1 at the layers of the vectors; what can be read once is kept."""
+    grid = Grid({"v": vector})
+    assert grid.coeffs == (1.0,) and grid.layers is None and grid.random_controls == 0
+    grid = Grid({"v": vector}, iter([3, 1]), iter([2, -1]))
+    assert grid.layers == (3, 1) and grid.coeffs == (2.0, -1.0)
 
 
 def test_coefficient_0_is_unsteered(model, tokenizer, vector):
@@ -327,7 +334,7 @@ def seen_rows(monkeypatch) -> list:
 
 def test_random_controls_are_as_long_as_the_vector(model, tokenizer, monkeypatch):
     """At each layer and token; each has a direction of its own, the same at every call."""
-    lengths = {1: 2.0, 3: 5.0}
+    lengths = {1: 2.0, 2: 5.0}
     own = SteeringVector(
         {
             layer: length * torch.nn.functional.one_hot(torch.tensor(7), 128).float()
@@ -340,7 +347,7 @@ def test_random_controls_are_as_long_as_the_vector(model, tokenizer, monkeypatch
         sweep(
             model,
             tokenizer,
-            Grid({"v": own, "w": x_vector(tokenizer)}, [1, 3], [-1.0, 2.0], random_controls=2),
+            Grid({"v": own, "w": x_vector(tokenizer)}, [1, 2], [-1.0, 2.0], random_controls=2),
             LONG[:1],
             sampling=replace(GREEDY, max_new_tokens=1),
         )
@@ -359,6 +366,11 @@ def test_random_controls_are_as_long_as_the_vector(model, tokenizer, monkeypatch
                 and abs(torch.cosine_similarity(random, own.layer_activations[1], 0)) < 0.4
             )
         assert abs(torch.cosine_similarity(one, two, 0)) < 0.4
+    # Layer by layer, token by token, and from number to number they are others.
+    drawn = [row.vectors[0] for number in (0, 1) for row in rows[8 + 4 * number :][:4:2]]
+    drawn += list(rows[-1].vectors)
+    for one, two in itertools.combinations(drawn, 2):
+        assert abs(torch.cosine_similarity(one, two, 0)) < 0.5
     spans = [row for row in rows if row.location]
     assert len(spans) == 12
     for random in (spans[4:8], spans[8:]):
@@ -1332,6 +1344,10 @@ WRONG = {
     "vector with nan": (
         {"steering": {"v": SteeringVector({3: torch.full((128,), torch.nan)})}},
         "nan or inf in 'v' at layer 3",
+    ),
+    "a large coefficient below 0": (
+        {"steering": {"v": SteeringVector({3: torch.full((128,), 10.0)})}, "coeffs": [1, -1e38]},
+        "'v' at layer 3 holds 1e.39",
     ),
     "another layer type": ({"steering": {"v": mlp(a_vector())}}, "'v' acts on 'mlp'"),
     "additions elsewhere": (

@@ -29,6 +29,11 @@ def test_no_direction_is_favoured():
     assert cosines.abs().max() < 0.25
 
 
+def test_directions_are_even_on_the_circle():
+    """Normalised draws from a square crowd at its corners: their mean fourth power is 0.357."""
+    assert random_directions(2, 20_000).pow(4).mean().item() == pytest.approx(3 / 8, abs=0.006)
+
+
 @pytest.mark.parametrize(
     "arguments, says",
     [

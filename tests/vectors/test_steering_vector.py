@@ -553,6 +553,42 @@ def test_arithmetic(a, b, c):
     torch.testing.assert_close(a.layer_activations, before)
 
 
+def test_a_sum_keeps_what_is_true_of_both():
+    """The entries of the metadata that differ, or that only one has, are gone."""
+    one = SteeringVector({1: torch.ones(3)}, metadata={"model": "m", "pairs": "1", "only": "a"})
+    other = SteeringVector({1: torch.ones(3)}, metadata={"model": "m", "pairs": "2", "own": "b"})
+    assert (one + other).metadata == (one - other).metadata == {"model": "m"}
+    assert (2 * one).metadata == one.metadata
+
+
+@given(st.integers(0, 10**6), st.sampled_from([1e-30, 1e-25, 1.0, 1e20, 1e30]))
+def test_norm_and_direction_at_any_size(seed, size):
+    """The squares of such numbers lie outside float32; layer type, dtype and layers are kept."""
+    draw = torch.randn(5, generator=torch.Generator().manual_seed(seed))
+    draw /= draw.norm()
+    vector = SteeringVector({1: (size * draw).bfloat16(), np.int64(2): size * draw}, "mlp")
+    assert vector.norm()[2] == pytest.approx(size, rel=1e-5)
+    unit = vector.unit()
+    assert unit.layer_type == "mlp" and [*map(type, unit.layer_activations)] == [int, int]
+    assert unit.layer_activations[1].dtype == torch.bfloat16
+    torch.testing.assert_close(unit.layer_activations[2], draw)
+
+
+def test_what_has_no_direction_is_refused():
+    """0, nan and inf, each by its layer."""
+    for wrong in (torch.nan, torch.inf):
+        vector = SteeringVector({1: torch.ones(3), 4: torch.tensor([1.0, wrong, 0.0])})
+        with pytest.raises(ValueError, match="nan or inf in the vector of layer 4"):
+            vector.unit()
+    a = random_vector()
+    for other, says in (
+        (SteeringVector(a.layer_activations, "mlp"), "'decoder_block' and 'mlp'"),
+        (random_vector(d_model=64), "different widths"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            a.cosine_similarity(other)
+
+
 def test_arithmetic_refuses_what_does_not_fit():
     """Other places, other widths, 0 as divisor or direction, nothing in common, other types."""
     a = random_vector()
@@ -570,6 +606,9 @@ def test_arithmetic_refuses_what_does_not_fit():
         with pytest.raises(ValueError, match=says):
             wrong()
     for wrong in (lambda: a + 1, lambda: a * "2", lambda: a * a, lambda: a / a, lambda: a - 1):
+        with pytest.raises(TypeError):
+            wrong()
+    for wrong in (lambda: a * True, lambda: a / True):
         with pytest.raises(TypeError):
             wrong()
 
@@ -646,6 +685,19 @@ def test_a_truncated_file_is_refused(tmp_path_factory, save, load, kind, cut):
         getattr(SteeringVector, load)(path)
 
 
+def test_a_file_is_readable_for_others_and_in_order(tmp_path):
+    """Also of layers that share memory, or are views; the metadata are those that were given."""
+    column = torch.arange(6.0).reshape(3, 2)[:, 1]
+    own = {"model": "tiny", "format": "mine", "layer_type": "mine"}
+    vector = SteeringVector({10: column, 2: column, 1: torch.ones(3)}, "mlp", own)
+    vector.save(tmp_path / "v")
+    loaded = SteeringVector.load(tmp_path / "v")
+    assert list(loaded.layer_activations) == [1, 2, 10] and loaded.layer_type == "mlp"
+    assert torch.equal(loaded.layer_activations[10], column)
+    assert loaded.metadata.keys() == {"model", "versions"}
+    assert (tmp_path / "v").stat().st_mode & 0o777 == 0o644
+
+
 def test_foreign_files_are_refused(tmp_path):
     """Other safetensors, other GGUF, later formats, missing files."""
     from safetensors.torch import save_file
@@ -669,14 +721,21 @@ def test_foreign_files_are_refused(tmp_path):
     )
     with pytest.raises(ValueError, match="has format '99'; this version reads '1'"):
         SteeringVector.load(path)
-    writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_tensor("output.weight", np.ones(3, dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    with pytest.raises(ValueError, match="is a GGUF file of 'llama', and holds no control vector"):
-        SteeringVector.load_gguf(path)
+    ours = {"format": "steering_vector", "format_version": "1", "layer_type": "mlp"}
+    more = {"layer.1": torch.ones(3), "other": torch.ones(3)}
+    for tensors, metadata in ((more, ours), ({"layer.1": torch.ones(3)}, ours | {"format": "x"})):
+        save_file(tensors, path, metadata)
+        with pytest.raises(ValueError, match="holds no steering vector"):
+            SteeringVector.load(path)
+    for name in ("output.weight", "direction.1"):
+        writer = gguf.GGUFWriter(str(path), "llama")
+        writer.add_tensor(name, np.ones(3, dtype=np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        with pytest.raises(ValueError, match="is a GGUF file of 'llama', and holds no control"):
+            SteeringVector.load_gguf(path)
     for load in (SteeringVector.load, SteeringVector.load_gguf):
         with pytest.raises(FileNotFoundError, match="no file"):
             load(tmp_path / "nothing")

@@ -55,6 +55,26 @@ def test_vector_is_the_mean_difference(model, tokenizer):
     }
 
 
+def test_what_is_given_is_used(model, tokenizer):
+    """A BOS in front, and token 0 of a sample beside another default."""
+    sample = SteeringVectorTrainingSample("I love you", "I hate you", 0, 1)
+    found = train_steering_vector(model, tokenizer, [sample], [3], prepend_bos=True)
+    options = {"layers": [3], "prepend_bos": True}
+    positive, negative = (
+        read_activations(model, tokenizer, [text], read_token_index=index, **options)[3][0]
+        for text, index in ((sample.positive_str, 0), (sample.negative_str, 1))
+    )
+    torch.testing.assert_close(found.layer_activations[3], positive - negative)
+
+
+def test_both_sides_have_the_same_layers():
+    """Else one of them would be left out in silence."""
+    one, two = {1: [torch.eye(2)]}, {1: [-torch.eye(2)], 2: [torch.eye(2)]}
+    for given_layers in ((one, two), (two, one), ({}, {})):
+        with pytest.raises(ValueError, match="expected the same layers twice"):
+            aggregate_activations(*given_layers)
+
+
 @given(
     pairs=st.lists(
         st.tuples(st.sampled_from(WORDS[::2]), st.sampled_from(WORDS[1::2])), min_size=1, max_size=5
