@@ -109,6 +109,8 @@ def test_an_integer_is_returned_as_an_int():
     """One of numpy as well; `least` itself is allowed, and None allows every integer."""
     assert [type(integer(value, "n")) for value in (0, np.int64(3))] == [int, int]
     assert integer(2, "n", least=2) == 2 and integer(-7, "n", least=None) == -7
+    with pytest.raises(ValueError, match="integer of 0 or more as n"):
+        integer(-1, "n")
 
 
 @pytest.mark.parametrize("value", [True, 1.0, "1", None, 0, torch.tensor(3)])

@@ -45,7 +45,7 @@ def test_the_contract_is_kept(sources):
         ("embedded_model/grammar.py", "import repository.mechanisms"),
         ("repository/mechanisms.py", "from benchmarks import timing"),
         ("common/places/blocks.py", "from common.texts.generation import logits"),  # upwards
-        ("common/vectors/operators.py", "def later():\n    from common.texts import cache"),
+        ("common/vectors/operators.py", "def later():\n    from common.texts import completions"),
         ("common/a_new_one.py", ""),  # a module that has no floor
     ],
 )
@@ -66,3 +66,10 @@ def test_inside_the_library_nothing_takes_the_public_door():
     """The contract does not see `from common import …`, which would run in circles there."""
     graph = grimp.build_graph("common", cache_dir=None)
     assert graph.find_modules_that_directly_import("common") == set()
+
+
+def test_nothing_imports_the_tests():
+    """Where pytest runs they can be imported, and elsewhere they cannot."""
+    graph = grimp.build_graph(*FOLDERS, include_external_packages=True, cache_dir=None)
+    tests = {"tests", *(path.stem for path in (ROOT / "tests").rglob("*.py"))}
+    assert tests & graph.modules == set()

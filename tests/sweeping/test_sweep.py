@@ -1121,7 +1121,7 @@ def test_what_a_metric_does_after_its_trial_costs_no_completion(
     pd.testing.assert_frame_equal(found, few(model, tokenizer, vector, {"m": words}))
 
 
-@pytest.mark.parametrize("given", ["a", None, [[1], [2, 3]], Decimal])
+@pytest.mark.parametrize("given", ["a", None, [[1], [2, 3]], Decimal, [10**400, 1]])
 def test_metrics_of_logits_that_give_no_numbers(model, tokenizer, vector, given):
     """A sentence with the metric's name, before the model runs."""
     with passes(model) as count, pytest.raises(ValueError, match="'m' returned"):
@@ -1480,8 +1480,22 @@ def test_a_steered_model_is_refused(model, tokenizer, vector, kind):
     with vector.apply(model), pytest.raises(ValueError, match="hook"):
         RUNS[kind](model, tokenizer, {"v": vector})
     other = copy_sharing_weights(model)
-    handle = other.transformer.h[2].register_forward_hook(lambda module, args, output: output + 1)
-    with pytest.raises(ValueError, match="block 2 has a hook"):
-        RUNS[kind](other, tokenizer, {"v": vector})
-    handle.remove()
+    block = other.transformer.h[2]
+    for register in (block.register_forward_hook, block.register_forward_pre_hook):
+        handle = register(lambda *given: None)
+        with pytest.raises(ValueError, match="block 2 has a hook"):
+            RUNS[kind](other, tokenizer, {"v": vector})
+        handle.remove()
     RUNS[kind](other, tokenizer, {"v": vector})
+
+
+def test_all_positions_of_the_model_can_be_used(model, tokenizer, vector):
+    """The last new token is never read, so that there may be one more than positions are left."""
+    prompt = "I think dogs are " * 49
+    length, limit = len(tokenizer(prompt)["input_ids"]), model.config.n_positions
+    assert limit - 60 < length < limit
+    grid, fits = Grid({"v": vector}, [3]), Sampling(limit - length + 1, temperature=0.0)
+    assert len(sweep(model, tokenizer, grid, [prompt], sampling=fits)) == 2
+    more = replace(fits, max_new_tokens=fits.max_new_tokens + 1)
+    with pytest.raises(ValueError, match=f"the {limit} positions"):
+        sweep(model, tokenizer, grid, [prompt], sampling=more)

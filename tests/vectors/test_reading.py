@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from common.checking.pristine import assert_pristine, snapshot
+from common.places.blocks import get_block, get_hidden
 from common.vectors.reading import read_activations, record_activations
 
 PROMPTS = [
@@ -263,3 +264,46 @@ def test_a_part_that_gives_another_type_is_named():
         record_activations(model, "mlp", layer_nums=[0]),
     ):
         model.transformer.h[0].mlp(torch.zeros(1))
+
+
+def test_a_prompt_may_fill_all_positions(model, tokenizer):
+    """A longer one is refused."""
+    text, limit = "dogs", model.config.n_positions
+    count = next(n for n in range(limit) if len(tokenizer(text * n)["input_ids"]) == limit)
+    assert read_activations(model, tokenizer, [text * count], [0])[0].shape == (1, 128)
+    with pytest.raises(ValueError, match=f"tokens; expected 1 to {limit}"):
+        read_activations(model, tokenizer, [text * (count + 1)], [0])
+
+
+@torch.no_grad()
+def test_what_is_recorded_stays_when_the_model_writes_over_it(model, tokenizer):
+    """A copy is kept by default."""
+    inputs = tokenizer("I think dogs are", return_tensors="pt")
+
+    def overwrite(module, args, output):
+        get_hidden(output).zero_()
+
+    with record_activations(model, layer_nums=[2]) as wanted:
+        model(**inputs)
+    with record_activations(model, layer_nums=[2]) as found:
+        handle = get_block(model, 2).register_forward_hook(overwrite)
+        try:
+            model(**inputs)
+        finally:
+            handle.remove()
+    assert torch.equal(found[2][0], wanted[2][0])
+
+
+def test_an_output_of_another_shape_is_named(model, tokenizer):
+    """Tokens of all rows in one row would be read at the wrong places."""
+    block = get_block(model, 1)
+    handle = block.register_forward_hook(
+        lambda module, args, output: get_hidden(output).reshape(1, -1, 128)
+    )
+    try:
+        with pytest.raises(
+            ValueError, match=r"layer 1: expected an output \[batch, pos, d_model\]"
+        ):
+            read_activations(model, tokenizer, ["I think", "My dogs"], [1], batch_size=2)
+    finally:
+        handle.remove()
