@@ -361,3 +361,12 @@ def test_tokenizer_loses_nothing(tokenizer, text):
     assert (
         tokenizer.decode(tokenizer(text)["input_ids"], clean_up_tokenization_spaces=False) == text
     )
+
+
+def test_a_guess_has_the_relative_depth_of_the_published_layer():
+    """Layer 5 of 48; what is published says so itself."""
+    assert [preset_for("other", blocks).layer for blocks in (48, 47, 12, 6)] == [5, 4, 1, 0]
+    published = preset_for("gpt2-xl", 48)
+    assert published.source == (
+        f"published: layer {published.layer}, coefficient {published.coeff:g} on the unit direction"
+    )

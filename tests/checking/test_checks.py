@@ -478,3 +478,15 @@ def test_random_directions(model, tokenizer, loaded):
         checks.assert_beats_random(model, tokenizer, steer, coeff * noise / noise.norm())
     with pytest.raises(ValueError, match="1 or more as controls"):
         checks.assert_beats_random(model, tokenizer, steer, direction, controls=0)
+
+
+@pytest.mark.parametrize("way", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_a_hook_on_the_backward_pass_is_left_behind_too(way):
+    """Steering has no business there, and who looks for it finds it."""
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    before = snapshot(module)
+    handle = getattr(module[0], way)(lambda *given: None)
+    with pytest.raises(AssertionError, match="hooks on 0 changed"):
+        assert_pristine(module, before)
+    handle.remove()
+    assert_pristine(module, before)

@@ -1489,6 +1489,18 @@ def test_a_steered_model_is_refused(model, tokenizer, vector, kind):
     RUNS[kind](other, tokenizer, {"v": vector})
 
 
+def test_a_product_may_be_too_large_for_the_dtype_of_the_vector(model, tokenizer):
+    """It is made in the wider dtype: 1000 times 100 lies outside float16."""
+    thousand = torch.linspace(-1000, 1000, 128).half()
+    found, wanted = (
+        sweep_logits(
+            model, tokenizer, Grid({"v": SteeringVector({3: vector})}, coeffs=[100]), PROMPTS[:1]
+        )["kl"].tolist()
+        for vector in (thousand, thousand.float())
+    )
+    assert found == wanted and all(value == value for value in found)
+
+
 def test_all_positions_of_the_model_can_be_used(model, tokenizer, vector):
     """The last new token is never read, so that there may be one more than positions are left."""
     prompt = "I think dogs are " * 49

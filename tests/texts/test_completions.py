@@ -379,3 +379,20 @@ def test_unequal_halves_are_refused(kinds):
         side_by_side(frame)
     with pytest.raises(ValueError, match="is_modified is missing"):
         side_by_side(frame.drop(columns="is_modified"))
+
+
+def test_sampling_by_default_and_in_its_order():
+    """Repetition penalty, temperature, frequency penalty; the noise of the seed comes last."""
+    assert Sampling() == Sampling(20, 1.0, 1.0, 0.0, 1.0)
+    ids, scores = torch.tensor([[1, 1, 2]]), torch.tensor([[4.0, 2.0, -3.0, 1.0]])
+    mask = torch.ones_like(ids)
+
+    def drawn(sampling: Sampling, given: torch.Tensor) -> torch.Tensor:
+        for processor in sampling.processors(mask, [7]):
+            given = processor(ids, given)
+        return given
+
+    found = drawn(Sampling(temperature=0.5, freq_penalty=3.0, repetition_penalty=2.0), scores)
+    expected = torch.tensor([[8.0, 2.0 - 6.0, -12.0 - 3.0, 2.0]])
+    noise = drawn(Sampling(), torch.zeros(1, 4))
+    torch.testing.assert_close(found, expected + noise)

@@ -1,0 +1,51 @@
+"""The table of agreement, from results that are made up; and what the notebooks say of it."""
+
+import tomllib
+
+import pytest
+import torch
+
+from repository.agreement import REFERENCE, TO_THE_LAST_BIT, Result, agreement, tolerance
+from repository.mechanisms import MECHANISMS
+from repository.shared import FOLDER
+
+LABELS = ("unsteered", "+", "-")
+
+
+def result(name: str, vector=0.0, logit=0.0, token=0, left_behind=()) -> Result:
+    """A result; the numbers are added to what steering the other way gave."""
+    logits = {label: torch.zeros(2, 3) for label in LABELS}
+    ids = {label: torch.zeros(1, 4, dtype=torch.long) for label in LABELS}
+    logits["-"][1, 2] += logit
+    ids["-"][0, 3] += token
+    texts = {label: [""] for label in LABELS}
+    return Result(name, torch.tensor([0.0, vector]), logits, ids, texts, list(left_behind))
+
+
+def test_each_kind_of_disagreement_is_in_its_column():
+    """Differences count in both directions, at any label."""
+    table = agreement(
+        [
+            result(REFERENCE),
+            result("vector", vector=-0.5),
+            result("logits", logit=-2.0),
+            result("text", token=1),
+            result("restored", left_behind=["a hook"]),
+        ]
+    ).set_index("mechanism")
+    good = {"vector": 0.0, "logits": 0.0, "same text": True, "restored": True}
+    found = {"vector": 0.5, "logits": 2.0, "text": False, "restored": False}
+    assert table.loc[REFERENCE].to_dict() == good
+    for name, value in found.items():
+        column = "same text" if name == "text" else name
+        assert table.loc[name].to_dict() == good | {column: value}
+    with pytest.raises(ValueError, match="expected the reference 'other' among the results"):
+        agreement([result(REFERENCE)], "other")
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_the_notebooks_ask_for_what_is_asked_here(name):
+    """To the last bit in both places, or in neither."""
+    said = tomllib.loads((FOLDER / "differences.toml").read_text(encoding="utf-8"))
+    exact = (said["default"] | said[name])["tolerance"] == "0"
+    assert exact == (name in TO_THE_LAST_BIT) == (tolerance(name) == 0)
