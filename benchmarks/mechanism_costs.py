@@ -221,8 +221,8 @@ def plot_cost(results: dict[str, Any]) -> Figure:
         )
         grid[-1][column].set_xlabel("times as long as unsteered")
     title = (
-        "The cost of steering: medians with quartiles; red marks what was asked for; in the other"
-        " colour the peers"
+        "The cost of steering: medians with quartiles; blue the six, brown the peers, red the most"
+        " that was asked for"
     )
     figure.suptitle(title, fontsize=10)
     figure.supxlabel(provenance(results), fontsize=7)

@@ -92,7 +92,8 @@ def plot_where() -> Figure:
     ]
     _note(axes, 12.9, -1.5, at_the_output, LEVEL - 0.06)
     explained = (
-        "Red: where each of the six adds v, and how.\nAfter the block all six give resid_post + v."
+        "Red: where each of the six adds v, and how.\nAfter the block all six give resid_post + v;"
+        " the second edit is another site."
     )
     axes.text(-0.9, -4.2, explained, fontsize=10, color="0.25", va="top", linespacing=1.5)
     axes.set(xlim=(-1.1, 15.8), ylim=(-5.4, 3.7), aspect="equal")

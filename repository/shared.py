@@ -99,7 +99,7 @@ def limits(mechanism: str, path: Path = ABILITIES) -> str:
     able = sum(cell["outcome"] == "yes" for cell in mine)
     said = [
         f"Of the {len(mine)} abilities in the matrix of [comparison](comparison.ipynb) it has"
-        f" {able}; the reasons for the rest stand there."
+        f" {able}; that notebook has the reasons for the rest."
     ]
     for outcome, words in (
         ("few lines", "These need a few more lines"),

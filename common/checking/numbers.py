@@ -91,7 +91,7 @@ def assert_beats_random(
         fail(
             f"the vector, of norm {vector.norm():.3g}, moves the measure by {ours:.2g}, and random"
             f" directions of that norm by up to {largest:.2g}",
-            f"{margin:g} times as much as they",
+            f"more than {margin:g} times as much",
             "a coefficient so large that any direction would do, or a vector that means nothing",
         )
 

@@ -113,8 +113,8 @@ def _find(model: nn.Module, name: int | str | Site) -> int:
     if match := re.fullmatch(r"hidden_states\[(-?\d+)\]", text):
         if (number := int(match[1])) in (-1, len(places) - 1):
             raise ValueError(
-                f"{name!r} is after the final layer norm and no resid_post; that of the last layer"
-                " is in no hidden_states"
+                f"{name!r} is after the final layer norm and is not a resid_post; no"
+                " hidden_states hold that of the last layer"
             )
         text = f"hidden_states[{number % len(places) if -len(places) <= number < 0 else number}]"
     for number, place in enumerate(places):

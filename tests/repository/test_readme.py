@@ -99,7 +99,7 @@ def snippet(request, tmp_path_factory) -> tuple[str, str, list[str]]:
         for _ in range(2):
             with contextlib.redirect_stdout(io.StringIO()) as out:
                 exec(compile(code, "a snippet", "exec"), {"__name__": "__main__"})
-            found.append(out.getvalue().partition("\n")[2])  # the first line says what was loaded
+            found.append(out.getvalue().split("\n", 2)[2])  # two lines say what was loaded
     return code, printed, found
 
 
