@@ -27,7 +27,7 @@ class Elsewhere(Exception):
 
 
 class Subject:
-    """One mechanism on modules of its own, what it shall do, and what is true of it.
+    """One mechanism on modules of its own, what it should do, and what is true of it.
 
     Attributes:
         plain: another copy of the model, which nobody touches but the reference.

@@ -66,7 +66,7 @@ def steering(model, tokenizer):
 
 
 def plain_losses(model, tokenizer, text: str) -> torch.Tensor:
-    """The loss of each token behind BOS, from one plain pass."""
+    """The loss of each token after BOS, from one plain pass."""
     ids = torch.tensor([with_bos(tokenizer, text)])
     with torch.no_grad():
         return torch.nn.functional.cross_entropy(
@@ -214,7 +214,7 @@ PIECES = [
 def naive_count(words: list[str], text: str, case_sensitive: bool) -> int:
     """Walk through a text.
 
-    Where a word begins that stands whole, count the longest and go on behind it.
+    Where a word begins that stands whole, count the longest and go on after it.
     """
     words, text = (
         (words, text) if case_sensitive else ([word.lower() for word in words], text.lower())
@@ -525,7 +525,7 @@ def test_logprobs_along_a_text(model, tokenizer, steering, texts, batch_size):
     )
     np.testing.assert_allclose(found["logprob"], -steered, atol=2e-4)
     np.testing.assert_allclose(found["logprob_change"], plain - steered, atol=2e-4)
-    # A text of one token is predicted behind BOS alone, where an X-vector is 0.
+    # A text of one token is predicted after BOS alone, where an X-vector is 0.
     assert (found["kl"] >= 0).all() and (found["kl"] > 0).tolist() == [
         " " in text for text in texts
     ]
@@ -540,7 +540,7 @@ def test_logprobs_along_a_text(model, tokenizer, steering, texts, batch_size):
 def test_kl_is_the_mean_over_the_tokens(model, tokenizer, steering):
     """Of the distributions that predict a token of the text.
 
-    Behind BOS, but not behind the last token.
+    After BOS, but not after the last token.
     """
     for text in TEXTS:
         ids = torch.tensor([with_bos(tokenizer, text)])

@@ -64,7 +64,7 @@ def closed():
 
 
 def plain_probs(model, tokenizer, prompt: str) -> torch.Tensor:
-    """The probabilities behind BOS and a prompt, [pos, vocab], from one plain pass."""
+    """The probabilities after BOS and a prompt, [pos, vocab], from one plain pass."""
     with torch.no_grad():
         return model(torch.tensor([with_bos(tokenizer, prompt)])).logits[0].float().softmax(-1)
 
