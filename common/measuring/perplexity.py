@@ -18,6 +18,7 @@ from scipy import stats
 from scipy.special import ndtr, stdtrit
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from common.arguments import integer
 from common.passes.padding import padded
 from common.passes.prompts import prompt_ids
 from common.passes.running import Steering, input_device
@@ -167,8 +168,10 @@ def get_stats_over_corpus(
 
     Raises:
         ValueError: no texts, a piece that the model has no positions for, or that is shorter than
-            an addition (then mask_len should be at least as long as this), or nothing that counts.
+            an addition (then mask_len should be at least as long as this), nothing that counts, a
+            negative `mask_len` or a `batch_size` below 1.
     """
+    mask_len, batch_size = integer(mask_len, "mask_len"), integer(batch_size, "batch_size", 1)
     pieces, known = split_corpus(tokenizer, texts, split_method, window, stride, prepend_bos)
     bos, prefix = tokenizer.bos_token_id, _prefix(tokenizer, condition)
     rows = [_put_in(prefix, piece, bos) for piece in pieces]

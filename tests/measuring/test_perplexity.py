@@ -604,6 +604,8 @@ def test_other_architectures(name, tokenizer, additions):
         (OFF, {"split_method": "token", "window": 8, "stride": 9}, "window of 8 tokens, got 9"),
         (OFF, {"condition": ""}, "a text to prompt with"),
         (OFF, {"mask_len": 99}, "no piece is longer than the 99 positions"),
+        (OFF, {"mask_len": -1}, "an integer of 0 or more as mask_len, got -1"),
+        (OFF, {"batch_size": 0}, "an integer of 1 or more as batch_size, got 0"),
         (
             "the garden " * 200,
             {},
