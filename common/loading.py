@@ -229,7 +229,7 @@ def _check_memory(
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     need = sum(p.numel() for p in model.parameters()) * dtype.itemsize
-    free = _free_memory(device)
+    free = free_memory(device)
     if need > free:
         raise LoadError(
             f"{name!r} needs {need / 1e9:.1f} GB of memory for its weights in"
@@ -239,7 +239,7 @@ def _check_memory(
     return need
 
 
-def _free_memory(device: torch.device) -> int:
+def free_memory(device: torch.device) -> int:
     """Return the bytes of memory that are free on a device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]

@@ -253,7 +253,7 @@ def test_memory_counts_in_the_dtype(folder, monkeypatch):
     parameters = sum(
         parameter.numel() for parameter in GPT2LMHeadModel.from_pretrained(folder).parameters()
     )
-    monkeypatch.setattr(models, "_free_memory", lambda device: 3 * parameters)
+    monkeypatch.setattr(models, "free_memory", lambda device: 3 * parameters)
     assert "dtype=torch.bfloat16" in refusal(folder)
     load_model(str(folder), dtype=torch.bfloat16)
 

@@ -484,7 +484,11 @@ def test_stand_in_refuses_by_a_sentence(net):
         baukit_standin.Trace(net, "1", stop=True),
     ):
         pass
-    with pytest.raises(
-        AssertionError, match="expected tensors in tuples, lists and dicts, got a str"
+    net[1].register_forward_hook(lambda module, args, output: (output, "text"))
+    with (
+        pytest.raises(
+            AssertionError, match="expected tensors in tuples, lists and dicts, got a str"
+        ),
+        baukit_standin.Trace(net, "1", clone=True),
     ):
-        baukit_standin._kept(("text",), clone=True)
+        net[1](net[0](X))

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from contextlib import closing
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -493,11 +494,14 @@ def test_no_room_midway(tmp_path):
 def test_a_file_that_is_being_made_is_gone_when_that_fails(tmp_path, stop, monkeypatch):
     """Whatever ended it; a file that was there before stays."""
 
-    def fail(*given):
-        raise stop
+    class Stopped(sqlite3.Connection):
+        def execute(self, sql, *given):
+            if sql.startswith("CREATE TABLE rows"):
+                raise stop
+            return super().execute(sql, *given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(SweepStore, "_make", fail)
+        patch.setattr(sqlite3, "connect", partial(sqlite3.connect, factory=Stopped))
         with pytest.raises((stop, ValueError)):
             SweepStore(tmp_path / "a.sweep", SETTINGS, COLUMNS)
     assert not list(tmp_path.iterdir())
