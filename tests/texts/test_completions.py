@@ -396,3 +396,13 @@ def test_sampling_by_default_and_in_its_order():
     expected = torch.tensor([[8.0, 2.0 - 6.0, -12.0 - 3.0, 2.0]])
     noise = drawn(Sampling(), torch.zeros(1, 4))
     torch.testing.assert_close(found, expected + noise)
+
+
+def test_top_p_keeps_the_token_that_reaches_it():
+    """What is kept has at least the probability `top_p`, and without its least token less."""
+    scores = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    for top_p, kept in ((0.4, 1), (0.6, 2), (0.9, 3), (0.97, 4)):
+        given = scores
+        for processor in Sampling(top_p=top_p).processors(torch.ones(1, 1), [7]):
+            given = processor(torch.tensor([[0]]), given)
+        assert torch.isfinite(given).tolist() == [[place < kept for place in range(4)]]
