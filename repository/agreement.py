@@ -202,7 +202,9 @@ def main(arguments: list[str] | None = None) -> int:
     for result in results:
         for line in result.left_behind:
             console.print(f"{result.mechanism}: {line}")
-    most = options.tolerance or (TOLERANCE if model.num_parameters() < 1e9 else 1e-4)
+    most = options.tolerance
+    if most is None:
+        most = TOLERANCE if model.num_parameters() < 1e9 else 1e-4
     agreed = (rows["logits"] <= most).all() and rows["same text"].all() and rows["restored"].all()
     print(
         f"The {len(rows)} mechanisms {'agree' if agreed else 'DO NOT agree'} (logits within"

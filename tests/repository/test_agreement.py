@@ -5,7 +5,8 @@ import tomllib
 import pytest
 import torch
 
-from repository.agreement import REFERENCE, TO_THE_LAST_BIT, Result, agreement, tolerance
+import repository.agreement
+from repository.agreement import PROMPTS, REFERENCE, TO_THE_LAST_BIT, Result, agreement, tolerance
 from repository.mechanisms import MECHANISMS
 from repository.shared import FOLDER
 
@@ -18,7 +19,7 @@ def result(name: str, vector=0.0, logit=0.0, token=0, left_behind=()) -> Result:
     ids = {label: torch.zeros(1, 4, dtype=torch.long) for label in LABELS}
     logits["-"][1, 2] += logit
     ids["-"][0, 3] += token
-    texts = {label: [""] for label in LABELS}
+    texts = {label: [""] * len(PROMPTS) for label in LABELS}
     return Result(name, torch.tensor([0.0, vector]), logits, ids, texts, list(left_behind))
 
 
@@ -49,3 +50,12 @@ def test_the_notebooks_ask_for_what_is_asked_here(name):
     said = tomllib.loads((FOLDER / "differences.toml").read_text(encoding="utf-8"))
     exact = (said["default"] | said[name])["tolerance"] == "0"
     assert exact == (name in TO_THE_LAST_BIT) == (tolerance(name) == 0)
+
+
+def test_a_tolerance_of_zero_is_meant(monkeypatch):
+    """`--tolerance 0` asks for equality to the last bit; it is not the default."""
+    rows = [result(name, logit=1e-9 * (name != REFERENCE)) for name in MECHANISMS]
+    found = iter(rows * 2)
+    monkeypatch.setattr(repository.agreement, "run_mechanism", lambda *args: next(found))
+    assert repository.agreement.main(["--model", "embedded"]) == 0
+    assert repository.agreement.main(["--model", "embedded", "--tolerance", "0"]) == 1
