@@ -9,6 +9,7 @@ import torch
 from architectures import ARCHITECTURES, tiny_model
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from support import KNOWN_WORDS
 from transformers import BertConfig, BertForSequenceClassification, pipeline
 
 from common import (
@@ -34,26 +35,7 @@ TEXTS = [
     "I",
 ]
 texts_of_words = st.lists(
-    st.lists(
-        st.sampled_from(
-            [
-                "I",
-                "love",
-                "hate",
-                "the",
-                "old",
-                "garden",
-                "and",
-                "you",
-                "because",
-                "they",
-                "are",
-                "charming",
-            ]
-        ),
-        min_size=1,
-        max_size=9,
-    ).map(" ".join),
+    st.lists(st.sampled_from(KNOWN_WORDS), min_size=1, max_size=9).map(" ".join),
     min_size=1,
     max_size=5,
 )

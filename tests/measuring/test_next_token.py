@@ -11,6 +11,7 @@ import torch
 from architectures import ARCHITECTURES, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import KNOWN_WORDS
 
 from common import (
     apply_activation_additions,
@@ -28,26 +29,7 @@ from common.vectors.activation_additions import with_bos
 PROMPT = "I went up to my friend and said that the"
 ALIGNED = ["wedding", "bride", "groom"]
 WORDS = ["love", "hate", "garden", "wedding", "bride", "old"]
-prompts = st.lists(
-    st.sampled_from(
-        [
-            "I",
-            "love",
-            "hate",
-            "the",
-            "old",
-            "garden",
-            "and",
-            "you",
-            "because",
-            "they",
-            "are",
-            "charming",
-        ]
-    ),
-    min_size=2,
-    max_size=8,
-).map(" ".join)
+prompts = st.lists(st.sampled_from(KNOWN_WORDS), min_size=2, max_size=8).map(" ".join)
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ import torch
 from architectures import ARCHITECTURES, tiny_model
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from support import KNOWN_WORDS
 
 from common import (
     ActivationAddition,
@@ -41,26 +42,7 @@ OFF = [
     "People say that clocks are ugly. I love the old garden behind the mill!",
     "To see Big Ben, people come to London. Is it in England?",
 ]
-words = st.lists(
-    st.sampled_from(
-        [
-            "I",
-            "love",
-            "hate",
-            "the",
-            "old",
-            "garden",
-            "and",
-            "you",
-            "because",
-            "they",
-            "are",
-            "charming",
-        ]
-    ),
-    min_size=1,
-    max_size=12,
-).map(" ".join)
+words = st.lists(st.sampled_from(KNOWN_WORDS), min_size=1, max_size=12).map(" ".join)
 corpora = st.lists(words, min_size=1, max_size=4)
 
 

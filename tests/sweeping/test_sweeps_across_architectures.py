@@ -327,16 +327,13 @@ def test_options_of_a_whole_batch_are_refused_where_rows_disturb_each_other(
     assert_pristine(models["BART decoder"], before)
 
 
+SMALL = {"hidden_size": D_MODEL, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
+GROUPED = {**SMALL, "num_key_value_heads": 2, "head_dim": 8}
 OTHERS = {
     "altup_num_inputs": lambda: AutoModelForCausalLM.from_config(
         Gemma3nTextConfig(
-            hidden_size=D_MODEL,
-            num_hidden_layers=2,
+            **GROUPED,
             intermediate_size=48,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            vocab_size=99,
             vocab_size_per_layer_input=99,
             hidden_size_per_layer_input=8,
             num_kv_shared_layers=0,
@@ -348,13 +345,8 @@ OTHERS = {
     ),
     "hyper-connections": lambda: AutoModelForCausalLM.from_config(
         HYV4Config(
-            hidden_size=D_MODEL,
-            num_hidden_layers=2,
+            **GROUPED,
             intermediate_size=48,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            vocab_size=99,
             num_experts=2,
             num_experts_per_tok=1,
             moe_intermediate_size=16,
@@ -377,13 +369,7 @@ OTHERS = {
         XLNetConfig(d_model=D_MODEL, n_layer=2, n_head=4, d_inner=48, vocab_size=99)
     ),
     "both directions": lambda: AutoModelForCausalLM.from_config(
-        BertConfig(
-            hidden_size=D_MODEL,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=48,
-            vocab_size=99,
-        )
+        BertConfig(**SMALL, intermediate_size=48)
     ),
     "BartForConditionalGeneration has an encoder and a decoder": lambda: (
         BartForConditionalGeneration(

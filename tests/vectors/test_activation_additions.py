@@ -8,6 +8,7 @@ import torch
 from architectures import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
+from support import KNOWN_WORDS
 
 from common import ActivationAddition, apply_activation_additions, get_x_vector, line_up
 from common.checking.pristine import assert_pristine, snapshot
@@ -21,26 +22,7 @@ from common.vectors.steering_vector import SteeringVector
 PROMPT = "I hate you because"
 WEDDINGS = ("I talk about weddings constantly", "I do not talk about weddings constantly")
 LOCATIONS = ("front", "mid", "back")
-words = st.lists(
-    st.sampled_from(
-        [
-            "I",
-            "love",
-            "hate",
-            "the",
-            "old",
-            "garden",
-            "and",
-            "you",
-            "because",
-            "they",
-            "are",
-            "charming",
-        ]
-    ),
-    min_size=1,
-    max_size=5,
-).map(" ".join)
+words = st.lists(st.sampled_from(KNOWN_WORDS), min_size=1, max_size=5).map(" ".join)
 
 
 @pytest.fixture(scope="module")
