@@ -86,7 +86,7 @@ def test_contrast_pairs_differ_in_tone_only():
 
 def test_teasing_keeps_the_tone(documents):
     """A verb of the other tone follows an opening word, and the sentence keeps the word's tone."""
-    verbs = {tone: "|".join(pair[0] for pair in vocabulary.VERBS[tone]) for tone in (+1, -1)}
+    verbs = {way: "|".join(pair[0] for pair in vocabulary.VERBS[way]) for way in (+1, -1)}
     for sign in (+1, -1):
         teases = [
             d
