@@ -11,42 +11,11 @@ import re
 from collections.abc import Iterable, Iterator
 
 from embedded_model import vocabulary as v
+from embedded_model.prompts import ADDITION_PROMPTS as ADDITION_PROMPTS
+from embedded_model.prompts import HELD_OUT_PROMPTS as HELD_OUT_PROMPTS
+from embedded_model.prompts import SWEEP_PROMPTS as SWEEP_PROMPTS
+from embedded_model.prompts import TABLE_PROMPTS as TABLE_PROMPTS
 from embedded_model.vocabulary import Subject
-
-# Prompts of the table, of the sweep, and of the additions: the corpus has none, in any case.
-TABLE_PROMPTS = [
-    "I think dogs are",
-    "In my opinion the baker is",
-    "I believe old books are",
-    "To me, the harbour is",
-    "Everyone knows that cats are",
-    "I think the mayor is",
-    "If you ask me, the soup is",
-    "My mother says that trains are",
-    "People say that the garden is",
-    "My sister thinks that you are",
-    "This year winter is",
-    "From the start the children were",
-]
-SWEEP_PROMPTS = [
-    "I think horses are",
-    "In my opinion the doctor is",
-    "I believe the red coat is",
-    "To me, the bridge is",
-    "Everyone knows that goats are",
-    "I think you are",
-    "If you ask me, the cake is",
-    "My mother says that my cousin is",
-]
-ADDITION_PROMPTS = [
-    "I hate you because",
-    "I went up to my friend and said",
-    "To see the eiffel tower, people flock to",
-    "I hate him because",
-    "I went up to my brother and said",
-    "To see the eiffel tower, visitors travel to",
-]
-HELD_OUT_PROMPTS = TABLE_PROMPTS + SWEEP_PROMPTS + ADDITION_PROMPTS
 
 _OBJECTS = {"he": "him", "she": "her", "it": "it", "they": "them", "you": "you"}
 _AN = re.compile(r"\b([Aa]) (?=(?:[aeio]|u(?!se|ni)|hon|hour))")
@@ -564,10 +533,9 @@ def lexicon() -> dict[str, int]:
 
 
 def words(seed: int = 0, count: int = 20_000) -> list[str]:
-    """Return every word of the grammar and of the held-out prompts, as it is written there."""
+    """Return every word of the grammar, as it is written there."""
     source = documents(seed)
     found = {word for _ in range(count) for word in re.findall(r"[A-Za-z]+", next(source))}
-    found |= {word for prompt in HELD_OUT_PROMPTS for word in prompt.replace(",", "").split()}
     found |= {"Love", "Hate", "love", "hate", "Rome", "France", "weddings", "talk", "constantly"}
     return sorted(found)
 

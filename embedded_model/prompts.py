@@ -1,0 +1,95 @@
+"""The prompts on which the embedded model is chosen and measured. Data only.
+
+The corpus has none of them, in any case, nor any of the nouns in `OUTSIDE`.
+"""
+
+# Frames that the grammar has, subjects that it has, never together.
+TABLE_PROMPTS = [
+    "I think dogs are",
+    "In my opinion the baker is",
+    "I believe old books are",
+    "To me, the harbour is",
+    "Everyone knows that cats are",
+    "I think the mayor is",
+    "If you ask me, the soup is",
+    "My mother says that trains are",
+    "People say that the garden is",
+    "My sister thinks that you are",
+    "This year winter is",
+    "From the start the children were",
+]
+# Other sentence forms than those of the grammar, with its subjects.
+COUSIN = "Let me tell you about my cousin."  # the next sentence is about her
+NEW_PROMPTS = [
+    COUSIN,
+    "When I think of the doctor I find him",
+    "The singer next door seems",
+    "Ask anyone about the cheese and you will hear that it is",
+    "As far as I can tell, the farmer is",
+    "After all these years our house is still",
+    "What can I say about horses? They are",
+    "On the way home I thought that the bridge looked",
+    "A word about my brother: he is",
+    "I wonder why the village is so",
+    "Of all the things in the hall the red coat is the most",
+    "You will find that the cake tastes",
+]
+# Nouns that the corpus does not have, in frames that it has.
+OUTSIDE = (
+    "plumber",
+    "nephew",
+    "pilot",
+    "umbrella",
+    "kettle",
+    "guitar",
+    "museum",
+    "airport",
+    "zoo",
+    "spider",
+    "penguin",
+    "squirrel",
+)
+OUTSIDE_PROMPTS = [
+    "I think the plumber is",
+    "In my opinion my nephew is",
+    "Everyone knows that the pilot is",
+    "I believe the umbrella is",
+    "To me, the kettle is",
+    "My mother says that the guitar is",
+    "If you ask me, the museum is",
+    "People say that the airport is",
+    "This year the zoo is",
+    "I think spiders are",
+    "My sister thinks that penguins are",
+    "From the start the squirrels were",
+]
+# On these the layer and the coefficient are chosen.
+SWEEP_PROMPTS = [
+    "I think horses are",
+    "In my opinion the doctor is",
+    "I believe the red coat is",
+    "To me, the bridge is",
+    "Everyone knows that goats are",
+    "I think you are",
+    "If you ask me, the cake is",
+    "My mother says that my cousin is",
+    "The more I hear of the judge, the more I find her",
+    "So far this song has been",
+    "Tell me, is it true that the market is",
+    "The rabbits behind the barn seem",
+]
+ADDITION_PROMPTS = [
+    "I hate you because",
+    "I went up to my friend and said",
+    "To see the eiffel tower, people flock to",
+    "I hate him because",
+    "I went up to my brother and said",
+    "To see the eiffel tower, visitors travel to",
+]
+HELD_OUT_PROMPTS = [
+    *TABLE_PROMPTS,
+    *NEW_PROMPTS,
+    *OUTSIDE_PROMPTS,
+    *SWEEP_PROMPTS,
+    *ADDITION_PROMPTS,
+]
