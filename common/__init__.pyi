@@ -32,9 +32,11 @@ from .measuring.next_token import next_token_probs as next_token_probs
 from .measuring.next_token import top_changed_tokens as top_changed_tokens
 from .measuring.perplexity import get_stats_over_corpus as get_stats_over_corpus
 from .measuring.perplexity import perplexity_ratios as perplexity_ratios
+from .measuring.printing import print_texts as print_texts
 from .measuring.rating import rating_widget as rating_widget
 from .measuring.rating import ratings_to_csv as ratings_to_csv
 from .measuring.rating import report as report
+from .measuring.tone import mark_tone as mark_tone
 from .measuring.tone import moves as moves
 from .measuring.tone import tone as tone
 from .measuring.tone import tone_by_prompt as tone_by_prompt
@@ -69,6 +71,7 @@ from .plots import plot_moves as plot_moves
 from .plots import plot_perplexity_ratios as plot_perplexity_ratios
 from .plots import plot_prompts as plot_prompts
 from .plots import plot_shift as plot_shift
+from .plots import plot_tones as plot_tones
 from .plots import plot_top_changed_tokens as plot_top_changed_tokens
 from .plots import token_strip as token_strip
 from .sweeping.grid import Grid as Grid

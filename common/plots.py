@@ -1,16 +1,19 @@
 """Every picture of what the library measures, in one style (`style.mplstyle`)."""
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
+import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import PercentFormatter
 from numpy.typing import ArrayLike
 from torch import Tensor
 
@@ -21,10 +24,27 @@ from common.measuring.effects import (
     with_numbers,
 )
 
-styled = plt.style.context(Path(__file__).with_name("style.mplstyle"))
+STYLE = Path(__file__).with_name("style.mplstyle")
 STEERED, REVERSED, BETTER, UNSTEERED = "tab:red", "tab:blue", "tab:green", "0.5"
 RULE = {"color": "0.4", "linewidth": 1, "zorder": 0}  # the line that stands for no effect
+Given = ParamSpec("Given")
 SMALL = {"fontsize": 8, "ha": "center", "va": "center"}  # numbers and tokens inside a picture
+
+
+def styled(draw: Callable[Given, Figure]) -> Callable[Given, Figure]:
+    """Let a function draw in the style of this library; the caller's settings stay as they are."""
+
+    @wraps(draw)
+    def drawn(*args: Given.args, **kwargs: Given.kwargs) -> Figure:
+        with plt.style.context(STYLE):
+            figure = draw(*args, **kwargs)
+            interactive = matplotlib.is_interactive()
+        # In a notebook the first picture loads the backend, which then asks to show each one; the
+        # end of the context would forget that, and no later picture would be shown.
+        matplotlib.interactive(interactive)
+        return figure
+
+    return drawn
 
 
 def _shown(tokens: Sequence[str]) -> list[str]:
@@ -313,6 +333,34 @@ def plot_moves(tones: pd.DataFrame, title: str = "") -> Figure:
     )
     axes.set(xlabel=label, title=textwrap.fill(title, 45))
     axes.invert_yaxis()
+    return figure
+
+
+@styled
+def plot_tones(shares: Mapping[str, Mapping[str, float]], title: str = "") -> Figure:
+    """Draw how many texts are positive, neither and negative, one bar for each thing done.
+
+    Args:
+        shares: what `tone_shares` returned, by what was done.
+        title: above the picture; say how many texts a bar stands for.
+    """
+    figure, axes = _lines(len(shares))
+    colours = {"positive": STEERED, "neither": "0.85", "negative": REVERSED}
+    left = np.zeros(len(shares))
+    for name, colour in colours.items():
+        widths = np.array([share[name] for share in shares.values()])
+        axes.barh(range(len(shares)), widths, left=left, height=0.7, color=colour, label=name)
+        ink = "0.25" if name == "neither" else "white"
+        for line, (start, width) in enumerate(zip(left, widths)):
+            if width >= 0.05:  # room for the number
+                axes.text(start + width / 2, line, f"{width:.0%}", color=ink, **SMALL)
+        left += widths
+    axes.set_yticks(range(len(shares)), list(shares))
+    axes.tick_params(left=False)
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.set(xlim=(0, 1), xlabel="share of the texts", title=title)
+    axes.invert_yaxis()
+    _legend_below(figure, len(colours))
     return figure
 
 

@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from common import plots
 from common.measuring.effects import WorkingWindow
@@ -48,6 +49,7 @@ DRAWN = {
         ("one", "another"),
         ["I"],
     ],
+    "plot_tones": [{"unsteered": {"positive": 0.3, "neither": 0.5, "negative": 0.2}}],
     "token_strip": [[["I", " a"]], [[1]], ["a text"]],
 }
 
@@ -70,6 +72,43 @@ def test_pictures_have_one_style_and_leave_that_of_the_caller(name):
         framed = {axes.spines[side].get_visible() for side in ("top", "right")}
         assert framed == {name == "plot_heat_map"}
     figure.canvas.draw()
+    plt.close(figure)
+
+
+def test_what_the_backend_of_a_notebook_asks_for_stays():
+    """The first picture loads it, and it asks that each one be shown; the second must be, too."""
+
+    @plots.styled
+    def first() -> Figure:
+        matplotlib.interactive(True)  # as the backend does when it is loaded
+        return Figure()
+
+    before = matplotlib.is_interactive()
+    try:
+        matplotlib.interactive(False)
+        first()
+        assert matplotlib.is_interactive()
+    finally:
+        matplotlib.interactive(before)
+
+
+def test_plot_tones_draws_a_whole_bar_for_each_condition():
+    """Positive, neither and negative from left to right, as wide as their shares."""
+    shares = {
+        "unsteered": {"positive": 0.25, "negative": 0.25, "neither": 0.5},
+        "to Love": {"negative": 0.0, "neither": 0.02, "positive": 0.98},
+    }
+    figure = plots.plot_tones(shares)
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == list(shares)
+    for line, share in enumerate(shares.values()):
+        positive, neither, negative = (bars[line] for bars in axes.containers)
+        assert positive.get_x() == 0 and positive.get_width() == share["positive"]
+        assert neither.get_x() == share["positive"]
+        assert negative.get_width() == share["negative"]
+        assert negative.get_x() + negative.get_width() == pytest.approx(1)
+    numbers = [text.get_text() for text in axes.texts]  # none where there is no room
+    assert sorted(numbers) == ["25%", "25%", "50%", "98%"]
     plt.close(figure)
 
 

@@ -30,14 +30,31 @@ def lexicon() -> dict[str, int]:
     return json.loads((FOLDER / "lexicon.json").read_text(encoding="utf-8"))
 
 
+def tone_words(text: str) -> list[tuple[int, int]]:
+    """Return where each word that carries a tone begins, and what it counts: +1 or -1.
+
+    A negation up to two words before reverses a word.
+    """
+    words = [(found.start(), found[0].lower()) for found in re.finditer("[A-Za-z]+", text)]
+    counted = []
+    for index, (start, word) in enumerate(words):
+        if value := lexicon().get(word):
+            turned = any(earlier in NEGATIONS for _, earlier in words[max(0, index - 2) : index])
+            counted.append((start, -value if turned else value))
+    return counted
+
+
 def tone(text: str) -> int:
-    """Count positive minus negative words; a negation up to two words before reverses a word."""
-    words = re.findall(r"[a-z]+", text.lower())
-    score = 0
-    for index, word in enumerate(words):
-        turned = any(earlier in NEGATIONS for earlier in words[max(0, index - 2) : index])
-        score += lexicon().get(word, 0) * (-1 if turned else 1)
-    return score
+    """Count positive minus negative words, as `tone_words` counts them."""
+    return sum(value for _, value in tone_words(text))
+
+
+def mark_tone(text: str) -> str:
+    """Write ▲ before each word that `tone` counts as positive, ▼ before each negative one."""
+    marked, end = "", 0
+    for start, value in tone_words(text):
+        marked, end = marked + text[end:start] + ("▲" if value > 0 else "▼"), start
+    return marked + text[end:]
 
 
 def tone_sign(texts: Iterable[str]) -> list[int]:

@@ -24,7 +24,7 @@ from common import (
 from common.checking.pristine import assert_pristine, snapshot
 from common.measuring.likelihood import kl_divergence, token_logprobs
 from common.measuring.metrics import measure
-from common.measuring.tone import NEGATIONS, lexicon, tone, tone_shares, tone_sign
+from common.measuring.tone import NEGATIONS, lexicon, mark_tone, tone, tone_shares, tone_sign
 from common.vectors.activation_additions import with_bos
 from common.vectors.steering_vector import SteeringVector
 
@@ -285,6 +285,29 @@ def test_tone(text, expected):
 def test_a_negation_turns_the_two_words_behind_it(word, negation, between):
     text = " ".join([negation, *between, word])
     assert tone(text) == (lexicon()[word] if len(between) > 1 else -lexicon()[word])
+
+
+@given(
+    st.lists(
+        st.one_of(
+            st.sampled_from([*sorted(lexicon()), *sorted(NEGATIONS), " ", "door", "LOVE", "\n"]),
+            st.text(st.characters(exclude_characters="▲▼"), max_size=3),
+        )
+    ).map(" ".join)
+)
+def test_marks_are_what_tone_counts(text):
+    """As many as the tone has words, in front of them, and nothing else in the text changes."""
+    marked = mark_tone(text)
+    assert marked.count("▲") - marked.count("▼") == tone(text) == tone(marked)
+    assert marked.replace("▲", "").replace("▼", "") == text
+    for word in re.findall("[▲▼]([A-Za-z]*)", marked):
+        assert word.lower() in lexicon()
+
+
+def test_a_word_is_marked_by_what_it_counts_as():
+    assert mark_tone("I love it, do not love it and never hate it.") == (
+        "I ▲love it, do not ▼love it and never ▲hate it."
+    )
 
 
 def test_lexicon_is_what_tone_can_read():

@@ -1,0 +1,79 @@
+"""Texts below each other: nothing of them is lost, and no line is too wide."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.cells import cell_len
+
+from common.measuring.printing import print_texts
+
+ODD = ["\n", "\r", "\t", "\x07", "\x1b[31m", "\xa0", "\u3000", "\u200b", "\u2028", "\\n", "\\"]
+WIDE = ["漢字", "é", "🙂", "x" * 300, "漢" * 150]
+
+
+def printed(capsys, *arguments, **options) -> list[str]:
+    """The printed lines below the legend."""
+    capsys.readouterr()
+    print_texts(*arguments, **options)
+    legend, *lines = capsys.readouterr().out.split("\n")
+    assert "▲" in legend and "▼" in legend
+    return lines
+
+
+@given(data=st.data())
+def test_lines_fit_and_hold_the_whole_text(data):
+    """Whatever the text, its lines without blanks are the text, with escapes that Python reads."""
+    parts = st.sampled_from([*ODD, *WIDE, "door", " a", " "]) | st.text(max_size=5)
+    text = data.draw(st.lists(parts, max_size=12).map("".join))
+    width = data.draw(st.integers(40, 120))
+    with pytest.MonkeyPatch.context() as patch:
+        lines: list[str] = []
+        patch.setattr("builtins.print", lambda *given, sep=" ": lines.append(sep.join(given)))
+        print_texts(["I"], {"unsteered": [text]}, width)
+    lines = "\n".join(lines).split("\n")[3:]
+    assert all(cell_len(line) <= width for line in lines)
+    assert lines[0].startswith("  unsteered  ")
+    assert all(line.isprintable() and line[:13].isspace() for line in lines[1:])
+    found = "".join(line[13:] for line in lines).replace("▲", "").replace("▼", "")
+    shown = "".join(
+        sign if sign.isprintable() and sign != "\\" else ascii(sign)[1:-1] for sign in text
+    )
+    assert found.replace(" ", "") == (shown.replace(" ", "") or "(nothing)")
+
+
+def test_a_prompt_has_its_texts_below_it(capsys):
+    """One paragraph for each prompt; all texts begin in one column, marked."""
+    texts = {"unsteered": [" a door.", ""], "− to Hate": [" I hate it", "  "], "漢字": ["1", "2"]}
+    assert printed(capsys, ["I think ", "You\n"], texts) == [
+        "",
+        "'I think '",
+        "  unsteered  a door.",
+        "  − to Hate  I ▼hate it",
+        "  漢字       1",
+        "",
+        r"'You\n'",
+        "  unsteered  (nothing)",
+        "  − to Hate  (nothing)",
+        "  漢字       2",
+        "",
+    ]
+
+
+def test_further_lines_hang(capsys):
+    """They begin where the text began; a long prompt is broken too."""
+    lines = printed(capsys, ["word " * 10], {"to Love": ["many words " * 5]}, width=40)
+    assert lines == [
+        "",
+        "'word word word word word word word word",
+        "word word '",
+        "  to Love  many words many words many",
+        "           words many words many words",
+        "",
+    ]
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="one text of 'to Love' for each of the 2 prompts, got 1"):
+        print_texts(["I", "You"], {"to Love": ["one"]})
+    with pytest.raises(ValueError, match="a width of at least 31, got 30"):
+        print_texts(["I"], {"to Love": ["one"]}, width=30)
