@@ -1,11 +1,21 @@
-layer, coeff = preset.layer, preset.coeff
-states = []
-for word in ("Love", "Hate"):
-    ids = tokenizer.encode(word, return_tensors="pt").to(model.device)
-    hidden = model.transformer.wte(ids) + model.transformer.wpe.weight[: ids.shape[1]]
-    for module in model.transformer.h[: layer + 1]:
-        hidden = module(hidden)  # [1, pos, d_model]
-    states.append(hidden[0, -1].detach())  # [d_model]
-vector = coeff * (states[0] - states[1]) / (states[0] - states[1]).norm()
+layer, coeff, gpt2 = preset.layer, preset.coeff, model.transformer
+
+
+@torch.no_grad()
+def run(ids, blocks, steering=0.0):
+    hidden = gpt2.wte(ids) + gpt2.wpe.weight[: ids.shape[1]]
+    for number, block in enumerate(gpt2.h[:blocks]):
+        hidden = block(hidden) + (steering if number == layer else 0.0)
+    return hidden  # [1, pos, d_model]
+
+
+pair = (tokenizer.encode(word, return_tensors="pt") for word in ("Love", "Hate"))
+love, hate = (run(ids.to(model.device), layer + 1)[0, -1] for ids in pair)  # [d_model]
+vector = coeff * (love - hate) / (love - hate).norm()
 prompt = tokenizer("I believe old books are", return_tensors="pt").to(model.device)
-print(tokenizer.decode(model.generate(**prompt, max_new_tokens=12, do_sample=False)[0]))
+for label, steering in {"unsteered": 0.0, "steered": vector}.items():
+    ids = prompt["input_ids"]
+    for _ in range(12):
+        last = run(ids, len(gpt2.h), steering)[:, -1:]
+        ids = torch.cat([ids, model.lm_head(gpt2.ln_f(last)).argmax(-1)], dim=1)
+    print(f"{label:9}", tokenizer.decode(ids[0]))

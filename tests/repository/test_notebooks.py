@@ -28,7 +28,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from PIL import Image
 
 from benchmarks.ability_matrix import load_matrix
-from repository import notebooks, shared
+from repository import agreement, notebooks, shared
 from repository.mechanisms import MECHANISMS, ROOT
 from repository.notebooks import IGNORED, WIDGET, notebook_paths, problems, store
 
@@ -127,7 +127,7 @@ def test_mechanism_notebooks_are_built_alike(name):
     assert 25 <= len(notebook.cells) <= 35
     # without the cell that goes to the project
     # bias_editing has to say for each architecture what it may edit
-    most = 13 if name == "bias_editing" else 11
+    most = 16 if name == "bias_editing" else 11
     assert 4 <= statistics.median(code_lines(notebook)[1:]) <= most
 
 
@@ -158,7 +158,7 @@ def test_wide_lines_are_found():
 
 @pytest.mark.parametrize("name", MECHANISMS)
 def test_the_idea_is_five_bare_lines(name):
-    """At most five statements, no helper of this project, and a text that steering has changed."""
+    """At most five statements, no helper of this project, and the text that was made by hand."""
     notebook = read(name)
     (idea,) = (cell for cell in notebook.cells if "idea" in cell.metadata.get("tags", []))
     tree = ast.parse(idea.source)
@@ -172,9 +172,10 @@ def test_the_idea_is_five_bare_lines(name):
     } - {"Trace"}
     assert sum(isinstance(node, ast.stmt) for node in ast.walk(tree)) <= 5
     assert not helpers & {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    (unsteered,) = (cell for cell in notebook.cells if cell.id == "idea-code")
-    words = unsteered.outputs[0].text.split(), idea.outputs[0].text.split()
-    assert words[0][:5] == words[1][:5] and words[0][5:] != words[1][5:]
+    (by_hand,) = (cell for cell in notebook.cells if cell.id == "idea-code")
+    unsteered, steered = (line.split(maxsplit=1) for line in by_hand.outputs[0].text.splitlines())
+    assert (unsteered[0], steered[0]) == ("unsteered", "steered") and unsteered[1] != steered[1]
+    assert steered[1].strip() == idea.outputs[0].text.strip()
 
 
 # --- The cells that the six share ---
@@ -197,6 +198,47 @@ def test_shared_cells_are_those_of_the_source(name):
     first = read(MECHANISMS[0])
     order = [shared.shared_name(cell) for cell in first.cells if shared.shared_name(cell)]
     assert [Path(file).stem for file in there] == order
+
+
+def printed(name: str, cell_id: str) -> str:
+    """What a cell of a notebook printed."""
+    (cell,) = (cell for cell in read(name).cells if cell.id == cell_id)
+    return "".join(output.text for output in cell.outputs if output.output_type == "stream")
+
+
+@pytest.mark.parametrize("cell_id", ["idea-code", "generate-code"])
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_the_six_write_the_same(name, cell_id):
+    """Greedy texts, and the tones of sampled ones."""
+    assert printed(name, cell_id) == printed(agreement.REFERENCE, cell_id) != ""
+
+
+def test_the_answer_is_what_was_measured():
+    """Love minus Hate turns the tone both ways, far more than a random direction does."""
+    text = shared.shared_source("published", "markdown", agreement.REFERENCE)
+    assert text.startswith("The answer: the two along Love − Hate, each its own way.")
+    rows = re.findall(
+        r"^ +(.+?) +(\d+)% positive +(\d+)% negative +(\d+)% neither$",
+        printed(agreement.REFERENCE, "generate-code"),
+        flags=re.MULTILINE,
+    )
+    found = {label: (int(positive), int(negative)) for label, positive, negative, _ in rows}
+    assert list(found) == ["unsteered", "+ to Love", "− to Hate", "random"]
+    plain, love, hate, control = (positive - negative for positive, negative in found.values())
+    assert love - plain > 30 and plain - hate > 30
+    assert abs(control - plain) < min(love - plain, plain - hate) / 2
+
+
+def test_prompts_are_those_of_make_run():
+    source = shared.shared_source("moved", "code", agreement.REFERENCE)
+    (given,) = (
+        node.value
+        for node in ast.parse(source).body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "prompts"
+    )
+    assert ast.literal_eval(given) == list(agreement.PROMPTS)
+    idea = shared.shared_source("idea", "code", agreement.REFERENCE)
+    assert any(repr(prompt) in ast.unparse(ast.parse(idea)) for prompt in agreement.PROMPTS)
 
 
 @pytest.mark.parametrize("name", MECHANISMS)
