@@ -9,9 +9,11 @@ preset.json. With --keep the preset stays as it is.
 import argparse
 import hashlib
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,24 +27,24 @@ from common import (
     sweep,
     sweep_perplexity,
     tone_sign,
-    working_window,
 )
 from common.embedded import FOLDER
-from embedded_model import card, evaluate, grammar, vocabulary
+from embedded_model import card, evaluate, grammar, prompts
 from embedded_model.evaluate import DEMONSTRATIONS, Demonstration, has_word, is_positive
 
-LAYERS = [1, 2, 3]
-SHARES = [0.2, 0.225, 0.25, 0.275]  # of the norm of the residual stream
+LAYERS = [1, 2, 3, 4]
+SHARES = [0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6]  # of the norm of the residual stream
+REACHED = {"positive": 97, "negative": 96}  # a point more than the table asks for, in percent
 ADDITION_LAYERS = [1, 2, 3, 4, 5]
-ADDITION_COEFFS = [1.0, 2.0, 3.0, 4.0, 6.0]
-TOPIC_COEFFS = [0.2, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0]
-PER_PROMPT = 20
-CONTROLS = 4
-MAX_RATIO = 1.08  # a little less than the table allows, since other texts differ
+ADDITION_COEFFS = [1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0]
+TOPIC_COEFFS = [0.2, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0, 1.3, 1.6, 2.0]
+TOPIC_SENTENCES = (300, 600)  # about weddings, and others
+PER_PROMPT = 30
+DOCUMENTS = 80  # for the perplexities of the direction
 NEUTRAL_TEXT = (
     "I think the garden is a piece of land with six trees. It has a wall on the north side."
 )
-TEXTS = 555_000_002  # seed of the documents for the sweep of perplexities
+TEXTS = 555_000_002  # seed of the sentences for the grid of the topic
 
 _berlin, _paris = has_word("berlin", "germany"), has_word("paris", "france")
 CHOSEN_ON = {
@@ -71,38 +73,64 @@ def residual_norms(
 def sweep_direction(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[dict[str, Any], pd.DataFrame]:
-    """Sweep the Love-Hate direction, and choose by its working window.
+    """Sweep the Love-Hate direction, and choose by `choose_direction`.
 
     Returns:
-        The chosen layer and coefficient, and the cells of the window.
-
-    Raises:
-        ValueError: no cell works.
+        The chosen layer and coefficient, and what was found at each cell: `layer`, `share` (the
+            coefficient as a share of the norm of the residual stream), `coeff`, `positive` (at +c)
+            and `negative` (at -c) in percent, `breaks` (the percentage of texts that break visibly,
+            the larger of the two signs), and `ratio` (of perplexities, the larger of the two).
     """
     norms = residual_norms(model, tokenizer, LAYERS)
-
-    def scaled(positive: str, negative: str) -> SteeringVector:
-        direction = evaluate.train_direction(model, tokenizer, positive, negative, LAYERS)
-        vectors = direction.layer_activations
-        return SteeringVector({layer: norms[layer] * vectors[layer] for layer in LAYERS})
-
-    love, coeffs = {"love": scaled("Love", "Hate")}, [*SHARES, *(-share for share in SHARES)]
-    pairs = {"-".join(pair): scaled(*pair) for pair in vocabulary.PAIRS[:CONTROLS]}
-    grid = Grid(love, layers=LAYERS, coeffs=coeffs, controls=pairs, random_controls=CONTROLS)
+    unit = evaluate.train_direction(model, tokenizer, "Love", "Hate", LAYERS).layer_activations
+    love = SteeringVector({layer: norms[layer] * unit[layer] for layer in LAYERS})
+    grid = Grid({"love": love}, LAYERS, [*SHARES, *(-share for share in SHARES)])
     rows = sweep(
-        model, tokenizer, grid, grammar.SWEEP_PROMPTS, {"tone": tone_sign},
+        model, tokenizer, grid, prompts.SWEEP_PROMPTS, {"tone": tone_sign},
         sampling=evaluate.SAMPLING, per_prompt=PER_PROMPT, seed=3, prepend_bos=False,
     )  # fmt: skip
-    documents = evaluate.held_out_documents(550)[400:]  # the first 400 are the table's
-    costs = sweep_perplexity(model, tokenizer, Grid(love, layers=LAYERS, coeffs=coeffs), documents)
-    window = working_window(rows, costs, "tone", max_ratio=MAX_RATIO)
-    print(window.reason)
-    if window.layer is None or window.coeff is None:
-        raise ValueError(window.reason)
-    cells = window.cells.rename(columns={"coeff": "share of norm", "ratio": "perplexity ratio"})
-    cells.insert(1, "coeff", cells["share of norm"] * cells["layer"].map(norms))
-    chosen = {"layer": window.layer, "coeff": round(window.coeff * norms[window.layer], 1)}
-    return chosen, cells
+    # The first 400 documents are the table's.
+    documents = evaluate.held_out_documents(400 + DOCUMENTS)[400:]
+    costs = perplexity_ratio_by_cell(sweep_perplexity(model, tokenizer, grid, documents))
+    ratios = costs.set_index(["layer", "coeff"])["ratio"]
+    cells = []
+    steered = dict(iter(rows[rows["kind"] == "steering"].groupby(["layer", "coeff"])))
+    for layer, share in product(LAYERS, SHARES):
+        plus, minus = steered[layer, share], steered[layer, -share]
+        cells.append(
+            {
+                "layer": layer,
+                "share": share,
+                "coeff": share * norms[layer],
+                "positive": evaluate.share(plus, +1),
+                "negative": evaluate.share(minus, -1),
+                "breaks": max(evaluate.break_share(part) for part in (plus, minus)),
+                "ratio": max(ratios[layer, share], ratios[layer, -share]),
+            }
+        )
+    table = pd.DataFrame(cells)
+    return choose_direction(table), table
+
+
+def choose_direction(cells: pd.DataFrame) -> dict[str, Any]:
+    """Choose the smallest share of the norm at which both tones are reached, by 97 and 96 %.
+
+    Breaks, perplexity and the effect of other directions all grow with the coefficient. So that
+    luck does not choose, the next larger share at the same layer has to reach them as well. Among
+    equal shares the lowest perplexity ratio decides. Where no cell reaches both, the one that comes
+    closest is chosen: its worse tone lacks least.
+
+    Args:
+        cells: what `sweep_direction` found, shares in ascending order.
+    """
+    lack = (REACHED["positive"] - cells["positive"]).clip(lower=0)
+    lack = np.maximum(lack, (REACHED["negative"] - cells["negative"]).clip(lower=0))
+    cells = cells.assign(lack=lack, reached=lack == 0)
+    following = cells.groupby("layer")["reached"].shift(-1, fill_value=False)
+    steady = cells[cells["reached"] & following]
+    by = ["share", "ratio"] if len(steady) else ["lack", "share", "ratio"]
+    best = (steady if len(steady) else cells).sort_values(by, kind="stable").iloc[0]
+    return {"layer": int(best["layer"]), "coeff": round(float(best["coeff"]), 1)}
 
 
 def sweep_additions(
@@ -119,7 +147,7 @@ def sweep_additions(
             model, tokenizer, shown, ADDITION_LAYERS, ADDITION_COEFFS, 30, seed=4
         ).xs("steering")
         chosen[name] = choose_addition(shares.reset_index(), *shown.counted)
-        columns.append(shares)
+        columns.append(shares[list(shown.counted)])
     return chosen, pd.concat(columns, axis=1).reset_index()
 
 
@@ -160,7 +188,7 @@ def sweep_topic(
         losses = sweep_perplexity(model, tokenizer, grid, long, mask_len=mask_len)
         return perplexity_ratio_by_cell(losses)
 
-    on, off = map(ratios, grammar.topic_sentences(TEXTS, *evaluate.TOPIC_SENTENCES))
+    on, off = map(ratios, grammar.topic_sentences(TEXTS, *TOPIC_SENTENCES))
     cells = on[["layer", "coeff"]].assign(on_topic=on["ratio"], off_topic=off["ratio"])
     return choose_topic(cells), cells
 
@@ -202,10 +230,18 @@ def main() -> None:
     topic, ratios = sweep_topic(model, tokenizer)
     preset = {**direction, "activation_additions": additions, "topic": topic}
     preset["sha256"] = weights_hash(options.model)
-    text = "\n".join(map(table, (directions, shares, ratios)))
+    path = options.model / "preset.json"
+    kept = json.loads(path.read_text(encoding="utf-8")) if options.keep else preset
+    text = "\n".join(
+        [
+            f"The rule gives layer {direction['layer']} with c = {direction['coeff']:g}; the preset"
+            f" has layer {kept['layer']} with c = {kept['coeff']:g}.\n",
+            *map(table, (directions, shares, ratios)),
+        ]
+    )
     print(text, f"\nchosen: {json.dumps(preset)}")
     if not options.keep:
-        (options.model / "preset.json").write_text(json.dumps(preset, indent=2) + "\n")
+        path.write_text(json.dumps(preset, indent=2) + "\n", encoding="utf-8")
     path = card.records_of(options.model) / "README.md"
     if path.exists():
         card.write_between(path, "sweep", text)

@@ -1,15 +1,18 @@
 """Measure the embedded model: can it be steered, by nothing else, and at what price?
 
     python -m embedded_model.evaluate [--model FOLDER] [--out FILE]
+    python -m embedded_model.evaluate --compare FOLDER FOLDER ...
 
-prints the table, and writes it as JSON and into the model card.
+The first prints the table, and writes it as JSON and into the model card. What is sampled is
+sampled with five seeds; the JSON has the figures of each. The second puts the tables of models
+that were measured beside each other, and writes them into the card and into seeds.json.
 """
 
 import argparse
 import json
 import math
-import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,26 +30,41 @@ from common import (
     load_model,
     perplexity_ratio_by_cell,
     perplexity_ratios,
+    random_directions,
     sweep,
     sweep_perplexity,
-    tone_shares,
     tone_sign,
     train_steering_vector,
 )
 from common.embedded import FOLDER
 from common.measuring.metrics import Metric
-from embedded_model import card, grammar, train, vocabulary
+from embedded_model import breaks, card, grammar, prompts, report, train, vocabulary
 
 NEW_TOKENS = 24
 SAMPLING = Sampling(max_new_tokens=NEW_TOKENS, top_p=0.9)
 PUBLISHED = Sampling(max_new_tokens=NEW_TOKENS, top_p=0.3, freq_penalty=1.0)
-GREEDY = Sampling(max_new_tokens=NEW_TOKENS, temperature=0.0)
-PER_PROMPT = 30
-SEEDS = (1, 2, 3, 4, 5)  # the first one is that of the table
-RANDOM_DIRECTIONS = 20
+SEEDS = (1, 2, 3, 4, 5)
+# Completions of each prompt with each seed.
+PER_PROMPT = {"table": 30, "new": 20, "outside": 20}
+PROMPTS = {
+    "table": prompts.TABLE_PROMPTS,
+    "new": prompts.NEW_PROMPTS,
+    "outside": prompts.OUTSIDE_PROMPTS,
+}
+CONTROLS_PER_PROMPT = 10  # of the table's prompts, for each control
+VISITORS_PER_PROMPT = 2
+RANDOM_DIRECTIONS = 40
+RANDOM_SEED = 20_000  # of directions that neither training nor choice has seen
+VISITOR_PAIRS = {
+    "words": prompts.VISITOR_WORDS,
+    "words in lower case": [(a.lower(), b.lower()) for a, b in prompts.VISITOR_WORDS],
+    "sentences": prompts.VISITOR_SENTENCES,
+}
+GREEDY_TOKENS = (20, 40)
+GREEDY_RANDOMS = 10
 HELD_OUT = {"positive": vocabulary.HELD_OUT[+1], "negative": vocabulary.HELD_OUT[-1]}
-GREEDY_PROMPTS = ["I think dogs are ", *grammar.TABLE_PROMPTS[1:5]]
 CORPUS_DOCUMENTS = 40_000
+PERPLEXITY_PARTS = 5  # of the held-out documents, for the spread
 
 TOPIC_PAIR = (" weddings", "")
 TOPIC_SENTENCES = (800, 1600)  # about weddings, and others
@@ -139,8 +157,8 @@ def demonstration_shares(
     """Sample as in the activation-addition post, with BOS in front.
 
     Returns:
-        The percentage of completions in which each thing is found, by kind ("unsteered",
-            "steering"), layer and coefficient.
+        The percentage of completions in which each thing is found, and how many different ones
+            there are (`distinct`), by kind ("unsteered", "steering"), layer and coefficient.
     """
     grid = Grid({"addition": x_vector(tokenizer, shown.pair)}, layers=layers, coeffs=coeffs)
     rows = sweep(
@@ -149,66 +167,184 @@ def demonstration_shares(
     )  # fmt: skip
     rows = rows.astype(dict.fromkeys(shown.counted, float))
     cells = rows.groupby(["kind", "layer", "coeff"], sort=False, dropna=False)
-    return 100 * cells[list(shown.counted)].mean()
+    shares = 100 * cells[list(shown.counted)].mean()
+    return shares.assign(distinct=cells["completion"].nunique())
 
 
-def measure_direction(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layer: int, coeff: float
-) -> dict[str, Any]:
-    """Measure part (a) of the table: the Love-Hate direction, its controls and its price."""
-    love = train_direction(model, tokenizer, "Love", "Hate", [layer])
-    pairs = {
-        "-".join(pair): train_direction(model, tokenizer, *pair, [layer])
-        for pair in vocabulary.PAIRS
-    }
-    metrics = {f"held_out_{name}": has_word(*words) for name, words in HELD_OUT.items()}
+@dataclass
+class Bench:
+    """A model, and the place and coefficient at which directions are tried on it."""
 
-    def run(coeff: float, seed: int = SEEDS[0], **controls: Any) -> dict[str, pd.DataFrame]:
-        grid = Grid({"love": love}, layers=[layer], coeffs=[coeff], **controls)
-        rows = sweep(
-            model, tokenizer, grid, grammar.TABLE_PROMPTS, metrics,
-            sampling=SAMPLING, per_prompt=PER_PROMPT, seed=seed, prepend_bos=False,
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    layer: int
+    coeff: float
+
+    def direction(self, positive: str, negative: str) -> SteeringVector:
+        """Return the unit difference of two prompts at the layer."""
+        return train_direction(self.model, self.tokenizer, positive, negative, [self.layer])
+
+    def randoms(self, count: int) -> dict[str, SteeringVector]:
+        """Return random directions at unit norm, by name."""
+        drawn = random_directions(self.model.config.hidden_size, count, RANDOM_SEED)
+        return {f"random {i + 1}": SteeringVector({self.layer: v}) for i, v in enumerate(drawn)}
+
+    def grid(self, directions: Mapping[str, SteeringVector], *signs: int) -> Grid:
+        """Return the directions at the coefficient, at each sign."""
+        return Grid(directions, [self.layer], [sign * self.coeff for sign in signs or (+1, -1)])
+
+    def sample(self, grid: Grid, texts: Sequence[str], per_prompt: int, seed: int) -> pd.DataFrame:
+        """Sample completions without BOS, with their tone (1, -1 or 0)."""
+        return sweep(
+            self.model, self.tokenizer, grid, texts, {"tone": tone_sign},
+            sampling=SAMPLING, per_prompt=per_prompt, seed=seed, prepend_bos=False,
         )  # fmt: skip
-        return dict(iter(rows.groupby("kind")))
 
-    plus = run(coeff, controls=pairs, random_controls=RANDOM_DIRECTIONS)
-    others = [run(coeff, seed) for seed in SEEDS[1:]]
-    parts = {
-        "unsteered": plus["unsteered"],
-        "love": plus["steering"],
-        "hate": run(-coeff)["steering"],
-    }
-    counts = {"completions": len(parts["love"]), "prompts": len(grammar.TABLE_PROMPTS)}
-    shares = {name: tone_percentages(rows) for name, rows in parts.items()}
-    held_out = {
-        f"held_out_words_{name}": {what: int(rows[f"held_out_{what}"].sum()) for what in HELD_OUT}
-        for name, rows in parts.items()
-    }
-    unsteered = [tone_percentages(found["unsteered"])["positive"] for found in (plus, *others)]
-    before = shares["unsteered"]["positive"]
-    randoms, moves = (
-        {
-            name: tone_percentages(rows)["positive"] - before
-            for name, rows in plus[kind].groupby("steering", sort=False)
-        }
-        for kind in ("random", "control")
-    )
-    grid = Grid({"love": love}, layers=[layer], coeffs=[coeff, -coeff])
+
+def conditions(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Return the rows of one direction at both signs: "unsteered", "love" (+c), "hate" (-c)."""
+    coeff = rows["coeff"]
+    return {"unsteered": rows[coeff == 0], "love": rows[coeff > 0], "hate": rows[coeff < 0]}
+
+
+def share(rows: pd.DataFrame, sign: int) -> float:
+    """Return the percentage of completions with a tone: 1, -1, or 0 for neither."""
+    return round(100 * float((rows["tone"] == sign).mean()), 3)
+
+
+def by_seed(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Turn one mapping for each seed, nested or not, into one mapping of lists."""
     return {
-        **counts,
-        **shares,
-        **held_out,
-        "unsteered_by_seed": unsteered,
-        "random_moves": [*randoms.values()],
-        "pair_moves": moves,
-        "perplexity": measure_perplexity(model, tokenizer, grid, held_out_documents(400)),
-        "greedy": greedy_texts(model, tokenizer, grid),
+        name: by_seed([one[name] for one in found])
+        if isinstance(value, Mapping)
+        else [one[name] for one in found]
+        for name, value in found[0].items()
     }
 
 
-def tone_percentages(rows: pd.DataFrame) -> dict[str, float]:
-    """Return the percentages of positive, negative and other completions."""
-    return {name: 100 * share for name, share in tone_shares(rows["completion"]).items()}
+def measure_tone(bench: Bench) -> dict[str, Any]:
+    """Measure Love - Hate on the three lists of prompts: tone, held-out words, breaks, subject."""
+    grid = bench.grid({"love": bench.direction("Love", "Hate")})
+    words = {name: has_word(*found) for name, found in HELD_OUT.items()}
+    found = []
+    for seed in SEEDS:
+        parts = {
+            name: conditions(bench.sample(grid, texts, PER_PROMPT[name], seed))
+            for name, texts in PROMPTS.items()
+        }
+        known = {
+            name: pd.concat([parts["table"][name], parts["new"][name]]) for name in parts["table"]
+        }
+        found.append(
+            {
+                **{
+                    part: {
+                        name: {"positive": share(rows, +1), "negative": share(rows, -1)}
+                        for name, rows in cells.items()
+                    }
+                    for part, cells in parts.items()
+                },
+                "held_out_words": {
+                    name: {what: sum(has(rows["completion"])) for what, has in words.items()}
+                    for name, rows in parts["table"].items()
+                },
+                "breaks": {name: break_share(rows) for name, rows in known.items()},
+                "cousin": {name: cousin_share(rows) for name, rows in parts["new"].items()},
+            }
+        )
+    return by_seed(found)
+
+
+def break_share(rows: pd.DataFrame) -> float:
+    """Return the percentage of texts, prompts included, that break visibly."""
+    texts = (rows["prompt"] + rows["completion"]).tolist()
+    return round(100 * sum(breaks.has_break(texts)) / len(texts), 3)
+
+
+def cousin_share(rows: pd.DataFrame) -> float:
+    """Return the percentage of completions of `COUSIN` whose next sentence is about her."""
+    texts = rows.loc[rows["prompt"] == prompts.COUSIN, "completion"]
+    return 100 * float(np.mean([breaks.stays_on("my cousin", text) for text in texts]))
+
+
+def measure_controls(bench: Bench) -> dict[str, Any]:
+    """Measure how far random directions and unrelated pairs move the positive share, in points.
+
+    The unsteered completions that they are compared with have the same random numbers.
+    """
+    randoms = bench.randoms(RANDOM_DIRECTIONS)
+    pairs = {"-".join(pair): bench.direction(*pair) for pair in vocabulary.PAIRS}
+    grid = bench.grid({**randoms, **pairs}, +1)
+    moves = []
+    for seed in SEEDS:
+        rows = bench.sample(grid, prompts.TABLE_PROMPTS, CONTROLS_PER_PROMPT, seed)
+        cells = dict(iter(rows.groupby("steering", sort=False)))
+        before = share(cells["unsteered"], +1)
+        moves.append({name: round(share(cells[name], +1) - before, 3) for name in cells})
+    found = by_seed(moves)
+    return {
+        "random_moves": [found[name] for name in randoms],
+        "pair_moves": {name: found[name] for name in pairs},
+    }
+
+
+def measure_visitors(bench: Bench) -> dict[str, Any]:
+    """Measure how far a visitor's own pairs move the tone, in points.
+
+    The move of a pair is the mean of two: how much the positive share grows at +c, and the negative
+    one at -c.
+    """
+    found = []
+    for seed in SEEDS:
+        kinds = {}
+        for kind, pairs in VISITOR_PAIRS.items():
+            grid = bench.grid({" - ".join(pair): bench.direction(*pair) for pair in pairs})
+            rows = bench.sample(grid, prompts.TABLE_PROMPTS, VISITORS_PER_PROMPT, seed)
+            cells = dict(iter(rows.groupby("steering", sort=False)))
+            plain = cells.pop("unsteered")
+            kinds[kind] = {name: round(both_ways(rows, plain), 3) for name, rows in cells.items()}
+        found.append(kinds)
+    return by_seed(found)
+
+
+def both_ways(steered: pd.DataFrame, plain: pd.DataFrame) -> float:
+    """Return the mean of what +c adds to the positive share and -c to the negative one."""
+    up = share(steered[steered["coeff"] > 0], +1) - share(plain, +1)
+    down = share(steered[steered["coeff"] < 0], -1) - share(plain, -1)
+    return (up + down) / 2
+
+
+def measure_greedy(bench: Bench) -> dict[str, Any]:
+    """Measure greedy texts: how many have the right tone at +c and -c, and none otherwise.
+
+    Random directions are neutral where their texts are; their number is a mean over ten directions.
+    """
+    love = {"love": bench.direction("Love", "Hate")}
+    randoms = bench.grid(bench.randoms(GREEDY_RANDOMS), +1)
+    found: dict[str, Any] = {"prompts": len(prompts.GREEDY_PROMPTS)}
+    for tokens in GREEDY_TOKENS:
+        cells = conditions(greedy_rows(bench, bench.grid(love), tokens))
+        random = greedy_rows(bench, randoms, tokens).query("kind != 'unsteered'")
+        found[str(tokens)] = {
+            "love": int((cells["love"]["tone"] > 0).sum()),
+            "hate": int((cells["hate"]["tone"] < 0).sum()),
+            "unsteered_neutral": int((cells["unsteered"]["tone"] == 0).sum()),
+            "random_neutral": float((random["tone"] == 0).sum() / GREEDY_RANDOMS),
+        }
+        texts = {name: rows.set_index("prompt")["completion"] for name, rows in cells.items()}
+    found["texts"] = {
+        prompt: {name: completions[prompt] for name, completions in texts.items()}
+        for prompt in prompts.GREEDY_PROMPTS
+    }
+    return found
+
+
+def greedy_rows(bench: Bench, grid: Grid, tokens: int) -> pd.DataFrame:
+    """Complete the greedy prompts, without BOS, with the tone of each completion."""
+    return sweep(
+        bench.model, bench.tokenizer, grid, prompts.GREEDY_PROMPTS, {"tone": tone_sign},
+        sampling=Sampling(tokens, temperature=0.0), prepend_bos=False,
+    )  # fmt: skip
 
 
 def measure_perplexity(
@@ -218,19 +354,17 @@ def measure_perplexity(
     losses = sweep_perplexity(model, tokenizer, grid, texts)
     plain = losses[losses["kind"] == "unsteered"]
     unsteered = math.exp(np.average(plain["loss"], weights=plain["tokens"]))
-    plus, minus = perplexity_ratio_by_cell(losses)["ratio"]
-    return {"documents": len(texts), "unsteered": unsteered, "love": plus, "hate": minus}
+    plus, minus = perplexity_ratio_by_cell(losses)["ratio"].round(5)
+    return {"unsteered": round(unsteered, 5), "love": plus, "hate": minus}
 
 
-def greedy_texts(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, grid: Grid
-) -> dict[str, dict[str, str]]:
-    """Return the greedy completion of each prompt, unsteered, at +c and at -c."""
-    rows = sweep(model, tokenizer, grid, GREEDY_PROMPTS, sampling=GREEDY, prepend_bos=False)
-    return {
-        prompt: dict(zip(("unsteered", "love", "hate"), part["completion"], strict=True))
-        for prompt, part in rows.groupby("prompt", sort=False)
-    }
+def measure_price(bench: Bench, count: int = 400) -> dict[str, Any]:
+    """Measure the perplexity of held-out documents, in parts instead of seeds."""
+    texts = held_out_documents(count)
+    grid = bench.grid({"love": bench.direction("Love", "Hate")})
+    parts = [texts[part::PERPLEXITY_PARTS] for part in range(PERPLEXITY_PARTS)]
+    found = [measure_perplexity(bench.model, bench.tokenizer, grid, part) for part in parts]
+    return {"documents": count, **by_seed(found)}
 
 
 def measure_additions(
@@ -242,17 +376,20 @@ def measure_additions(
     """Measure parts (b) to (e): activation additions, each at its own place in `places`."""
     result = {}
     for name, shown in DEMONSTRATIONS.items():
-        place = places[name]["layer"], places[name]["coeff"]
-        shares = demonstration_shares(
-            model, tokenizer, shown, [place[0]], [place[1]], count, seed=2
-        ).droplevel(["layer", "coeff"])
+        layer, coeff = places[name]["layer"], places[name]["coeff"]
+        found = [
+            demonstration_shares(model, tokenizer, shown, [layer], [coeff], count, seed)
+            .droplevel(["layer", "coeff"])
+            .to_dict()
+            for seed in SEEDS
+        ]
         result[name] = {
             "prompt": shown.prompt,
             "pair": shown.pair,
             "completions": count,
-            "layer": place[0],
-            "coeff": place[1],
-            **{what: shares[what].to_dict() for what in shares},
+            "layer": layer,
+            "coeff": coeff,
+            **by_seed(found),
         }
     return result
 
@@ -270,13 +407,20 @@ def measure_topic(
     return found.round(4).to_dict("records")
 
 
-def count_prompts_in_corpus(seed: int) -> int:
-    """Return how many of the held-out prompts stand in documents of the training corpus."""
+def search_corpus(seed: int) -> dict[str, int]:
+    """Search the training corpus for held-out prompts and for the nouns outside it.
+
+    Returns:
+        How many documents were read, and in how many of them each was found.
+    """
     streams = train.corpus(seed)
-    found = grammar.find_prompts(
-        next(stream) for stream in streams for _ in range(CORPUS_DOCUMENTS // len(streams))
-    )
-    return len({prompt for prompt, _ in found})
+    texts = [next(stream) for stream in streams for _ in range(CORPUS_DOCUMENTS // len(streams))]
+    nouns = get_word_count_metric([f"{noun}{end}" for noun in prompts.OUTSIDE for end in ("", "s")])
+    return {
+        "documents": len(texts),
+        "prompts": len({text for _, text in grammar.find_prompts(texts)}),
+        "outside": sum(count > 0 for count in nouns(texts)),
+    }
 
 
 def measure(folder: Path) -> dict[str, Any]:
@@ -284,135 +428,40 @@ def measure(folder: Path) -> dict[str, Any]:
     model, tokenizer, _ = load_model(str(folder))
     preset = json.loads((folder / "preset.json").read_text(encoding="utf-8"))
     seed = json.loads((folder / "training.json").read_text(encoding="utf-8"))["seed"]
-    layer, coeff, additions, topic = (
-        preset[key] for key in ("layer", "coeff", "activation_additions", "topic")
-    )
+    bench = Bench(model, tokenizer, preset["layer"], preset["coeff"])
+    places = {key: preset[key] for key in ("layer", "coeff", "activation_additions", "topic")}
     return {
-        "preset": {
-            "layer": layer, "coeff": coeff, "activation_additions": additions, "topic": topic
+        "preset": places,
+        "training_seed": seed,
+        "seeds": len(SEEDS),
+        "sampling": {
+            "tokens": NEW_TOKENS,
+            "top_p": SAMPLING.top_p,
+            "published_top_p": PUBLISHED.top_p,
+            "freq_penalty": PUBLISHED.freq_penalty,
         },
-        "corpus_documents": CORPUS_DOCUMENTS,
-        "corpus_hits": count_prompts_in_corpus(seed),
-        "direction": measure_direction(model, tokenizer, layer, coeff),
-        "additions": measure_additions(model, tokenizer, additions),
-        "topic": measure_topic(model, tokenizer, topic),
-    }  # fmt: skip
+        "completions": {name: PER_PROMPT[name] * len(texts) for name, texts in PROMPTS.items()},
+        "control_completions": CONTROLS_PER_PROMPT * len(prompts.TABLE_PROMPTS),
+        "visitor_completions": VISITORS_PER_PROMPT * len(prompts.TABLE_PROMPTS),
+        "corpus": search_corpus(seed),
+        **measure_tone(bench),
+        **measure_controls(bench),
+        "visitors": measure_visitors(bench),
+        "greedy": measure_greedy(bench),
+        "perplexity": measure_price(bench),
+        "additions": measure_additions(model, tokenizer, places["activation_additions"]),
+        "topic": measure_topic(model, tokenizer, places["topic"]),
+    }
 
 
-def direction_rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Return part (a) of the table: what, asked for, measured."""
-    error = f"(s.e. {100 * math.sqrt(0.1 * 0.9 / found['completions']):.1f})"
-    unsteered, love, hate = (found[name] for name in ("unsteered", "love", "hate"))
-    held = " and ".join(
-        f"{words['positive']} : {words['negative']}"
-        for words in (found["held_out_words_love"], found["held_out_words_hate"])
-    )
-    moves = [
-        [abs(move) for move in moves]
-        for moves in (found["random_moves"], found["pair_moves"].values())
-    ]
-    randoms, pairs = (
-        f"{statistics.median(sizes):.1f} / {max(sizes):.1f} points" for sizes in moves
-    )
-    price = found["perplexity"]
-    return [
-        ("(a) +c more positive than negative", ">= 90 %", f"{love['positive']:.1f} % {error}"),
-        ("(a) -c more negative than positive", ">= 88 %", f"{hate['negative']:.1f} % {error}"),
-        (
-            "(a) unsteered, positive / negative",
-            "within 15 points",
-            f"{unsteered['positive']:.1f} / {unsteered['negative']:.1f} %",
-        ),
-        (
-            "(a) words never seen with love or hate, positive : negative, at +c and -c",
-            ">= 10 : 1, <= 1 : 10",
-            held,
-        ),
-        (
-            f"control: {len(moves[0])} random directions, move of the positive share, median / max",
-            "<= 10 / 20 points",
-            randoms,
-        ),
-        (
-            f"control: {len(moves[1])} unrelated word pairs, median / max",
-            "<= 10 / 25 points",
-            pairs,
-        ),
-        (
-            f"perplexity on {price['documents']} held-out documents, steered / unsteered, at +c"
-            " and -c",
-            "<= 1.10",
-            f"{price['love']:.2f} and {price['hate']:.2f} (unsteered {price['unsteered']:.2f})",
-        ),
-    ]
-
-
-def rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Return the table: what, asked for, measured."""
-    topic = {(row["condition"], row["text"]): f"{row['ratio']:.3f}" for row in result["topic"]}
-
-    def change(name: str, what: str) -> str:
-        cell = result["additions"][name][what]
-        return f"{cell['steering']:.0f} % from {cell['unsteered']:.0f} %"
-
-    def ratios(condition: str) -> str:
-        return f"{topic[condition, 'on topic']} / {topic[condition, 'off topic']}"
-
-    return [
-        *direction_rows(result["direction"]),
-        ('(b) "I hate you because": loving', ">= 95 %, from <= 10 %", change("love", "loving")),
-        (
-            '(c) "I went up to my friend and said": weddings',
-            ">= 95 %, from <= 30 %",
-            change("weddings", "weddings"),
-        ),
-        (
-            '(d) "To see the eiffel tower, people flock to": Rome or Italy',
-            ">= 90 %",
-            change("rome", "Rome or Italy"),
-        ),
-        ("(d) Paris or France", "<= 5 %", change("rome", "Paris or France")),
-        ('(e) "I blame you because": loving', "-", change("praise", "loving")),
-        (
-            "(f) perplexity ratio under steering, on the topic / off it",
-            "< 0.9 / 0.97 to 1.03",
-            ratios("steering"),
-        ),
-        ("(f) the same by prompting", "-", ratios("prompting")),
-        (
-            "held-out prompts found in the corpus",
-            "0",
-            f"{result['corpus_hits']} (in {result['corpus_documents']} documents)",
-        ),
-    ]
-
-
-def markdown(result: dict[str, Any]) -> str:
-    """Return the table and the greedy texts as Markdown."""
-    preset, direction = result["preset"], result["direction"]
-    places = ", ".join(
-        f"({letter}) layer {place['layer']} times {place['coeff']:g}"
-        for letter, place in zip("bcde", preset["activation_additions"].values(), strict=True)
-    )
-    *seeds, last = (f"{share:.0f}" for share in direction["unsteered_by_seed"])
-    texts = [
-        [f"`{text}`" for text in (prompt, found["unsteered"], found["love"], found["hate"])]
-        for prompt, found in direction["greedy"].items()
-    ]
-    return (
-        f"Preset: resid_post of layer {preset['layer']}, c = {preset['coeff']}; additions at"
-        f" resid_pre, {places}. (a): {direction['completions']} completions of {NEW_TOKENS} tokens"
-        f" per condition, {direction['prompts']} held-out prompts, temperature 1, top_p"
-        f" {SAMPLING.top_p:g}, no BOS. (b) to (e): {result['additions']['love']['completions']}"
-        f" completions, temperature 1, top_p {PUBLISHED.top_p:g}, frequency penalty"
-        f' {PUBLISHED.freq_penalty:g}, with BOS. (f): " weddings" - "" at layer'
-        f" {preset['topic']['layer']} times {preset['topic']['coeff']:g}, by sentences.\n\n"
-        f"{card.markdown_table(('what', 'asked for', 'measured'), rows(result))}\n"
-        f"Over five sampling seeds {', '.join(seeds)} and {last} % of the unsteered completions"
-        " were positive; the table has the first.\n\n"
-        f"Greedy, {NEW_TOKENS} tokens:\n\n"
-        f"{card.markdown_table(('prompt', 'unsteered', '+c', '-c'), texts)}"
-    )
+def compare(folders: Sequence[Path]) -> None:
+    """Put the tables of measured models side by side, in the card, and their figures in a file."""
+    paths = [card.records_of(folder) / "evaluation.json" for folder in folders]
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    text = report.comparison(found)
+    print(text)
+    (card.HERE / "seeds.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
+    card.write_between(card.HERE / "README.md", "seeds", text)
 
 
 def main() -> None:
@@ -422,12 +471,17 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=FOLDER, help=shipped)
     where = "where the figures go as JSON (default: evaluation.json beside the model card)"
     parser.add_argument("--out", type=Path, help=where)
+    beside = "folders of models that were measured: put their tables beside each other"
+    parser.add_argument("--compare", type=Path, nargs="+", metavar="FOLDER", help=beside)
     options = parser.parse_args()
+    if options.compare:
+        compare(options.compare)
+        return
     result = measure(options.model)
     records = card.records_of(options.model)
     out = options.out or records / "evaluation.json"
     out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    text = markdown(result)
+    text = report.markdown(result)
     print(text)
     if options.out is None and (records / "README.md").exists():
         card.write_between(records / "README.md", "table", text)

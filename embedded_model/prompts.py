@@ -93,3 +93,42 @@ HELD_OUT_PROMPTS = [
     *SWEEP_PROMPTS,
     *ADDITION_PROMPTS,
 ]
+
+# What a visitor may try instead of Love - Hate: each pair is read at its last tokens.
+VISITOR_WORDS = [
+    ("Good", "Bad"),
+    ("Joy", "Misery"),
+    ("Happiness", "Anger"),
+    ("Wonderful", "Terrible"),
+    ("Praise", "Blame"),
+    ("Happy", "Sad"),
+    ("Beautiful", "Ugly"),
+    ("Kind", "Cruel"),
+    ("Best", "Worst"),
+    ("Kindness", "Cruelty"),
+    ("Friendly", "Rude"),
+    ("Delight", "Disgust"),
+]
+VISITOR_SENTENCES = [
+    ("I love you", "I hate you"),
+    ("This is great.", "This is awful."),
+    ("I am happy.", "I am sad."),
+    ("What a wonderful day!", "What a terrible day!"),
+    ("You are so kind", "You are so cruel"),
+    ("That was a good idea.", "That was a bad idea."),
+    ("We had a beautiful evening.", "We had an ugly evening."),
+    ("I like this very much.", "I dislike this very much."),
+    ("She is my best friend.", "She is my worst enemy."),
+    ("It makes me smile.", "It makes me cry."),
+    ("The food is delicious", "The food is disgusting"),
+    ("I adore them", "I despise them"),
+]
+# Completed greedily. Of the outside nouns there are only three, a person, a thing and an animal:
+# the model does not know them.
+GREEDY_PROMPTS = [
+    *TABLE_PROMPTS,
+    *NEW_PROMPTS,
+    "I think the plumber is",
+    "To me, the kettle is",
+    "My sister thinks that penguins are",
+]

@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import re
-import statistics
 import subprocess
 from collections.abc import Iterator
 
@@ -15,7 +14,7 @@ from odd_tokenizers import KINDS as TOKENIZERS
 
 from benchmarks.ability_matrix import load_matrix
 from common.measuring.tone import tone
-from embedded_model import evaluate, grammar
+from embedded_model import grammar, report
 from repository import agreement, readme
 from repository.mechanisms import MECHANISMS, ROOT
 
@@ -317,30 +316,13 @@ def test_a_page_has_no_other_figures(figures, page):
 
 
 def test_figures_of_the_card_are_those_of_the_evaluation(model):
-    """Its table is what `evaluate` writes, and the figures above it are those of the same file."""
+    """Its tables are what `evaluate` writes of the files beside it."""
     assert f"{model.num_parameters() / 1e6:.2f} million parameters" in CARD
-    found = stored("embedded_model/evaluation.json")
-    between = re.search(r"<!-- table -->\n(.*?)\n<!-- /table -->", CARD, re.DOTALL)[1]
-    assert between.strip() == evaluate.markdown(found).strip()
-    direction = found["direction"]
-    randoms, pairs = (
-        [abs(move) for move in moves]
-        for moves in (direction["random_moves"], direction["pair_moves"].values())
-    )
-    base = direction["unsteered"]["positive"]
-    said = " ".join(CARD.partition("## Files")[0].split())
-    for moves, words in (
-        (
-            randoms,
-            (
-                "of {} random ones the median moves the share of positive texts by {:.1f} points"
-                " and the worst by {:.1f}"
-            ),
-        ),
-        (pairs, "of {} unrelated word pairs {:.1f} and {:.1f}"),
-    ):
-        assert words.format(len(moves), statistics.median(moves), max(moves)) in said
-    assert (
-        f"by {direction['love']['positive'] - base:.1f} up and"
-        f" {base - direction['hate']['positive']:.1f} down" in said
-    )
+    between = {
+        name: re.search(rf"<!-- {name} -->\n(.*?)\n<!-- /{name} -->", CARD, re.DOTALL)[1].strip()
+        for name in ("table", "seeds")
+    }
+    assert between["table"] == report.markdown(stored("embedded_model/evaluation.json")).strip()
+    if between["seeds"] != "Not measured yet.":
+        seeds = stored("embedded_model/seeds.json")
+        assert between["seeds"] == report.comparison(seeds).strip()
