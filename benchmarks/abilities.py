@@ -24,6 +24,8 @@ from benchmarks.ability_trials import TRIALS
 from benchmarks.stored import machine
 from repository.mechanisms import MECHANISMS
 
+LONGEST = 300  # characters of an error
+
 
 class Cell(NamedTuple):
     """What one trial of one mechanism gave: one of `ability_matrix.OUTCOMES`, and why."""
@@ -43,11 +45,11 @@ def attempt(trial: Callable[[Subject], None], subject: Subject) -> tuple[str, st
         return "silently no", str(failure)
     except Exception as error:  # whatever a library raises: that is the result
         line = next((line for line in str(error).splitlines() if line.strip()), "")
-        line = re.sub(
-            r" ?\(?(/|<eval_)\S+", "", line
-        )  # paths of this machine, and numbers of generated code
+        line = re.sub(r" ?\(<eval_[^)]*\)", "", line)  # a place in code that was generated
+        line = re.sub(r" ?\(?/\S+", "", line)  # paths of this machine
+        line = re.sub(r"\[\{.*\}\]", "[...]", line)  # a list of every weight
         return "error", textwrap.shorten(
-            line if isinstance(error, Elsewhere) else f"{type(error).__name__}: {line}", 160
+            line if isinstance(error, Elsewhere) else f"{type(error).__name__}: {line}", LONGEST
         )
     return "yes", ""
 

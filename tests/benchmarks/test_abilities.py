@@ -40,6 +40,15 @@ def test_matrix_is_complete():
     assert matrix_table(cells).shape == (len(TRIALS), len(MECHANISMS))
 
 
+def test_reasons_are_whole():
+    """No sentence breaks off, and each bracket that opens is closed."""
+    for says in load_matrix()["says"]:
+        assert not says.endswith(("[...]", "...")), says
+        assert all(says.count(left) == says.count(right) for left, right in ("()", "[]", "{}")), (
+            says
+        )
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("ability", TRIALS)
 def test_cells_are_what_the_trials_give(ability):
@@ -70,6 +79,10 @@ def test_outcomes():
     def fails(_):
         raise RuntimeError("\nnot at /a/b.py, sorry\nand more")
 
+    def fails_in_generated_code(_):
+        raise SyntaxError("invalid syntax", ("<eval_with_key.7>", 30, 1, "x", 30, 2))
+
+    assert attempt(fails_in_generated_code, None) == ("error", "SyntaxError: invalid syntax")
     assert attempt(lambda _: None, None) == ("yes", "")
     assert attempt(lambda _: expect(torch.ones(2), torch.zeros(2), "moved"), None) == (
         "silently no",
