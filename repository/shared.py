@@ -53,8 +53,13 @@ def shared_source(cell: str, kind: str, notebook: str, folder: Path = FOLDER) ->
         word = found[1]
         if word == "limits":
             return limits(notebook)
+        if word in ("prompts", "opening"):  # those of `make run`; the last one opens a notebook
+            from repository.agreement import PROMPTS  # loads torch, and few need it
+
+            written = [json.dumps(prompt, ensure_ascii=False) for prompt in PROMPTS]
+            return "\n".join(f"    {one}," for one in written) if word == "prompts" else written[-1]
         if word == "published":
-            from repository.published import published_markdown  # loads torch, and few need it
+            from repository.published import published_markdown
 
             return published_markdown(*values["sites"])
         if word not in values:

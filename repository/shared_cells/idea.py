@@ -12,7 +12,7 @@ def run(ids, blocks, steering=0.0):
 pair = (tokenizer.encode(word, return_tensors="pt") for word in ("Love", "Hate"))
 love, hate = (run(ids.to(model.device), layer + 1)[0, -1] for ids in pair)  # [d_model]
 vector = coeff * (love - hate) / (love - hate).norm()
-prompt = tokenizer("I believe old books are", return_tensors="pt").to(model.device)
+prompt = tokenizer(<<opening>>, return_tensors="pt").to(model.device)
 for label, steering in {"unsteered": 0.0, "steered": vector}.items():
     ids = prompt["input_ids"]
     for _ in range(12):

@@ -1,4 +1,6 @@
-prompts = ["I think dogs are ", "In my opinion the baker is", "I believe old books are"]
+prompts = [
+<<prompts>>
+]
 inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(model.device)
 vector = coeff * direction  # [d_model]
 unsteered_hidden = read(wrapped, inputs, layer)  # [batch, pos, d_model]

@@ -229,16 +229,17 @@ def test_the_answer_is_what_was_measured():
     assert abs(control - plain) < min(love - plain, plain - hate) / 2
 
 
-def test_prompts_are_those_of_make_run():
-    source = shared.shared_source("moved", "code", agreement.REFERENCE)
-    (given,) = (
-        node.value
-        for node in ast.parse(source).body
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "prompts"
-    )
-    assert ast.literal_eval(given) == list(agreement.PROMPTS)
-    idea = shared.shared_source("idea", "code", agreement.REFERENCE)
-    assert any(repr(prompt) in ast.unparse(ast.parse(idea)) for prompt in agreement.PROMPTS)
+def test_prompts_stand_in_one_place(monkeypatch):
+    """Those of `make run`, whatever their signs; the notebooks open with the last of them."""
+    prompts = ['I said "no" to ', "A \\ and\n", "Où"]
+    monkeypatch.setattr(agreement, "PROMPTS", prompts)
+
+    def texts(cell: str) -> list[str]:
+        tree = ast.parse(shared.shared_source(cell, "code", "seventh"))
+        return [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+
+    assert [text for text in texts("moved") if text in prompts] == prompts
+    assert [text for text in texts("idea") if text in prompts] == prompts[-1:]
 
 
 @pytest.mark.parametrize("name", MECHANISMS)
