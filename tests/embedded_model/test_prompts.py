@@ -8,7 +8,7 @@ import pytest
 from embedded_model import grammar, prompts, vocabulary
 
 ABOUT_SUBJECTS = [*prompts.TABLE_PROMPTS, *prompts.NEW_PROMPTS, *prompts.SWEEP_PROMPTS]
-# "it is true", "hear that it is": of nobody in particular.
+# "it" may be of nobody in particular: "is it true".
 PRONOUN = re.compile(r"\b(he|him|she|her|they|them)\b")
 FORMS = {"he": "he him", "she": "she her", "they": "they them"}
 

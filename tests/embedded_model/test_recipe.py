@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from common.embedded import FOLDER
 from common.loading import load_model
 from common.measuring.tone import tone
-from embedded_model import card, choose, evaluate, grammar, train, vocabulary
+from embedded_model import card, choose, evaluate, grammar, prompts, train, vocabulary
 from embedded_model.tokenizer import SPLIT_WORDS
 
 COUNT = 4000
@@ -257,6 +257,55 @@ def test_table_measures_what_it_says(bench, evaluation, monkeypatch):
     assert love > 30 and hate < -30 and abs(colours) < 30
 
 
+class Scripted(evaluate.Bench):
+    """A bench whose completions have the tones that a test wrote down."""
+
+    def __init__(self, model, tokenizer, tones: dict):
+        super().__init__(model, tokenizer, 0, 1.0)
+        self.tones = tones
+
+    def sample(self, grid, texts, per_prompt, seed):
+        """Return tones by steering and sign, those of a seed; others are neutral."""
+        cells = itertools.product(grid.steering, grid.coeffs)
+        return pd.DataFrame(
+            [
+                {"steering": name, "coeff": coeff, "tone": tone}
+                for name, coeff in [("unsteered", 0), *cells]
+                for tone in self.tones.get((name, coeff, seed), [0, 0, 0, 0])
+            ]
+        )
+
+
+def test_moves_are_differences_from_unsteered(model, tokenizer, monkeypatch):
+    """A control's in the positive share, seed by seed; a pair's at +c and -c, each in its way."""
+    monkeypatch.setattr(evaluate, "SEEDS", [1, 2])
+    monkeypatch.setattr(evaluate, "RANDOM_DIRECTIONS", 2)
+    monkeypatch.setattr(evaluate, "VISITOR_PAIRS", {"words": [("Good", "Bad")]})
+    bench = Scripted(
+        model,
+        tokenizer,
+        {
+            ("unsteered", 0, 1): [1, 1, -1, 0],
+            ("random 2", 1, 1): [1, 1, 1, 1],
+            ("random 2", 1, 2): [-1, -1, 1, 1],
+            ("Good - Bad", 1, 1): [1, 1, 1, 1],
+            ("Good - Bad", -1, 1): [-1, -1, 1, 1],
+        },
+    )
+    assert evaluate.measure_controls(bench)["random_moves"] == [[-50, 0], [50, 50]]
+    assert evaluate.measure_visitors(bench) == {"words": {"Good - Bad": [37.5, 0]}}
+
+
+def test_cousin_and_breaks_are_counted_of_their_own_texts():
+    """The share of her sentences is of her prompt; a break may lie where the prompt ends."""
+    rows = pd.DataFrame(
+        [(prompts.COUSIN, " She is kind."), (prompts.COUSIN, " He is kind."), ("I am", " am ill.")],
+        columns=["prompt", "completion"],
+    )
+    assert evaluate.cousin_share(rows) == 50
+    assert evaluate.break_share(rows) == pytest.approx(100 / 3, abs=0.01)
+
+
 def cells(layers, shares, positive, negative, ratio=1.0) -> pd.DataFrame:
     """A grid as the sweep of the direction returns it, the coefficient ten times the share."""
     table = pd.DataFrame(itertools.product(layers, shares), columns=["layer", "share"])
@@ -275,6 +324,11 @@ def test_direction_is_the_smallest_that_reaches_both_tones():
     assert choose.choose_direction(equal) == {"layer": 2, "coeff": 2}
     weak = cells([1, 2], [0.2, 0.3], [90, 95, 96, 91], [99, 92, 95, 99])
     assert choose.choose_direction(weak) == {"layer": 2, "coeff": 2}
+    # Broken text is no tone.
+    broken = cells([1], [0.2, 0.3, 0.4], [90, 99, 99], 99, ratio=[1.1, 1.2, 1.3])
+    assert choose.choose_direction(broken) == {"layer": 1, "coeff": 2}
+    with pytest.raises(ValueError, match="ratio of at most 1.1 at some cell, the lowest is 1.20"):
+        choose.choose_direction(broken[1:])
 
 
 def test_sweep_of_the_direction_measures_every_cell(model, tokenizer, monkeypatch):
