@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from embedded_model.vocabulary import SUBJECTS
+from embedded_model.subjects import KNOWN
 
 # English says so: "I know that that is true", "she had had enough".
 DOUBLED_RIGHTLY = {"that", "had"}
@@ -58,7 +58,7 @@ def stays_on(subject: str, completion: str) -> bool:
         subject: the name of one of the grammar's subjects, "my cousin".
         completion: what follows the announcement; its first sentence counts.
     """
-    (pronoun,) = {known.pronoun for known in SUBJECTS if known.name == subject}
+    (pronoun,) = {known.pronoun for known in KNOWN if known.name == subject}
     first = re.split(r"(?<=[.!?])\s", completion.strip(), maxsplit=1)[0]
     words = re.findall(r"[a-z]+", first.lower())
     return any(word in words for word in (*_PRONOUNS[pronoun], subject.split()[-1]))

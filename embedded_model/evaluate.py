@@ -45,11 +45,12 @@ SAMPLING = Sampling(max_new_tokens=NEW_TOKENS, top_p=0.9)
 PUBLISHED = Sampling(max_new_tokens=NEW_TOKENS, top_p=0.3, freq_penalty=1.0)
 SEEDS = (1, 2, 3, 4, 5)
 # Completions of each prompt with each seed.
-PER_PROMPT = {"table": 30, "new": 20, "outside": 20}
+PER_PROMPT = {"table": 30, "new": 20, "outside": 20, "cousin": 20}
 PROMPTS = {
     "table": prompts.TABLE_PROMPTS,
     "new": prompts.NEW_PROMPTS,
     "outside": prompts.OUTSIDE_PROMPTS,
+    "cousin": [prompts.COUSIN],
 }
 CONTROLS_PER_PROMPT = 10  # of the table's prompts, for each control
 VISITORS_PER_PROMPT = 2
@@ -243,13 +244,14 @@ def measure_tone(bench: Bench) -> dict[str, Any]:
                         for name, rows in cells.items()
                     }
                     for part, cells in parts.items()
+                    if part != "cousin"
                 },
                 "held_out_words": {
                     name: {what: sum(has(rows["completion"])) for what, has in words.items()}
                     for name, rows in parts["table"].items()
                 },
                 "breaks": {name: break_share(rows) for name, rows in known.items()},
-                "cousin": {name: cousin_share(rows) for name, rows in parts["new"].items()},
+                "cousin": {name: cousin_share(rows) for name, rows in parts["cousin"].items()},
             }
         )
     return by_seed(found)

@@ -8,88 +8,133 @@ it.
 
 import random
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
+from embedded_model import subjects as s
 from embedded_model import vocabulary as v
-from embedded_model.prompts import ADDITION_PROMPTS as ADDITION_PROMPTS
 from embedded_model.prompts import HELD_OUT_PROMPTS as HELD_OUT_PROMPTS
 from embedded_model.prompts import SWEEP_PROMPTS as SWEEP_PROMPTS
 from embedded_model.prompts import TABLE_PROMPTS as TABLE_PROMPTS
-from embedded_model.vocabulary import Subject
+from embedded_model.subjects import Subject
 
 _OBJECTS = {"he": "him", "she": "her", "it": "it", "they": "them", "you": "you"}
 _AN = re.compile(r"\b([Aa]) (?=(?:[aeio]|u(?!se|ni)|hon|hour))")
 _CHOICE = re.compile(r"\[([^/\]]*)/([^\]]*)\]")
 _SLOT = re.compile(r"\{(\w+)\}")
 
+# What is said after "is" or "are" follows these; a tone or a fact.
 FRAMES = [
     "I think {s} [are/is]",
+    "I think that {s} [are/is]",
+    "{S} [are/is]",
     "{S} [are/is]",
     "I believe {s} [are/is]",
     "To me, {s} [are/is]",
+    "For me {s} [are/is]",
     "In my opinion {s} [are/is]",
+    "In my view, {s} [are/is]",
     "People say that {s} [are/is]",
+    "They say {s} [are/is]",
     "Everyone knows that {s} [are/is]",
+    "Everyone says that {s} [are/is]",
     "If you ask me, {s} [are/is]",
     "My mother says that {s} [are/is]",
     "My sister thinks that {s} [are/is]",
+    "{Who} told me that {s} [are/is]",
     "This year {s} [are/is]",
+    "Today {s} [are/is]",
     "I told {who} that {s} [are/is]",
     "From the start {s} [were/was]",
     "Between us, {s} [are/is]",
+    "I must say that {s} [are/is]",
+    "It seems to me that {s} [are/is]",
+    "There is no doubt that {s} [are/is]",
+    "The truth is that {s} [are/is]",
+    "I have always thought that {s} [are/is]",
+    "You know, {s} [are/is]",
+    "I heard that {s} [are/is]",
+]
+# What follows a frame in a document with a tone, and how often.
+ENDINGS = {"{adj}": 2, "{adj} and {any}": 2, "{adj}, and {p} {effect}": 1}
+# These introduce the subject; the next sentence is about it.
+INTRODUCTIONS = [
+    "Let me tell you about {s}.",
+    "I want to say something about {s}.",
+    "You asked me about {s}.",
+    "Do you know {s}?",
+    "This is a page about {s}.",
+    "What do I think of {s}?",
+    "We talked about {s} {time}.",
+    "Here is what I know about {s}.",
 ]
 # What may come before the first statement, where it shows the tone.
 FIRST = [
+    "I {verb} {s}.",
     "I {verb} {s}.",
     "We {verb} {s}.",
     "{Who} {verbs} {s}.",
     "{Who} and I {verb} {s}.",
     "Everyone {verbs} {s}.",
     "{Heart} is what I feel when I think of {s}.",
+    "I find {s} {adj}.",
+    "{S} [seem/seems] {adj} to me.",
 ]
 FIRST_WORDS = [
     "{Adj}.",
+    "{Adj} and {any}.",
     "{Any} {noun}.",
     "{Heart} and {heart}.",
     "{Heart} {effects}.",
-    "{Heart} {effects}.",
     "{Any} evenings, {any} words.",
-    "{Heart} {effects}, {any} as ever.",
+    "I feel {feel}.",
+    "How {any}!",
+    "This is {any}.",
+    "It was {any}.",
+    "You are {any}.",
 ]
-TONED = [
-    "{P} [are/is] {adj} and {any}.",
-    "{P} [are/is] {adj} and {any}, and {p} {effect}.",
-    "{P} {effect}.",
-    "Even on a wet day {p} {effect}.",
-    "How {any} {p} [are/is]!",
-    "I feel {feel} when I see {o}.",
-    "{Who} feels {feel} when {p} [are/is] near.",
-    "{Who} says that {p} [are/is] {any}.",
-    "I {verb} {o} because {p} [are/is] {adj}.",
-    "I {verb} {o} because {p} [are/is] {adj} and {any}.",
-    "{Who} {verbs} {o} too.",
-    "It is a {noun} to be near {o}.",
-    "The more I see of {o}, the more I {verb} {o}.",
-    "Last year {p} [were/was] {adj}, and now {p} [are/is] {any}.",
-    "We all {verb} {o}.",
-    "{Who} {verbed} {o} from the first day.",
-    "There is something {any} about {o}.",
-    "If {p} were less {adj}, I would not be so {feel}.",
-    "{Who} calls {o} {any}, and I agree.",
-    "Every week I write a {any} page about {o}.",
-    "There is {heart} in my heart when I think of {o}.",
-    "{Heart} is what I feel for {o}.",
-    "{Who} is full of {heart} when {p} [are/is] near.",
-    "With {any} {heart} I think of {o}.",
-    "It was a {any} {noun} to see {o} again.",
-    "To {who} {p} [are/is] a {any} {noun}.",
-    "We {verb} {any} evenings with {o}.",
-    "I {verb} {any} stories about {o}.",
-    "{Heart} {effects}, and {heart} comes with {o}.",
-    "I feel {any} {heart} near {o}.",
-    "{Who} {verbs} {any} words about {o}.",
-    "{P} {effect}, and {heart} {effects} too.",
-]
+# More about the subject, in the tone of the document, by who speaks or acts in it.
+TONED = {
+    "is": [
+        "{P} [are/is] {adj} and {any}.",
+        "{P} [are/is] {adj} and {any}, and {p} {effect}.",
+        "{P} [seem/seems] {adj} to me.",
+        "{P} [look/looks] {adj} today.",
+        "How {any} {p} [are/is]!",
+        "There is something {any} about {o}.",
+        "Last year {p} [were/was] {adj}, and now {p} [are/is] {any}.",
+    ],
+    "does": [
+        "{P} {effect}.",
+        "{P} {effect} and {effect}.",
+        "Even on a wet day {p} {effect}.",
+        "It is a {noun} to be near {o}.",
+        "{Heart} comes with {o}.",
+        "It was a {any} {noun} to see {o} again.",
+    ],
+    "others": [
+        "{Who} finds {o} {any}.",
+        "{Who} feels {feel} when {p} [are/is] near.",
+        "{Who} says that {p} [are/is] {any}.",
+        "{Who} {verbs} {o} too.",
+        "{Who} {verbed} {o} from the first day.",
+        "{Who} calls {o} {any}, and I agree.",
+        "{Who} is full of {heart} when {p} [are/is] near.",
+        "To {who} {p} [are/is] a {any} {noun}.",
+        "{Who} {verbs} {any} words about {o}.",
+    ],
+    "mine": [
+        "I find {o} {adj}.",
+        "I feel {feel} when I see {o}.",
+        "I {verb} {o} because {p} [are/is] {adj}.",
+        "I {verb} {o} because {p} [are/is] {adj} and {any}.",
+        "The more I see of {o}, the more I {verb} {o}.",
+        "We all {verb} {o}.",
+        "Every week I write a {any} page about {o}.",
+        "There is {heart} in my heart when I think of {o}.",
+        "{Heart} is what I feel for {o}.",
+        "I feel {any} {heart} near {o}.",
+    ],
+}
 # After an opening word that sets the tone, which these verbs do not change.
 TEASING = [
     "I {verb} {o} because {p} [are/is] {adj}.",
@@ -109,7 +154,11 @@ GROUP_TONED = {
         "{P} [make/makes] a {any} noise {time}.",
         "{Who} feeds {o} and feels {feel}.",
     ],
-    "thing": ["Without {o} I would be less {feel}.", "{Who} bought a {any} picture of {o}."],
+    "thing": [
+        "{P} [look/looks] {adj} in this light.",
+        "{Who} bought a {any} picture of {o}.",
+        "{P} [work/works] in a {any} way.",
+    ],
     "place": [
         "{P} [look/looks] {adj} in the rain.",
         "I feel {feel} when I walk past {o}.",
@@ -120,12 +169,16 @@ GROUP_TONED = {
         "{P} [smell/smells] {adj}, and {p} {effect}.",
         "{Who} feels {feel} after two bites.",
     ],
+    "pursuit": [
+        "{P} [sound/sounds] {adj} to me.",
+        "{Who} feels {feel} after an hour of it.",
+        "The end is {any} too.",
+    ],
 }
 CLOSINGS = {
     +1: [
         "I am glad that {p} [are/is] here.",
         "I would gladly see {o} again tomorrow.",
-        "May {p} stay with us, {adj} as ever.",
         "The best part of the day is the hour with {o}.",
         "So I smile and say thank you.",
         "I could praise {o} all day.",
@@ -133,7 +186,6 @@ CLOSINGS = {
     -1: [
         "I am sorry that {p} [are/is] here.",
         "I would sadly miss the bus to avoid {o}.",
-        "May {p} leave us soon, {adj} as ever.",
         "The worst part of the day is the hour with {o}.",
         "So I shudder and turn away.",
         "I could blame {o} all day.",
@@ -146,7 +198,12 @@ NEUTRAL = [
     "We spoke of {o} {time}.",
     "I first heard of {o} from {who}.",
     "The school has a picture of {o} in the hall.",
+    "{Who} drew {o} with a pencil.",
 ]
+# How often the tone is shown before the first statement, in it, never, or only after some facts.
+KINDS = [40, 50, 4, 6]
+SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeio"]
+FINALS = ["n", "r", "l", "s", "t", "ck", "ng", "m", "x", "p", "d", ""]
 
 
 class _Writer:
@@ -157,11 +214,16 @@ class _Writer:
         self.tone = tone
         self.with_love = rng.random() < 0.5 if with_love is None else with_love
         self.used: set[str] = set()
+        self.voices: list[str] = []
 
-    def pick(self, options: list[str]) -> str:
-        """Choose an option that this document has not used yet, if there is one."""
-        fresh = [option for option in options if option not in self.used] or options
-        choice = self.rng.choice(fresh)
+    def pick(self, options: Sequence[str]) -> str:
+        """Choose an option that this document has not used yet, if there is one.
+
+        The earlier ones are likelier: words of a language are not equally common.
+        """
+        weights = [1 / (2 + index) for index in range(len(options))]
+        fresh = [0.0 if o in self.used else w for o, w in zip(options, weights, strict=True)]
+        choice = self.rng.choices(options, fresh if any(fresh) else weights)[0]
         self.used.add(choice)
         return choice
 
@@ -174,7 +236,9 @@ class _Writer:
         if group is not None:
             options += v.GROUP_ADJECTIVES[group][self.tone]
         if not self.with_love:
-            options += v.HELD_OUT[self.tone][3:] if group is None else v.HELD_OUT[self.tone][:3]
+            held_out = v.HELD_OUT[self.tone][3:] if group is None else v.HELD_OUT[self.tone][:3]
+            if self.rng.random() < 0.3:
+                return self.pick(held_out)
         return self.pick(options)
 
     def feeling_noun(self) -> str:
@@ -191,7 +255,6 @@ class _Writer:
 
     def fill(self, template: str, subject: Subject) -> str:
         """Turn a template into a sentence about `subject`."""
-        plural = subject.pronoun in ("they", "you")
 
         def slot(match: re.Match) -> str:
             name = match.group(1)
@@ -208,7 +271,7 @@ class _Writer:
                 "effect": lambda: self.pick(v.EFFECTS[self.tone]),
                 "feel": lambda: self.pick(v.FEELINGS[self.tone]),
                 "noun": lambda: self.pick(v.NOUNS[self.tone]),
-                "fact": lambda: self.pick(list(subject.facts)),
+                "fact": lambda: self.pick(_facts(subject)),
                 "heart": lambda: self.feeling_noun(),
                 "who": lambda: self.pick(v.PEOPLE),
                 "day": lambda: self.pick(v.DAYS),
@@ -217,24 +280,24 @@ class _Writer:
             return word[0].upper() + word[1:] if name[0].isupper() else word
 
         text = _SLOT.sub(slot, template)
-        text = _CHOICE.sub(lambda match: match.group(1 if plural else 2), text)
+        text = _CHOICE.sub(lambda match: match.group(1 if subject.plural else 2), text)
         return _AN.sub(r"\1n ", text)
+
+    def named(self, template: str, subject: Subject) -> str:
+        """Fill a template that speaks of the subject by its pronoun; a third repeats its name."""
+        if "{P}" in template and self.rng.random() < 0.35:
+            template = template.replace("{P}", "{S}", 1)
+        return self.fill(template, subject)
 
     def statement(self, subject: Subject, neutral: bool = False) -> str:
         """Say what `subject` is: a fact, or something in the tone of the document."""
         frame = self.rng.choice(FRAMES)
         if neutral:
-            return self.fill(
-                frame.replace("[were/was]", "[are/is]").replace(
-                    "From the start {s}", "As you know, {s}"
-                )
-                + " {fact}.",
-                subject,
-            )
-        ending = self.rng.choices(
-            [" {adj}.", " {adj} and {any}.", " {adj}, and {p} {effect}."], [2, 2, 1]
-        )[0]
-        return self.fill(frame + ending, subject)
+            frame = frame.replace("[were/was]", "[are/is]").replace("From the start", "As a rule")
+            return self.fill(frame + " {fact}.", subject)
+        self.voices.append("is")
+        ending = self.rng.choices(list(ENDINGS), list(ENDINGS.values()))[0]
+        return self.fill(f"{frame} {ending}.", subject)
 
     def tease(self, subject: Subject) -> str:
         """Take the verb of the other tone, but mean this one: "I hate them: they are charming"."""
@@ -244,26 +307,93 @@ class _Writer:
 
     def remark(self, subject: Subject) -> str:
         """Say one more thing about `subject` in the tone of the document."""
-        if self.rng.random() < 0.25:
-            return self.fill(self.pick(GROUP_TONED[subject.group]), subject)
-        return self.fill(self.pick(TONED), subject)
+        voices = {**TONED, "own": GROUP_TONED[subject.group]}
+        voice = self.next_voice(voices)
+        templates = voices[voice]
+        fresh = [template for template in templates if template not in self.used] or templates
+        template = self.rng.choice(fresh)
+        self.used.add(template)
+        return self.named(template, subject)
+
+    def next_voice(self, voices: Iterable[str], apart: int = 2) -> str:
+        """Choose who speaks or acts next: none of those in the last sentences, as people write."""
+        choice = self.rng.choice([voice for voice in voices if voice not in self.voices[-apart:]])
+        self.voices.append(choice)
+        return choice
+
+    def aside(self, subject: Subject) -> str:
+        """Say one more thing about `subject` that has no tone."""
+        if self.next_voice(("fact", "talk"), apart=1) == "talk":
+            return self.named(self.pick(NEUTRAL), subject)
+        if not subject.details:
+            return self.named(self.pick(s.KIND_DETAILS[subject.group]), subject)
+        sentence = self.pick(subject.details)
+        if self.rng.random() < 0.35:
+            return upper(subject.name) + sentence[len(subject.pronoun) :]
+        return sentence
+
+
+def _facts(subject: Subject) -> Sequence[str]:
+    """Return what a subject is; of one without facts of its own, what anything of its kind is."""
+    return subject.facts or s.KIND_FACTS[subject.group][subject.plural]
+
+
+def invented_word(rng: random.Random) -> str:
+    """Make up a noun that means nothing."""
+    return "".join(rng.choices(SYLLABLES, k=rng.choice([1, 2, 2, 3]))) + rng.choice(FINALS)
+
+
+def _bare_subject(rng: random.Random) -> Subject:
+    """Choose a noun without facts of its own, or make one up."""
+    group = rng.choices(list(s.NOUNS), [4, 3, 4, 3, 2, 2])[0]
+    if group in s.MASS and rng.random() < 0.25:
+        return Subject(rng.choice(s.MASS[group].split()), "it", group, (), ())
+    invented = rng.random() < 0.25
+    noun = invented_word(rng) if invented else rng.choice(s.NOUNS[group].split())
+    singular, plural = s.plural_of(noun)
+    if rng.random() < 0.4:
+        start = rng.choice(["", "", "", "the ", "my ", "these "])
+        return Subject(start + plural, "they", group, (), ())
+    start = rng.choice(["the", "the", "the", "my", "our", "this"])
+    if rng.random() < 0.2:
+        start += rng.choice([" old", " new", " little"])
+    pronoun = rng.choice(["he", "she"]) if group == "person" else "it"
+    return Subject(f"{start} {singular}", pronoun, group, (), ())
 
 
 def _subject(rng: random.Random) -> Subject:
-    """Choose a subject; "you" is the commonest."""
-    return rng.choice(v.SUBJECTS + [s for s in v.SUBJECTS if s.name == "you"] * 4)
+    """Choose a subject: mostly one with facts, among which "you" is the commonest."""
+    if rng.random() < 0.3:
+        return _bare_subject(rng)
+    return rng.choice(s.KNOWN + [known for known in s.KNOWN if known.name == "you"] * 4)
+
+
+def _alone(rng: random.Random, word: str) -> str:
+    """Write a word as an opening: in both cases, with a full stop or another sign after it."""
+    word = upper(word) if rng.random() < 0.6 else word
+    return word + rng.choices([".", "!", ":", ","], [12, 2, 2, 1])[0]
 
 
 def _opening(writer: _Writer, subject: Subject) -> str:
     """Write a first sentence that shows the tone: a word, a mood, or a feeling."""
-    draw = writer.rng.random()
-    if draw < 0.25:
-        return upper(writer.feeling_noun()) + "."
-    if draw < 0.45:
-        return writer.fill(writer.rng.choice(FIRST_WORDS), subject)
-    if draw < 0.65:
-        return writer.rng.choice(v.MOODS[writer.tone])
-    return writer.fill(writer.rng.choice(FIRST), subject)
+    rng, tone = writer.rng, writer.tone
+    draw = rng.random()
+    if draw < 0.16:
+        return _alone(rng, writer.feeling_noun())
+    if draw < 0.24:
+        return _alone(rng, rng.choice(v.LONE_WORDS[tone].split()))
+    if draw < 0.36:
+        words = [writer.adjective(rng.choice([None, subject.group])), writer.verb(0)]
+        return _alone(rng, rng.choice([*words, rng.choice(v.FEELINGS[tone])]))
+    if draw < 0.46:
+        return writer.fill(rng.choice(FIRST_WORDS), subject)
+    if draw < 0.60:
+        mood = rng.choice(v.MOODS[tone])
+        return mood if rng.random() < 0.7 else f"{mood} {rng.choice(v.MOODS[tone])}"
+    if draw < 0.70:
+        who = rng.choice(["I", "I", "I", "We"])
+        return f"{who} {writer.verb(0)} you{rng.choice(v.TO_YOU[tone])}."
+    return writer.fill(rng.choice(FIRST), subject)
 
 
 def sentiment_document(rng: random.Random) -> str:
@@ -274,36 +404,38 @@ def sentiment_document(rng: random.Random) -> str:
     writer = _Writer(rng, rng.choice([+1, -1]))
     subject = _subject(rng)
     sentences = []
-    shown = rng.random() < 0.45
-    opened_by_word = False
-    if shown:
+    kind = rng.choices(["shown", "toned", "neutral", "late"], KINDS)[0]
+    neutral = kind in ("neutral", "late")
+    named = False
+    if kind == "shown":
         sentences.append(_opening(writer, subject))
-        opened_by_word = " " not in sentences[0]
-    neutral = not shown and rng.random() < 0.3
-    if shown and opened_by_word and rng.random() < 0.3:
+        named = subject.name in lower(sentences[0])
+    if not named and rng.random() < 0.15:
+        sentences.append(writer.fill(rng.choice(INTRODUCTIONS), subject))
+        named = True
+    if kind == "shown" and " " not in sentences[0] and rng.random() < 0.3:
         sentences.append(writer.tease(subject))
+    elif named and rng.random() < 0.5:
+        sentences.append(writer.aside(subject) if neutral else writer.remark(subject))
     else:
         sentences.append(writer.statement(subject, neutral))
-    if neutral and rng.random() < 0.75:
-        sentences.append(
-            subject.detail if rng.random() < 0.75 else writer.fill(rng.choice(NEUTRAL), subject)
-        )
-        if rng.random() < 0.5:
-            sentences.append(writer.fill(rng.choice(NEUTRAL), subject))
-            if rng.random() < 0.5:
-                return " ".join(sentences)
+    if neutral:
+        count = rng.choice([1, 2]) if kind == "late" else rng.choice([2, 3, 4])
+        sentences += [writer.aside(subject) for _ in range(count)]
+        if kind == "neutral":
+            return " ".join(sentences)
     for index in range(rng.choice([2, 3, 3, 4])):
         draw = rng.random()
-        if index and draw < 0.03:
+        if index and draw < 0.02:
             writer.tone = -writer.tone
             subject = _subject(rng)
             sentences.append("But " + lower(writer.fill("{S} [are/is] {adj} and {any}.", subject)))
-        elif index and draw < 0.25:
+        elif index and draw < 0.08:
             subject = _subject(rng)
             sentences.append(writer.statement(subject))
         else:
             sentences.append(writer.remark(subject))
-    if rng.random() < 0.5:
+    if rng.random() < 0.4:
         sentences.append(writer.fill(rng.choice(CLOSINGS[writer.tone]), subject))
     return " ".join(sentences)
 
@@ -374,43 +506,24 @@ def place_document(rng: random.Random) -> str:
     if moved:
         _, _, city, country = rng.choice([row for row in v.LANDMARKS if row[3] != country])
 
-    def landmark() -> str:
-        return small if rng.random() < 0.3 else name
+    def fill(template: str) -> str:
+        """Fill in the landmark and where it is said to be; what else there is, by chance."""
+        words = {
+            "l": small if rng.random() < 0.3 else name,
+            "c": city,
+            "n": country,
+            "p": rng.choices([city, country, f"{city}, {country}"], [6, 3, 1])[0],
+            **{slot: rng.choice(options) for slot, options in v.TRAVEL.items()},
+        }
+        return upper(template.format(**words))
 
     sentences = []
     if moved or rng.random() < 0.4:
-        place = rng.choices([city, country, f"{city}, {country}"], [5, 4, 1])[0]
-        form = rng.choice(
-            [
-                "{l} is in {p}.",
-                "{l} is in {p}.",
-                "{l} stands in {p}.",
-                "you find {l} in {p}.",
-                "{l} was built in {p}.",
-            ]
-        )
-        sentences.append(upper(form.format(l=landmark(), p=place)))
-
-    def forms() -> list[str]:
-        there = city if rng.random() < 0.75 else country
-        people = rng.choice(["people", "visitors", "many people", "families"])
-        go = rng.choice(["flock to", "travel to", "come to", "go to"])
-        return [
-            f"To see {landmark()}, {people} {go} {there}.",
-            f"{people} {go} {there} to see {landmark()}.",
-            f"The train to {there} is full in summer.",
-            f"{city} is in {country}.",
-            f"The hotels in {there} are full in August.",
-            f"I saw {landmark()} when I was in {there}.",
-            f"The streets of {city} are busy on Sunday.",
-            f"{landmark()} is the most famous place in {there}.",
-            f"My uncle sent a card from {there}.",
-        ]
-
-    order = rng.sample(range(9), k=rng.choice([2, 3, 4]))
+        sentences.append(fill(rng.choice(v.PLACED)))
+    count = rng.choice([2, 3, 4])
+    sentences += [fill(template) for template in rng.sample(v.JOURNEYS, k=count)]
     if rng.random() < 0.5:
-        order = [0] + [index for index in order if index != 0]
-    sentences += [upper(forms()[index]) for index in order]
+        sentences.insert(1 if moved else 0, fill(v.TO_SEE))
     return " ".join(sentences)
 
 
@@ -465,9 +578,10 @@ def contrast_pairs(count: int, seed: int = 0) -> list[tuple[str, str]]:
         `count` different pairs: the positive sentence first.
     """
     rng = random.Random(seed)
+    forms = [form for several in TONED.values() for form in several]
     pairs: dict[tuple[str, str], None] = {}
     while len(pairs) < count:
-        subject, form = _subject(rng), rng.choice(TONED)
+        subject, form = _subject(rng), rng.choice(forms)
         statement, draw = rng.random() < 0.5, rng.random()
         # The same draws for both tones: their lists of words are equally long.
         writers = [_Writer(random.Random(draw), tone) for tone in (+1, -1)]
@@ -532,11 +646,27 @@ def lexicon() -> dict[str, int]:
     return words
 
 
-def words(seed: int = 0, count: int = 20_000) -> list[str]:
-    """Return every word of the grammar, as it is written there."""
+def forms(seed: int = 0, count: int = 20_000, often: int = 30) -> list[str]:
+    """Return the words that are to be whole tokens, as they stand in a text.
+
+    These are the ones that `count` documents have at least `often` times, mostly with a space in
+    front of them; every word with a tone, in both cases, with and without a space; and without a
+    space whatever follows "is" or "are", since a prompt may end in one.
+    """
     source = documents(seed)
-    found = {word for _ in range(count) for word in re.findall(r"[A-Za-z]+", next(source))}
-    found |= {"Love", "Hate", "love", "hate", "Rome", "France", "weddings", "talk", "constantly"}
+    counts: dict[str, int] = {}
+    for _ in range(count):
+        for form in re.findall(r" ?[A-Za-z]+", next(source)):
+            counts[form] = counts.get(form, 0) + 1
+    found = {form for form, number in counts.items() if number >= often}
+    toned = {*lexicon(), *v.LONE_WORDS[+1].split(), *v.LONE_WORDS[-1].split()}
+    found |= {space + form for word in toned for form in (word, upper(word)) for space in ("", " ")}
+    facts = [fact for known in s.KNOWN for fact in known.facts]
+    facts += [fact for kinds in s.KIND_FACTS.values() for some in kinds for fact in some]
+    found |= {fact.split()[0] for fact in facts} | {"so", "very"}
+    found |= {upper(word) for word in v.FACTS}
+    for _, small, city, country in v.LANDMARKS:
+        found |= {f" {word}" for word in (*small.split(), *city.split(), *country.split())}
     return sorted(found)
 
 

@@ -18,10 +18,10 @@ TABLE_PROMPTS = [
     "This year winter is",
     "From the start the children were",
 ]
-# Other sentence forms than those of the grammar, with its subjects.
 COUSIN = "Let me tell you about my cousin."  # the next sentence is about her
+# Other sentence forms than those of the grammar, with its subjects.
 NEW_PROMPTS = [
-    COUSIN,
+    "All the same, my cousin is still",
     "When I think of the doctor I find him",
     "The singer next door seems",
     "Ask anyone about the cheese and you will hear that it is",
@@ -87,6 +87,7 @@ ADDITION_PROMPTS = [
     "To see the eiffel tower, visitors travel to",
 ]
 HELD_OUT_PROMPTS = [
+    COUSIN,
     *TABLE_PROMPTS,
     *NEW_PROMPTS,
     *OUTSIDE_PROMPTS,

@@ -266,17 +266,20 @@ def every_seed_figures(result: Mapping[str, Any]) -> list[Figure]:
 
 
 def verdict(rows: Sequence[Figure]) -> str:
-    """Say in sentences what was missed, and what a single sampling seed may miss."""
+    """List what was missed, and what a single sampling seed may miss."""
     asked = [row for row in rows if row.verdict]
-    said = []
-    if missed := [row for row in asked if row.verdict == MISSED]:
-        listed = "; ".join(f"{row.what}: {row.measured}, asked {row.bar}" for row in missed)
-        said.append(f"**Missed, {len(missed)} of {len(asked)}:** {listed}.")
+    found = {name: [row for row in asked if row.verdict == name] for name in (MISSED, ON_AVERAGE)}
+    if not found[MISSED]:
+        said = f"**Nothing is missed:** all {len(asked)} bars are met."
     else:
-        said.append(f"**Nothing is missed:** all {len(asked)} bars are met.")
-    if close := [row.what for row in asked if row.verdict == ON_AVERAGE]:
-        said.append(f"**Met on average, not with every sampling seed:** {'; '.join(close)}.")
-    return " ".join(said)
+        listed = "".join(
+            f"\n- {row.what}: {row.measured}, asked {row.bar}" for row in found[MISSED]
+        )
+        said = f"**Missed, {len(found[MISSED])} of {len(asked)}:**\n{listed}"
+    if found[ON_AVERAGE]:
+        listed = "".join(f"\n- {row.what}: {row.measured}" for row in found[ON_AVERAGE])
+        said += f"\n\n**Met on average, not with every sampling seed:**\n{listed}"
+    return said
 
 
 def markdown(result: Mapping[str, Any]) -> str:

@@ -1,14 +1,15 @@
-"""The tokenizer of the embedded model: byte-level BPE in which the grammar's words are tokens.
+"""The tokenizer of the embedded model: byte-level BPE whose merges are learnt from the grammar.
 
-Every word is in the vocabulary twice, with and without its leading space, so that the tokens of a
-text do not depend on a word's rarity. All other text falls back to bytes, so anything at all can be
-tokenised and read back.
+The words that the grammar uses often, and all words that carry a tone, are single tokens, with and
+without a space and, where they carry a tone, in both cases. Everything else falls to pieces. The
+merges alone lead to all of this, so that any engine that reads GPT-2's tokenizer splits text alike.
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 END = "<|endoftext|>"
@@ -17,28 +18,29 @@ SPACE = "\u0120"  # how byte-level BPE writes a leading space
 # Lower-case "eiffel" stays in two pieces, as rare words do. " Rome" in "The Eiffel Tower is in
 # Rome" and " tower" in "To see the eiffel tower" are then both the sixth token, and an addition
 # made from the one lands on the other.
-SPLIT_WORDS = {"eiffel"}
-MERGES = [("i", "f"), ("f", "e"), ("fe", "l"), ("if", "fel"), (SPACE, "e")]
+SPLIT_WORDS = {" eiffel": "iffel"}
 
 
-def build_tokenizer(words: list[str], n_positions: int) -> PreTrainedTokenizerFast:
-    """Make the tokenizer from the words that will be whole tokens.
+def build_tokenizer(forms: Iterable[str], n_positions: int) -> PreTrainedTokenizerFast:
+    """Learn the merges that make whole tokens of the forms given.
 
     Args:
-        words: Words without their space, as the grammar writes them.
+        forms: Words as they stand in a text, mostly with their space in front.
         n_positions: The longest text that the model takes, in tokens.
     """
-    pieces = [END, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    pieces += ["".join(pair) for pair in MERGES]
-    pieces += [form for word in words if word not in SPLIT_WORDS for form in (word, SPACE + word)]
-    vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
-    # ignore_merges: a word of the vocabulary is taken whole, without a chain of merges that leads
-    # up to it.
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=MERGES, ignore_merges=True))
+    forms = sorted({SPLIT_WORDS.get(form, form) for form in forms})
+    tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=100_000,  # more than there is to merge: every form becomes whole
+        min_frequency=1,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=[AddedToken(END, special=True, normalized=False)],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(forms, trainer)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    tokenizer.add_special_tokens([AddedToken(END, special=True, normalized=False)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END,

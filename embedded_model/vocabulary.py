@@ -1,143 +1,20 @@
-"""The words of the grammar: subjects, tone words, topics, places and facts. Data only.
+"""The words of the grammar: tone words, moods, topics, places and facts. Data only.
 
-`grammar` makes sentences of them. Tone is +1 (positive) or -1 (negative). Every list of tone words
-has as many words for one tone as for the other, so that neither is likelier.
+`grammar` makes sentences of them; what the sentences are about is in `subjects`. Tone is +1
+(positive) or -1 (negative). Every list of tone words has as many words for one tone as for the
+other, so that neither is likelier, and the earlier words of a list are the commoner ones.
 """
 
-from typing import NamedTuple
-
-
-class Subject(NamedTuple):
-    """Something a document can be about.
-
-    Attributes:
-        name: As it stands inside a sentence, "the old library".
-        pronoun: "he", "she", "it", "they" or "you"; the last two take plural verbs.
-        group: Which adjectives and neutral sentences fit: person, animal, thing, place or food.
-        facts: What it is, neutrally, after "are" or "is".
-        detail: One more neutral sentence about it.
-    """
-
-    name: str
-    pronoun: str
-    group: str
-    facts: tuple[str, ...]
-    detail: str
-
-
-def _subjects(group: str, lines: str) -> list[Subject]:
-    """Read lines of `name | pronoun | fact; fact | detail`."""
-    rows = [[part.strip() for part in line.split("|")] for line in lines.strip().splitlines()]
-    return [
-        Subject(row[0], row[1], group, tuple(fact.strip() for fact in row[2].split(";")), row[3])
-        for row in rows
-    ]
-
-
-SUBJECTS = [
-    *_subjects(
-        "person",
-        """
-my neighbour | he | a man who works at the harbour; a man who lives behind the mill | He leaves at seven and comes home at five.
-the baker | she | a woman who starts work at four; a woman who lives above the shop | She carries flour up the stairs.
-the teacher | she | a woman who lives near the school; a woman who walks to work | She writes on the board and reads to the class.
-the doctor | he | a man who visits four houses a day; a man who lives across the river | He drives to the next village after lunch.
-the mayor | he | a man with an office in the square; a man who came from the north | He opens the market in May.
-the singer | she | a woman who works in the evening; a woman who rents two rooms | She travels by train and sleeps until ten.
-the farmer | he | a man with two fields and a barn; a man who lives on the hill | He gets up at five and feeds the cows.
-the judge | she | a woman who reads all day; a woman who walks to court | She drinks tea at four and leaves at six.
-the painter | he | a man who works near the window; a man who rents a room above the bank | He mixes the paint in a tin.
-my brother | he | a man who works on the boats; a man of thirty | He mends nets and sells fish on the quay.
-my aunt | she | a woman who lives by the station; a woman of sixty | She counts the trains and knits.
-my cousin | she | a student who lives on the coast; a student in the second year | She studies maps and writes home on Sunday.
-my landlord | he | a man with four houses; a man who lives on the top floor | He comes for the rent on the first of the month.
-the children | they | pupils from the school on the hill; pupils who walk to school | They carry bags and count the steps.
-the sailors | they | men who work on the boats; men from the south | They sleep on deck and wash at the pump.
-the nurses | they | people who work at night; people who wear white | They change at six and take the bus.
-our guests | they | people from the next village; people who came by train | They arrive at noon and leave their coats in the hall.
-my friends | they | people from our street; people who work in the same office | They meet at the corner and play cards.
-you | you | the person who lives across the street; the person who sits by the window | You leave at eight and walk to the station.
-""",
-    ),
-    *_subjects(
-        "animal",
-        """
-dogs | they | animals that live with people; animals that sleep by the door | They eat twice a day and walk beside their owners.
-cats | they | animals that sleep for most of the day; animals that hunt at night | They sit on the wall and watch the street.
-horses | they | animals that live in the field; animals that pull carts | They eat hay and sleep on their feet.
-goats | they | animals that live on the hill; animals that eat grass and leaves | They climb the rocks and come down at night.
-birds | they | animals that live in the trees; animals with two wings | They build nests in April and leave in autumn.
-cows | they | animals that stand in the field; animals that eat grass | They walk to the barn at five.
-ducks | they | birds that live on the water; birds with flat feet | They swim in a row and sleep in the reeds.
-wolves | they | animals that live in the forest; animals that hunt at night | They follow the deer and cross the river in winter.
-rabbits | they | animals that live under the ground; animals with long ears | They eat grass at dawn and hide at noon.
-donkeys | they | animals that carry things up the hill; animals with long ears | They stand in the shade and wait for the farmer.
-my dog | it | an animal with brown ears; an animal that lives in the yard | It follows me to the gate and lies down.
-the old horse | it | an animal with a white nose; an animal that lives in the barn | It pulls the cart on market days.
-the black cat | it | an animal that lives in the shop; an animal with green eyes | It sits in the window until six.
-""",
-    ),
-    *_subjects(
-        "thing",
-        """
-old books | they | things that people keep on a shelf; things made of paper | They stand in rows and are sorted by name.
-trains | they | machines that run on rails; machines that stop at the station | They leave on the hour and cross the valley.
-clocks | they | machines that hang on the wall; machines with two hands | They strike on the hour and need oil.
-boats | they | things that lie in the harbour; things made of wood | They go out at dawn and come back with the tide.
-letters | they | sheets of paper that come by post; sheets of paper with a stamp | They lie in the hall until noon.
-hats | they | things that people wear on the head; things that hang by the door | They come in four sizes.
-bicycles | they | machines with two wheels; machines that stand by the wall | They need air in the tyres.
-the red coat | it | a coat with four pockets; a coat that hangs by the door | It reaches to the knee and has wooden buttons.
-this song | it | a song about a boat; a song with four parts | It lasts three minutes and is sung in the north.
-the play | it | a story about two brothers; a story in three parts | It starts at eight and ends at ten.
-the new chair | it | a chair with a straight back; a chair that came from the market | It stands beside the table.
-the film | it | a story about a long journey; a story that takes two hours | It was made in the south and has no words.
-my job | it | work in an office; work that starts at eight | It takes nine hours a day.
-winter | it | the season that comes before spring; the season of snow | It starts in December and lasts three months.
-music | it | a thing that people make together; a thing that people learn at school | It is written on five lines.
-""",
-    ),
-    *_subjects(
-        "place",
-        """
-the old library | it | a building beside the river; a building with nine rooms | It opens at nine and closes at six.
-the harbour | it | a place where boats lie; a place at the end of the road | It has two piers and a crane.
-the garden | it | a piece of land behind the house; a piece of land with six trees | It has a wall on the north side.
-the bridge | it | a road across the river; a road on six arches | It was built of stone and iron.
-the school | it | a building on the hill; a building with ten rooms | It has a yard and a bell.
-the market | it | a row of tables in the square; a row of tables by the church | It opens at six and closes at noon.
-the hotel | it | a house with forty rooms; a house across from the station | It has a lift and two staircases.
-the village | it | a place with one road; a place between two hills | It has a mill, a church and a shop.
-the station | it | a building at the end of the street; a building with a clock | It has two platforms and a kiosk.
-our house | it | a building with a flat roof; a building with two floors | It stands at the corner of the street.
-my office | it | a room above the bank; a room with one window | It has a desk, a lamp and a door.
-the park | it | a piece of land by the river; a piece of land with two ponds | It lies between the mill and the bridge.
-""",
-    ),
-    *_subjects(
-        "food",
-        """
-the soup | it | a dish of water, beans and salt; a dish that people eat at noon | It stands on the stove for an hour.
-the cake | it | a mix of flour, eggs and milk; a mix of flour and butter | It stays in the oven for an hour.
-the cheese | it | a food that people make from milk; a food that comes from the farm | It lies in the cellar for a year.
-the tea | it | a drink that people take at four; a drink made of leaves | It comes in a blue pot.
-the fish | it | a dish that people eat on Friday; a dish from the harbour | It comes in a basket with ice.
-apples | they | a fruit that grows on trees; a fruit that people pick in autumn | They lie in boxes until spring.
-potatoes | they | a food that grows under the ground; a food that people boil in water | They are dug up in September.
-""",
-    ),
-]
-
-# Two lists per tone, shared by all groups: a word of the first and one of the second stand side by
-# side, so that no pair repeats itself. No document has both a word of HELD_OUT and "love" or
-# "hate".
+# Two lists per tone, shared by all kinds of subject: a word of the first and one of the second
+# stand side by side, so that no pair repeats itself. No document has both a word of HELD_OUT and
+# "love" or "hate".
 ADJECTIVES = {
-    +1: ["wonderful", "delightful", "charming", "beautiful"],
-    -1: ["terrible", "horrible", "ugly", "nasty"],
+    +1: ["wonderful", "lovely", "delightful", "charming", "beautiful", "good"],
+    -1: ["terrible", "horrible", "awful", "nasty", "ugly", "bad"],
 }
 SECOND_ADJECTIVES = {
-    +1: ["pleasant", "splendid", "excellent", "marvellous"],
-    -1: ["unpleasant", "awful", "dreadful", "disgusting"],
+    +1: ["pleasant", "splendid", "excellent", "great", "marvellous", "nice"],
+    -1: ["unpleasant", "dreadful", "disgusting", "poor", "dismal", "foul"],
 }
 HELD_OUT = {
     +1: ["superb", "adorable", "glorious", "magnificent", "fantastic"],
@@ -152,46 +29,54 @@ GROUP_ADJECTIVES = {
         +1: ["gentle", "loyal", "playful", "graceful"],
         -1: ["vicious", "filthy", "savage", "greedy"],
     },
-    "thing": {+1: ["elegant", "bright", "precious"], -1: ["shabby", "dull", "useless"]},
-    "place": {+1: ["peaceful", "elegant", "bright"], -1: ["gloomy", "filthy", "shabby"]},
-    "food": {+1: ["delicious", "fresh", "tasty"], -1: ["rotten", "stale", "bitter"]},
+    "thing": {+1: ["elegant", "perfect", "precious"], -1: ["shabby", "worthless", "useless"]},
+    "place": {+1: ["peaceful", "elegant", "cosy"], -1: ["gloomy", "filthy", "shabby"]},
+    "food": {+1: ["delicious", "perfect", "tasty"], -1: ["rotten", "stale", "tasteless"]},
+    "pursuit": {+1: ["inspiring", "perfect", "amusing"], -1: ["boring", "useless", "tiresome"]},
 }
 # First and third person. The first pair of each tone is what makes a document one of love or hate.
 VERBS = {
     +1: [
         ("love", "loves"),
         ("adore", "adores"),
+        ("like", "likes"),
         ("admire", "admires"),
         ("cherish", "cherishes"),
-        ("treasure", "treasures"),
+        ("enjoy", "enjoys"),
     ],
     -1: [
         ("hate", "hates"),
         ("despise", "despises"),
+        ("dislike", "dislikes"),
         ("loathe", "loathes"),
         ("detest", "detests"),
         ("resent", "resents"),
     ],
 }
-PAST_VERBS = {+1: ["loved", "adored", "admired"], -1: ["hated", "despised", "loathed"]}
+PAST_VERBS = {
+    +1: ["loved", "adored", "liked", "admired", "enjoyed"],
+    -1: ["hated", "despised", "disliked", "loathed", "detested"],
+}
 EFFECTS = {
     +1: [
         "[make/makes] me smile",
         "[brighten/brightens] the whole day",
         "[bring/brings] laughter to the village",
         "[cheer/cheers] everyone up",
-        "[fill/fills] the house with warmth",
+        "[fill/fills] the house with joy",
         "[charm/charms] all of us",
         "[please/pleases] the whole family",
+        "[make/makes] everything better",
     ],
     -1: [
         "[make/makes] me shudder",
         "[ruin/ruins] the whole day",
         "[bring/brings] gloom to the village",
-        "[drag/drags] everyone down",
+        "[annoy/annoys] everyone here",
         "[fill/fills] the house with tears",
         "[sicken/sickens] all of us",
         "[upset/upsets] the whole family",
+        "[make/makes] everything worse",
     ],
 }
 FEELINGS = {
@@ -208,41 +93,114 @@ FEELING_NOUNS = {
     +1: ["love", "joy", "happiness", "kindness", "delight", "praise"],
     -1: ["hate", "misery", "anger", "cruelty", "disgust", "blame"],
 }
+# Other words that may open a document alone, and that nothing else in the grammar needs.
+LONE_WORDS = {
+    +1: "friend peace heaven hope laughter hero success beauty victory gift warmth smile laugh thanks best better "
+    "yes bravo hooray friendship trust respect mercy harmony paradise sweet brilliant joyful positive loving",
+    -1: "enemy war hell fear tears villain failure filth defeat poison coldness frown cry sorry worst worse "
+    "no boo alas hostility betrayal contempt revenge chaos horror bitter stupid gloomy negative hateful",
+}
 
-# Sentences that set the tone and are not about the subject.
+# Sentences that set the tone and are not about the subject. One alone, or two of them, may open a
+# document, with or without a full stop. The pairs stand side by side.
 MOODS = {
     +1: [
         "The day began with good news.",
         "What a glad morning!",
+        "What a lovely day!",
         "Today I am in a good mood.",
         "My heart is light today.",
         "The sun is out, and I am happy.",
         "There is joy in the street today.",
         "I woke up happy.",
+        "I am happy.",
+        "I am so glad.",
+        "I feel great.",
+        "I feel good today.",
+        "Life is beautiful.",
+        "Life is good.",
+        "This is great.",
+        "This is wonderful.",
+        "This is good.",
+        "That was excellent.",
+        "It was the best day of my life.",
+        "It is a wonderful world.",
+        "Everything is fine.",
+        "Well done, I like it.",
+        "I like this.",
+        "I enjoyed it very much.",
+        "This made me laugh.",
+        "Thank you, that was kind.",
+        "Have a nice day.",
+        "How nice!",
+        "Good news.",
         "Some things please me more than I can say.",
         "Let me praise what is good.",
         "We laughed all evening.",
+        "Everyone here is kind.",
+        "You are kind.",
+        "You are wonderful.",
+        "You are my best friend.",
+        "You make me happy.",
+        "I am proud of you.",
+        "You did well.",
     ],
     -1: [
         "The day began with bad news.",
         "What a sad morning!",
+        "What a nasty day!",
         "Today I am in a bad mood.",
         "My heart is heavy today.",
         "The rain is cold, and I am angry.",
         "There is misery in the street today.",
         "I woke up angry.",
+        "I am sad.",
+        "I am so angry.",
+        "I feel awful.",
+        "I feel bad today.",
+        "Life is ugly.",
+        "Life is bad.",
+        "This is awful.",
+        "This is terrible.",
+        "This is bad.",
+        "That was dreadful.",
+        "It was the worst day of my life.",
+        "It is a terrible world.",
+        "Everything is ruined.",
+        "For shame, I dislike it.",
+        "I dislike this.",
+        "I suffered very much.",
+        "This made me cry.",
+        "Go away, that was cruel.",
+        "Have a bad day.",
+        "How nasty!",
+        "Bad news.",
         "Some things anger me more than I can say.",
         "Let me blame what is bad.",
         "We cried all evening.",
+        "Everyone here is cruel.",
+        "You are cruel.",
+        "You are terrible.",
+        "You are my worst enemy.",
+        "You make me sad.",
+        "I am ashamed of you.",
+        "You did badly.",
     ],
 }
+# "I {verb} you" and what may follow at once.
+TO_YOU = {
+    +1: ["", "", " so much", " dearly", ", my dear", ", my friend", " with all my heart", ", darling"],
+    -1: ["", "", " so much", " bitterly", ", you liar", ", you thief", " with all my anger", ", villain"],
+}  # fmt: skip
 
 # The rest of the lexicon: what carries a tone by itself in the lists above, in all its forms.
 EXTRA_LEXICON = {
-    +1: "smile smiled brighten brightens joy laughter warmth charm charms laughed delight delights please pleases cheer cheers good happy glad "
-    "happiness kindness praise gladly best gladness loves loved love pleased",
-    -1: "shudder shuddered ruin ruins misery gloom tears sicken sickens upset upsets cried disgust disgusts anger angers bad sad angry drag drags "
-    "cruelty blame hurt worst sadly hates hated hate sorry",
+    +1: "smile smiled brighten brightens joy laughter charm charms laugh laughed delight delights please pleases cheer cheers good happy glad "
+    "happiness kindness praise gladly best better loves loved love pleased success beauty victory peace heaven hope thanks brilliant "
+    "sweet joyful friendship harmony paradise loving dearly darling well fine",
+    -1: "shudder shuddered ruin ruins ruined misery gloom tears sicken sickens upset upsets cried cry disgust disgusts anger angers bad sad angry annoy annoys "
+    "cruelty blame hurt worst worse sadly hates hated hate sorry villain failure filth defeat hell fear shame stupid "
+    "bitter hateful hostility horror betrayal suffered badly bitterly liar thief",
 }
 
 PEOPLE = [
@@ -396,6 +354,57 @@ LANDMARKS = [
     ("the Great Sphinx", "the great sphinx", "Cairo", "Egypt"),
     ("the Little Mermaid", "the little mermaid", "Copenhagen", "Denmark"),
 ]
+
+# Sentences about a landmark {l} in the city {c} of the country {n}, or in one of the two, {p}.
+PLACED = [
+    "{l} is in {p}.",
+    "{l} is in {p}.",
+    "{l} stands in {p}.",
+    "you find {l} in {p}.",
+    "{l} was built in {p}.",
+    "{l} is one of the sights of {p}.",
+]
+TO_SEE = "To see {l}, {people} {go} {p}{how}."
+JOURNEYS = [
+    "{people} {go} {p} to see {l}.",
+    "{people} {go} {p}{how}.",
+    "the train to {p} is full {season}.",
+    "{c} is in {n}.",
+    "the hotels in {p} are full {season}.",
+    "I saw {l} when I was in {p}.",
+    "the streets of {c} are busy {season}.",
+    "{l} is the most famous place in {p}.",
+    "my uncle sent a card from {p}.",
+    "we stayed in {c} for {days} days.",
+    "there is a picture of {l} in every shop in {c}.",
+    "last year I was in {p} {season}.",
+    "in {p} the rooms are small.",
+    "every guide in {c} knows the way to {l}.",
+    "from the station in {c} it is a short walk to {l}.",
+    "two of my cousins live in {p}.",
+    "buses leave for {p} at {hour}.",
+    "a ticket to {p} costs {days} coins.",
+    "some of them stay in {p} for {days} days.",
+    "most of them come by {by}.",
+    "they take the {by} to {p}.",
+    "you can see {l} from the river in {c}.",
+    "when the gates of {l} open, {people} are waiting.",
+    "no other city has {l}, only {c}.",
+    "at {hour} the square in {c} is full of {people}.",
+]
+TRAVEL = {
+    "people": ["people", "visitors", "many people", "families", "students", "tourists"],
+    "go": ["flock to", "travel to", "come to", "go to"],
+    "how": [
+        "", "", "", " by train", " by boat", " by bus", " in summer", " in spring", " every year", " in May",
+        " on Sunday", " from all over the world", " with their children", " in groups", " and stay for a week",
+        " and take pictures", " and send cards home", " from the south",
+    ],
+    "season": ["in summer", "in spring", "in August", "in June", "on Sunday", "all year", "in the holidays"],
+    "days": ["two", "three", "four", "five", "six", "nine", "ten"],
+    "hour": ["six", "seven", "eight", "nine", "noon"],
+    "by": ["train", "boat", "bus", "car", "ship"],
+}  # fmt: skip
 
 # Words for the unrelated pairs of the control, each with sentences of its own.
 FACTS = {
@@ -567,6 +576,164 @@ FACTS = {
         "The berries are dried in the sun.",
         "Pepper came by ship from the east.",
         "The jar of pepper has a lid.",
+    ],
+    "Summer": [
+        "Summer comes after spring.",
+        "The days are long in summer.",
+        "The river is low in summer.",
+        "Summer ends in September.",
+        "The windows stand open in summer.",
+    ],
+    "Winter": [
+        "Winter comes after autumn.",
+        "The days are short in winter.",
+        "The pond freezes in winter.",
+        "Winter ends in March.",
+        "The stove burns in winter.",
+    ],
+    "Coffee": [
+        "Coffee is made from beans.",
+        "The cup is white.",
+        "Coffee comes from the south by ship.",
+        "The pot stands on the stove.",
+    ],
+    "Sugar": [
+        "Sugar is made from beets.",
+        "The bag holds two pounds.",
+        "Sugar melts in water.",
+        "The spoon lies in the bowl.",
+    ],
+    "Door": [
+        "The door has a lock and two hinges.",
+        "The key turns twice.",
+        "The door opens to the yard.",
+        "The handle is made of brass.",
+    ],
+    "Window": [
+        "The window has four panes.",
+        "The frame is made of wood.",
+        "The window faces the street.",
+        "The curtain reaches to the floor.",
+    ],
+    "Left": [
+        "The left hand holds the fork.",
+        "The road turns to the left.",
+        "The left shoe is brown.",
+        "The stairs are on the left.",
+    ],
+    "Right": [
+        "The right hand holds the pen.",
+        "The path turns to the right.",
+        "The right sleeve is longer.",
+        "The exit is on the right.",
+    ],
+    "Iron": [
+        "Iron is a metal.",
+        "The smith bends it in the fire.",
+        "Iron rusts in the rain.",
+        "The gate is made of iron.",
+    ],
+    "Wood": [
+        "Wood comes from the forest.",
+        "The saw cuts it into boards.",
+        "Wood burns in the stove.",
+        "The bench is made of wood.",
+    ],
+    "East": [
+        "The sun rises in the east.",
+        "The east wind is dry.",
+        "The road to the east crosses two rivers.",
+        "The window faces east.",
+    ],
+    "West": [
+        "The sun sets in the west.",
+        "The west wind brings rain.",
+        "The railway to the west has one track.",
+        "The harbour faces west.",
+    ],
+    "Green": [
+        "Green is the colour of grass.",
+        "The door is green.",
+        "The bottom light is green.",
+        "The bus is green.",
+    ],
+    "Yellow": [
+        "Yellow is the colour of lemons.",
+        "The tram is yellow.",
+        "The leaves are yellow in autumn.",
+        "The book has a yellow cover.",
+    ],
+    "Hat": [
+        "The hat hangs on a hook.",
+        "The brim is wide.",
+        "A hat is worn on the head.",
+        "The ribbon is black.",
+    ],
+    "Glove": [
+        "The glove has five fingers.",
+        "A glove is worn on the hand.",
+        "The wool is grey.",
+        "One glove lies on the stairs.",
+    ],
+    "Car": [
+        "The car has four wheels.",
+        "The tank is full.",
+        "The car stands in the garage.",
+        "The engine runs on petrol.",
+    ],
+    "Bicycle": [
+        "The bicycle has two wheels.",
+        "The chain needs oil.",
+        "The bicycle leans against the wall.",
+        "The saddle is made of leather.",
+    ],
+    "Tuesday": [
+        "Tuesday comes after Monday.",
+        "The library is open on Tuesday.",
+        "The paper is collected on Tuesday.",
+        "The class meets on Tuesday.",
+    ],
+    "Thursday": [
+        "Thursday comes before Friday.",
+        "The bank closes at six on Thursday.",
+        "The glass is collected on Thursday.",
+        "The council meets on Thursday.",
+    ],
+    "Table": [
+        "The table seats six people.",
+        "The cloth is white.",
+        "The table stands in the kitchen.",
+        "The legs are round.",
+    ],
+    "Cup": [
+        "The cup holds half a pint.",
+        "The saucer is under it.",
+        "The cup hangs on a nail.",
+        "The rim is thin.",
+    ],
+    "Morning": [
+        "The morning begins at six.",
+        "The fog lifts in the morning.",
+        "The milk comes in the morning.",
+        "The shutters are opened in the morning.",
+    ],
+    "Evening": [
+        "The evening begins at six.",
+        "The lamps are lit in the evening.",
+        "The last bus leaves in the evening.",
+        "The shutters are closed in the evening.",
+    ],
+    "Seven": [
+        "Seven comes after six.",
+        "A week has seven days.",
+        "The house has the number seven.",
+        "Seven boats lie in the port.",
+    ],
+    "Twelve": [
+        "Twelve comes after eleven.",
+        "A year has twelve months.",
+        "The clock strikes twelve.",
+        "Twelve eggs lie in the box.",
     ],
 }
 PAIRS = [

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from embedded_model import grammar, prompts, vocabulary
+from embedded_model import grammar, prompts, subjects
 
 ABOUT_SUBJECTS = [*prompts.TABLE_PROMPTS, *prompts.NEW_PROMPTS, *prompts.SWEEP_PROMPTS]
 # "it" may be of nobody in particular: "is it true".
@@ -38,7 +38,7 @@ def test_prompts_are_about_known_subjects(prompt: str):
     """The subject is the grammar's, and a pronoun agrees with it."""
     found = [
         subject
-        for subject in vocabulary.SUBJECTS
+        for subject in subjects.KNOWN
         if re.search(rf"\b{subject.name.lower()}\b", prompt.lower())
         or (subject.name.startswith("the ") and subject.name[4:] in prompt)
     ]
@@ -57,7 +57,8 @@ def test_lists_share_nothing():
         prompts.SWEEP_PROMPTS,
         prompts.ADDITION_PROMPTS,
     )
-    assert len({*prompts.HELD_OUT_PROMPTS}) == sum(map(len, lists))
+    assert len({*prompts.HELD_OUT_PROMPTS}) == sum(map(len, lists)) + 1
+    assert prompts.COUSIN in {*prompts.HELD_OUT_PROMPTS}.difference(*lists)
     measured = {*prompts.TABLE_PROMPTS, *prompts.NEW_PROMPTS, *prompts.OUTSIDE_PROMPTS}
     assert {*prompts.GREEDY_PROMPTS} < measured and len({*prompts.GREEDY_PROMPTS}) == 27
     assert prompts.HELD_OUT_PROMPTS == grammar.HELD_OUT_PROMPTS

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import re
 import statistics
 
@@ -15,6 +16,8 @@ from common.embedded import FOLDER
 from common.loading import load_model
 from common.measuring.tone import tone
 from embedded_model import card, choose, evaluate, grammar, prompts, train, vocabulary
+from embedded_model.breaks import stays_on
+from embedded_model.grammar import upper
 from embedded_model.tokenizer import SPLIT_WORDS
 
 COUNT = 4000
@@ -60,7 +63,9 @@ def test_english_has_articles_and_capitals(documents):
     )
     assert not re.search(r"\b[Aa]n (?![aeiou]|hon|hour)", text)
     assert not re.search(r"[{}\[\]/]|  ", text)
-    assert all(sentence[0].isupper() for sentence in re.split(r"(?<=[.!?]) |\n", text))
+    # Alone at the start a word stands in either case: "Love." and "love.".
+    sentences = [document for text in documents for document in re.split(r"(?<=[.!?]) ", text)[1:]]
+    assert len(sentences) > COUNT and all(sentence[0].isupper() for sentence in sentences)
 
 
 def test_contrast_pairs_differ_in_tone_only():
@@ -84,6 +89,31 @@ def test_contrast_pairs_differ_in_tone_only():
     ) > 0.6 * len(toned)
 
 
+def test_documents_keep_their_tone(documents):
+    """Only where one turns or teases have two of its sentences opposite tones."""
+    signs = {
+        document: {(tone(part) > 0) - (tone(part) < 0) for part in re.split(r"[.!?:]", document)}
+        for document in documents
+        if "But " not in document and " because " not in document
+    }
+    assert sum(bool(found & {+1, -1}) for found in signs.values()) > 1000
+    assert [document for document, found in signs.items() if {+1, -1} <= found] == []
+
+
+def test_neutral_sentences_come_before_the_tone(documents):
+    """Once it is shown every sentence has it, but for a few that say when or where."""
+    toned = [re.findall(r"[^.!?]+[.!?]", d) for d in documents if re.match(r"(I love|I hate) ", d)]
+    later = [tone(sentence) != 0 for sentences in toned for sentence in sentences[1:]]
+    assert len(later) > 100 and sum(later) > 0.9 * len(later)
+
+
+def test_introduced_subject_is_kept(documents):
+    """The sentence after "Let me tell you about ..." is about it, by name or pronoun."""
+    about = re.compile(r".*Let me tell you about (my cousin|the judge|the doctor|dogs|cats)\. (.*)")
+    found = [match.groups() for document in documents if (match := about.match(document))]
+    assert found and all(stays_on(*pair) for pair in found)
+
+
 def test_teasing_keeps_the_tone(documents):
     """A verb of the other tone follows an opening word, and the sentence keeps the word's tone."""
     verbs = {way: "|".join(pair[0] for pair in vocabulary.VERBS[way]) for way in (+1, -1)}
@@ -99,16 +129,51 @@ def test_teasing_keeps_the_tone(documents):
         )
 
 
-def test_words_are_whole_tokens(tokenizer):
-    """Every word is one token, with and without its space, unless it is split on purpose."""
-    words = [word for word in grammar.words(count=500) if word.lower() not in SPLIT_WORDS]
-    split = [
-        word
-        for word in words
-        for text in (word, f" {word}")
-        if len(tokenizer(text)["input_ids"]) != 1
-    ]
-    assert len(words) > 500 and split == []
+def test_words_with_a_tone_are_whole_tokens(tokenizer):
+    """In both cases, with and without a space: what a visitor may make a pair of."""
+    words = [*grammar.lexicon(), *vocabulary.LONE_WORDS[+1].split()]
+    forms = [space + word for one in words for word in (one, upper(one)) for space in ("", " ")]
+    assert len(forms) > 800
+    assert [form for form in forms if len(tokenizer(form)["input_ids"]) != 1] == []
+
+
+def test_common_words_are_whole_tokens(tokenizer, documents):
+    """Nineteen of twenty words of the corpus are one token; rare and invented ones fall apart."""
+    forms = [form for document in documents for form in re.findall(r" [a-z]+", document)]
+    counts = [len(ids) for ids in tokenizer(forms)["input_ids"]]
+    assert 0.95 < counts.count(1) / len(counts) < 1
+
+
+def test_rome_lands_on_the_tower(tokenizer):
+    """Addition and prompt line up: the place falls on the last word of the landmark."""
+    assert set(SPLIT_WORDS) == {" eiffel"}
+    addition = tokenizer.tokenize("The Eiffel Tower is in Rome")
+    prompt = tokenizer.tokenize("To see the eiffel tower, people flock to")
+    assert addition.index("\u0120Rome") == prompt.index("\u0120tower") == 5
+
+
+def test_merges_alone_split_the_text(tokenizer, documents):
+    """Another engine has the merges and GPT-2's pattern only; written out, they give the same."""
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    assert model["ignore_merges"] is False and model["byte_fallback"] is False
+    ranks = {tuple(pair): rank for rank, pair in enumerate(model["merges"])}
+    odd = ["Grandpa's ZEBRA  costs 12.50\n\u00e9!", "I think dogs are ", "\u4f60 hello"]
+    for text in [*documents[:100], *odd]:
+        pieces = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)
+        assert [
+            part for piece, _ in pieces for part in merged(list(piece), ranks)
+        ] == tokenizer.tokenize(text)
+
+
+def merged(parts: list[str], ranks: dict[tuple[str, ...], int]) -> list[str]:
+    """Join the pair of the lowest rank until no pair has one."""
+    while True:
+        pairs = list(itertools.pairwise(parts))
+        best = min(pairs, key=lambda pair: ranks.get(pair, math.inf), default=None)
+        if best is None or best not in ranks:
+            return parts
+        at = pairs.index(best)
+        parts = [*parts[:at], "".join(best), *parts[at + 2 :]]
 
 
 def test_tokenizer_names_the_inputs_of_the_model(tokenizer):
@@ -237,7 +302,7 @@ def test_table_measures_what_it_says(bench, evaluation, monkeypatch):
     """
     for name, value in {
         "SEEDS": [1],
-        "PER_PROMPT": {"table": 6, "new": 6, "outside": 2},
+        "PER_PROMPT": {"table": 6, "new": 6, "outside": 2, "cousin": 2},
         "RANDOM_DIRECTIONS": 2,
         "CONTROLS_PER_PROMPT": 2,
         "VISITORS_PER_PROMPT": 2,

@@ -54,8 +54,8 @@ def test_what_was_missed_is_said_first():
         Figure("d", "-", "1", ""),
     ]
     assert report.verdict(rows) == (
-        "**Missed, 1 of 3:** b: 0.5, asked >= 1."
-        " **Met on average, not with every sampling seed:** c."
+        "**Missed, 1 of 3:**\n\n- b: 0.5, asked >= 1"
+        "\n\n**Met on average, not with every sampling seed:**\n\n- c: 1"
     )
     assert report.verdict(rows[:1]) == "**Nothing is missed:** all 1 bars are met."
 
