@@ -39,7 +39,7 @@ ADDITION_LAYERS = [1, 2, 3, 4, 5]
 ADDITION_COEFFS = [1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0]
 TOPIC_COEFFS = [0.2, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0, 1.3, 1.6, 2.0]
 TOPIC_SENTENCES = (300, 600)  # about weddings, and others
-MAX_RATIO = 1.1  # of perplexities, twice what the table allows
+MAX_RATIO, MAX_BREAKS = 1.3, 4  # of perplexities; percent of the texts
 PER_PROMPT = 30
 DOCUMENTS = 80  # for the perplexities of the direction
 NEUTRAL_TEXT = (
@@ -119,23 +119,24 @@ def choose_direction(cells: pd.DataFrame) -> dict[str, Any]:
     Breaks, perplexity and the effect of other directions all grow with the coefficient. So that
     luck does not choose, the next larger share at the same layer has to reach them as well. Among
     equal shares the lowest perplexity ratio decides. Where no cell does all that, the one that
-    comes closest is chosen: its worse tone lacks least. Cells whose perplexity ratio is above 1.1
-    do not count: their text is broken.
+    comes closest is chosen: its worse tone lacks least. Where the text is broken a cell does not
+    count: more than 4 % of the texts break visibly, or the perplexity ratio is above 1.3.
 
     Args:
         cells: what `sweep_direction` found, shares in ascending order.
 
     Raises:
-        ValueError: no cell has so low a ratio.
+        ValueError: the text is broken in every cell.
     """
     lacks = [(least - cells[tone]).clip(lower=0) for tone, least in REACHED.items()]
     cells = cells.assign(lack=np.maximum(*lacks).astype(float))
     cells["steady"] = cells.groupby("layer")["lack"].shift(-1, fill_value=np.inf) + cells["lack"]
-    sound = cells[cells["ratio"] <= MAX_RATIO]
+    sound = cells[(cells["ratio"] <= MAX_RATIO) & (cells["breaks"] <= MAX_BREAKS)]
     if sound.empty:
         raise ValueError(
-            f"expected a perplexity ratio of at most {MAX_RATIO} at some cell, the lowest is"
-            f" {cells['ratio'].min():.2f}"
+            f"expected a cell with a perplexity ratio of at most {MAX_RATIO} in which at most"
+            f" {MAX_BREAKS} % of the texts break, the lowest are {cells['ratio'].min():.2f} and"
+            f" {cells['breaks'].min():.1f} %"
         )
     steady = sound[sound["steady"] == 0]
     best = (

@@ -371,11 +371,11 @@ def test_cousin_and_breaks_are_counted_of_their_own_texts():
     assert evaluate.break_share(rows) == pytest.approx(100 / 3, abs=0.01)
 
 
-def cells(layers, shares, positive, negative, ratio=1.0) -> pd.DataFrame:
+def cells(layers, shares, positive, negative, ratio=1.0, breaks=0) -> pd.DataFrame:
     """A grid as the sweep of the direction returns it, the coefficient ten times the share."""
     table = pd.DataFrame(itertools.product(layers, shares), columns=["layer", "share"])
     return table.assign(
-        coeff=10 * table["share"], positive=positive, negative=negative, ratio=ratio
+        coeff=10 * table["share"], positive=positive, negative=negative, ratio=ratio, breaks=breaks
     )
 
 
@@ -390,10 +390,12 @@ def test_direction_is_the_smallest_that_reaches_both_tones():
     weak = cells([1, 2], [0.2, 0.3], [90, 95, 96, 91], [99, 92, 95, 99])
     assert choose.choose_direction(weak) == {"layer": 2, "coeff": 2}
     # Broken text is no tone.
-    broken = cells([1], [0.2, 0.3, 0.4], [90, 99, 99], 99, ratio=[1.1, 1.2, 1.3])
-    assert choose.choose_direction(broken) == {"layer": 1, "coeff": 2}
-    with pytest.raises(ValueError, match="ratio of at most 1.1 at some cell, the lowest is 1.20"):
-        choose.choose_direction(broken[1:])
+    limits = {"ratio": (choose.MAX_RATIO, 1.35), "breaks": (choose.MAX_BREAKS, 4.5)}
+    for name, (most, more) in limits.items():
+        broken = cells([1], [0.2, 0.3, 0.4], [90, 99, 99], 99, **{name: [most, more, more]})
+        assert choose.choose_direction(broken) == {"layer": 1, "coeff": 2}
+        with pytest.raises(ValueError, match=rf"the lowest are .*{more:g}"):
+            choose.choose_direction(broken[1:])
 
 
 def test_sweep_of_the_direction_measures_every_cell(model, tokenizer, monkeypatch):
@@ -413,15 +415,15 @@ def test_sweep_of_the_direction_measures_every_cell(model, tokenizer, monkeypatc
 
 def test_places_of_additions_and_topic_come_from_their_grids(model, tokenizer, monkeypatch):
     """Small grids, with one cell that wins by far: the table has a row for each cell."""
-    for name, value in {"LAYERS": [1, 4], "COEFFS": [2.0]}.items():
+    for name, value in {"LAYERS": [3, 5], "COEFFS": [4.0]}.items():
         monkeypatch.setattr(choose, f"ADDITION_{name}", value)
     monkeypatch.setattr(choose, "TOPIC_COEFFS", [0.2, 0.7])
     monkeypatch.setattr(choose, "TOPIC_SENTENCES", (40, 80))
     chosen, cells = choose.sweep_additions(model, tokenizer)
-    assert chosen["love"] == chosen["weddings"] == {"layer": 4, "coeff": 2}
-    assert cells[["layer", "coeff"]].to_numpy().tolist() == [[1, 2], [4, 2]]
+    assert chosen["love"] == chosen["weddings"] == {"layer": 3, "coeff": 4}
+    assert cells[["layer", "coeff"]].to_numpy().tolist() == [[3, 4], [5, 4]]
     chosen, cells = choose.sweep_topic(model, tokenizer)
-    assert chosen == {"layer": 4, "coeff": 0.7} and len(cells) == 4
+    assert chosen == {"layer": 3, "coeff": 0.2} and len(cells) == 4
     assert (cells["on_topic"] < 1).all()
     assert choose.table(cells).splitlines()[0] == "| layer | coeff | on topic | off topic |"
 
