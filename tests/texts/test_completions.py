@@ -306,7 +306,8 @@ def test_without_additions_both_halves_are_equal(model, tokenizer):
 
 
 def test_any_steering_can_be_compared(model, tokenizer):
-    vector = SteeringVector({3: torch.randn(128, generator=torch.Generator().manual_seed(0))})
+    noise = torch.randn(model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    vector = SteeringVector({3: noise})
     steered = complete(
         model,
         tokenizer,

@@ -32,7 +32,7 @@ from common.vectors.reading import record_activations
 from common.vectors.steering_vector import SteeringVector
 
 TEXTS = [
-    "The old library is on the hill. The old library is on",
+    "I love my dogs. I love my dogs because they are",
     "My neighbour went",
     "I think dogs are",
 ]
@@ -50,7 +50,8 @@ PLACES = {
 }
 
 
-def direction(d_model: int, rows: int = 1, size: float = 12.0) -> Tensor:
+def direction(d_model: int, rows: int = 1, size: float = 40.0) -> Tensor:
+    """Random rows, about twice as long as the hidden states: the text has to change."""
     numbers = torch.randn(rows, d_model, generator=torch.Generator().manual_seed(1))
     return size * numbers / numbers.norm(dim=-1, keepdim=True)
 
@@ -430,7 +431,9 @@ def test_each_cache_is_a_text_of_its_own(model, tokenizer):
         ]
         again = [model(ids[:, 3:4], past_key_values=twin).logits for ids, twin in zip(texts, twins)]
     for ids, out, *logits in zip(texts, first, rest, again):
-        with SteeringVector({1: direction(128)[0]}).apply(model, token_indices=[2]):
+        with SteeringVector({1: direction(model.config.hidden_size)[0]}).apply(
+            model, token_indices=[2]
+        ):
             whole = model(ids[:, :4]).logits
         torch.testing.assert_close(
             torch.cat([out.logits, logits[0]], 1), whole, atol=1e-4, rtol=1e-4
@@ -450,7 +453,9 @@ def test_a_text_that_begins_unsteered(model, tokenizer):
         with unsteered():
             cache = model(ids[:, :6], use_cache=True).past_key_values
         found = model(ids[:, 6:7], past_key_values=cache).logits
-    with SteeringVector({1: direction(128)[0]}).apply(model, token_indices=[6]):
+    with SteeringVector({1: direction(model.config.hidden_size)[0]}).apply(
+        model, token_indices=[6]
+    ):
         torch.testing.assert_close(found, model(ids[:, :7]).logits[:, 6:], atol=1e-4, rtol=1e-4)
 
 
@@ -491,7 +496,7 @@ def test_a_cache_that_was_cut_begins_anew(model, tokenizer):
         behind = model(ids[:, 8:9], past_key_values=cache).logits
         cache.crop(-6)
         anew = model(ids[:, 3:5], past_key_values=cache).logits
-    vector = SteeringVector({1: direction(128)[0]})
+    vector = SteeringVector({1: direction(model.config.hidden_size)[0]})
     with vector.apply(model, token_indices=[5]):
         torch.testing.assert_close(behind, model(ids[:, :9]).logits[:, 8:], atol=1e-4, rtol=1e-4)
     with vector.apply(model, token_indices=[4]):
@@ -543,7 +548,7 @@ def test_generate_is_put_back(model, tokenizer):
 
     Meanwhile the check for leftovers sees what stands there.
     """
-    before, vector = snapshot(model), SteeringVector({1: direction(128)[0]})
+    before, vector = snapshot(model), SteeringVector({1: direction(model.config.hidden_size)[0]})
     handles = [vector.patch(model, token_indices=[-index]) for index in (1, 2, 3)]
     assert (
         "module the model itself was added, removed, replaced or given another method or mode"

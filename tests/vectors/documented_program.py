@@ -64,7 +64,8 @@ for aggregator in (pca_aggregator(), logistic_aggregator({"C": 0.5})):
     assert abs(other.layer_activations[2].norm().item() - 1) < 1e-4
 
 pos_acts, neg_acts = extract_activations(model, tokenizer, samples, layers=[2], batch_size=2)
-assert [list(part.shape) for part in pos_acts[2]] == [[2, 128], [1, 128]]
+d_model = model.config.hidden_size
+assert [list(part.shape) for part in pos_acts[2]] == [[2, d_model], [1, d_model]]
 by_hand = SteeringVector(
     aggregate_activations(pos_acts, neg_acts, lambda p, n: (p - n).mean(0)), "decoder_block"
 )
@@ -93,7 +94,7 @@ with torch.no_grad():
     ) as recorded:
         model(**inputs)
     handle.remove()
-    assert list(recorded) == [3] and recorded[3][0].shape == (1, 4, 128)
+    assert list(recorded) == [3] and recorded[3][0].shape == (1, 4, d_model)
     assert torch.allclose(model(**inputs).logits, plain)
 print(
     "norms",

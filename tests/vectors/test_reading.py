@@ -268,11 +268,12 @@ def test_a_part_that_gives_another_type_is_named():
 
 def test_a_prompt_may_fill_all_positions(model, tokenizer):
     """A longer one is refused."""
-    text, limit = "dogs", model.config.n_positions
-    count = next(n for n in range(limit) if len(tokenizer(text * n)["input_ids"]) == limit)
-    assert read_activations(model, tokenizer, [text * count], [0])[0].shape == (1, 128)
+    word, limit = " dogs", model.config.n_positions
+    assert len(tokenizer(word * limit)["input_ids"]) == limit
+    found = read_activations(model, tokenizer, [word * limit], [0])[0]
+    assert found.shape == (1, model.config.hidden_size)
     with pytest.raises(ValueError, match=f"tokens; expected 1 to {limit}"):
-        read_activations(model, tokenizer, [text * (count + 1)], [0])
+        read_activations(model, tokenizer, [word * (limit + 1)], [0])
 
 
 @torch.no_grad()
@@ -298,7 +299,7 @@ def test_an_output_of_another_shape_is_named(model, tokenizer):
     """Tokens of all rows in one row would be read at the wrong places."""
     block = get_block(model, 1)
     handle = block.register_forward_hook(
-        lambda module, args, output: get_hidden(output).reshape(1, -1, 128)
+        lambda module, args, output: get_hidden(output).flatten(0, 1)[None]
     )
     try:
         with pytest.raises(

@@ -15,8 +15,10 @@ from architectures import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from transformers import GPT2Config
 
 from common.checking.pristine import assert_pristine, snapshot
+from common.embedded import FOLDER
 from common.places.positions import with_position_ids
 from common.vectors.operators import (
     ablation_operator,
@@ -26,7 +28,7 @@ from common.vectors.operators import (
 from common.vectors.reading import record_activations
 from common.vectors.steering_vector import SteeringVector, model_name
 
-D_MODEL = 128
+D_MODEL = GPT2Config.from_pretrained(FOLDER).hidden_size  # of the embedded model
 LAYER = 2
 TEXTS = [
     "I think dogs are",
@@ -148,8 +150,8 @@ def test_an_operator_of_the_wrong_shape_is_named(model, tokenizer):
     """An operator that gives another width: one sentence, and the model as it was."""
     before = snapshot(model)
     with (
-        pytest.raises(ValueError, match=r"layer 2: cannot add \[2, 1, 4, 128\] to hidden states"),
-        random_vector().apply(model, operator=lambda hidden, _: hidden.new_ones(2, 1, 4, 128)),
+        pytest.raises(ValueError, match=r"layer 2: cannot add \[2, 1, 4, \d+\] to hidden states"),
+        random_vector().apply(model, operator=lambda hidden, _: hidden.new_ones(2, 1, 4, D_MODEL)),
     ):
         model(**encode(tokenizer, TEXTS[:1]))
     assert_pristine(model, before)
@@ -457,18 +459,18 @@ def test_a_block_that_returns_more(tokenizer):
         (
             random_vector(d_model=64),
             {},
-            "the vector of layer 2 has 64 numbers, and d_model of GPT2LMHeadModel is 128",
+            f"the vector of layer 2 has 64 numbers, and d_model of GPT2LMHeadModel is {D_MODEL}",
         ),
         (random_vector(layers=(9,)), {}, "layer 9 does not exist: GPT2LMHeadModel has 6 layers"),
         (
-            SteeringVector({2: torch.full((128,), torch.nan)}),
+            SteeringVector({2: torch.full((D_MODEL,), torch.nan)}),
             {},
             "nan or inf in the vector of layer 2",
         ),
         (random_vector(), {"multiplier": float("inf")}, "finite number as multiplier"),
         (random_vector(), {"multiplier": "2"}, "finite number as multiplier, got '2'"),
         (random_vector(), {"min_token_index": 1, "token_indices": [0]}, "not both"),
-        (SteeringVector({2: torch.ones(128)}, "norm"), {}, "unknown layer_type 'norm'"),
+        (SteeringVector({2: torch.ones(D_MODEL)}, "norm"), {}, "unknown layer_type 'norm'"),
         (random_vector(layers=(2, -4)), {}, "layer 2 is given twice"),
     ],
 )
@@ -595,7 +597,7 @@ def test_arithmetic_refuses_what_does_not_fit():
     mlp = SteeringVector(a.layer_activations, "mlp")
     for wrong, says in [
         (lambda: a + mlp, "'decoder_block' and 'mlp'"),
-        (lambda: a + random_vector(d_model=64), r"different widths: \[64, 128\]"),
+        (lambda: a + random_vector(d_model=64), rf"different widths: \[64, {D_MODEL}\]"),
         (lambda: a / 0, "divide a steering vector by 0"),
         (lambda: (0 * a).unit(), "layer 2 is 0 and has no direction"),
         (
@@ -751,8 +753,8 @@ def test_gguf_has_the_form_that_llama_cpp_reads(tmp_path):
     assert reader.get_field("controlvector.model_hint").contents() == "gpt2"
     assert reader.get_field("controlvector.layer_count").contents() == 2
     assert [(t.name, t.tensor_type.name, list(t.shape)) for t in reader.tensors] == [
-        ("direction.1", "F32", [128]),
-        ("direction.4", "F32", [128]),
+        ("direction.1", "F32", [D_MODEL]),
+        ("direction.4", "F32", [D_MODEL]),
     ]
     loaded = SteeringVector.load_gguf(path)
     assert_same(loaded, vector.to(torch.float32))

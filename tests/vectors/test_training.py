@@ -125,9 +125,10 @@ def test_extraction_has_the_documented_form(model, tokenizer):
     positive, negative = extract_activations(
         model, tokenizer, PAIRS, [1, -1], batch_size=2, move_to_cpu=True
     )
+    d_model = model.config.hidden_size
     for side in (positive, negative):
         assert list(side) == [1, 5]
-        assert [list(part.shape) for part in side[5]] == [[2, 128], [1, 128]]
+        assert [list(part.shape) for part in side[5]] == [[2, d_model], [1, d_model]]
     vectors = aggregate_activations(positive, negative, mean_aggregator())
     torch.testing.assert_close(
         vectors, train_steering_vector(model, tokenizer, PAIRS, [1, 5]).layer_activations
@@ -174,7 +175,7 @@ def test_layer_config_as_template_and_callable(model, tokenizer):
     inner = train_steering_vector(
         model, tokenizer, PAIRS, [2], "mlp", layer_config={"mlp": "transformer.h.{num}.mlp.c_fc"}
     )
-    assert inner.layer_activations[2].shape == (512,)
+    assert inner.layer_activations[2].shape == (4 * model.config.hidden_size,)
     with torch.no_grad(), inner.apply(model, layer_config={"mlp": "transformer.h.{num}.mlp.c_fc"}):
         model(**tokenizer("You", return_tensors="pt"))
 
@@ -219,7 +220,7 @@ def test_layer_config_as_template_and_callable(model, tokenizer):
         (
             [("You", "Love")],
             {"aggregator": lambda p, n: p},
-            r"expected a vector \[128\] from the aggregator, got \[1, 128\]",
+            r"expected a vector \[(\d+)\] from the aggregator, got \[1, \1\]",
         ),
         ([("You", "Love")], {"aggregator": lambda p, n: None}, "got NoneType"),
         (
