@@ -88,6 +88,7 @@ def measure_costs(case: Case, device: str, rounds: int, compiled: bool) -> dict[
         "threads": torch.get_num_threads(),
         "rounds": rounds * case.more_rounds,
         "layer": case.layer,
+        "d_model": len(bench.vector),
         "new tokens": case.new_tokens,
         "bytes": bench.bytes,
         "vector": bench.vector.tolist(),
@@ -207,7 +208,7 @@ def plot_cost(results: dict[str, Any]) -> Figure:
             form=".3f",
         )
         axis.axvline(1, color="#333333", linewidth=0.8)
-        axis.set_title(f"{kind} ({model})", fontsize=10)
+        axis.set_title(f"{kind} ({model}, d_model {measured[model]['d_model']})", fontsize=10)
     for column in range(len(models)):
         highest = max(axis.get_xlim()[1] for axis in grid[:, column])
         if highest > 2:

@@ -196,7 +196,10 @@ def plot_profile(results: dict[str, Any]) -> Figure:
     axis.invert_yaxis()
     axis.margins(x=0.12)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.set_xlabel("milliseconds of one forward pass, 8 tokens, embedded model, 1 thread")
+    width = results["models"]["embedded"]["d_model"]
+    axis.set_xlabel(
+        f"milliseconds of one forward pass, 8 tokens, embedded model (d_model {width}), 1 thread"
+    )
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=4, frameon=False)
     figure.supxlabel(provenance(results), fontsize=7)
     figure.suptitle(

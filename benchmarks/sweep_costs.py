@@ -134,6 +134,7 @@ def compare(name: str, grid: Ways, kind: str, rounds: int) -> dict[str, Any]:
     )
     row: dict[str, Any] = {
         "model": name,
+        "d_model": grid.model.config.n_embd,
         "kind": kind,
         "rows": len(own),
         "sweep, s": statistics.median(seconds["sweep"]),
@@ -206,7 +207,7 @@ def plot(results: dict[str, Any]) -> Figure:
         )
         for way in ("each prompt", "each setting")
     ]
-    labels = [f"{row['model']}, {row['kind']}" for row in rows]
+    labels = [f"{row['model']}, d_model {row['d_model']}, {row['kind']}" for row in rows]
     return plot_ratios(rows, labels, panels, "Sweeping")
 
 

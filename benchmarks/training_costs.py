@@ -146,6 +146,7 @@ def compare_steering(
     median, *spread = ratio(seconds["steered"], seconds["unsteered"])
     return {
         "model": name,
+        "d_model": d_model,
         "layer": layer,
         "new tokens": new_tokens,
         "rounds": rounds,
@@ -180,6 +181,7 @@ def many_pairs(count: int = 10_000) -> dict[str, Any]:
         "pairs": count,
         "tokens": round(mean, 1),
         "layers": "all",
+        "d_model": model.config.n_embd,
         "seconds": seconds,
         "peak memory added, GiB": added,
     }

@@ -67,7 +67,7 @@ def test_three_ways_of_a_sweep_do_the_same(model, tokenizer, kind):
     """The same cells, and the same texts or divergences, whichever way they are computed."""
     vector = SteeringVector(
         {
-            layer: torch.randn(128, generator=torch.Generator().manual_seed(layer))
+            layer: torch.randn(model.config.n_embd, generator=torch.Generator().manual_seed(layer))
             for layer in (1, 4)
         }
     )
@@ -175,6 +175,7 @@ def made_up(slower: float) -> dict:
     one = {"median": slower, "low": slower - 0.1, "high": slower + 0.1, "seconds": 0.5}
     times = {name: dict.fromkeys(TIMES, one) for name in ("unsteered", *MECHANISMS)}
     model = {
+        "d_model": 7,
         "times": times,
         "memory": {"baukit": 0.01, "transformer_lens": 0.3},
         "peers": {"repeng": dict.fromkeys(TIMES[2:5], one)},
@@ -223,7 +224,9 @@ def test_figures_of_costs():
     assert (
         figure.get_supxlabel() == provenance(made_up(1.5)) == "measured a day, P, 2 cores; torch T"
     )
-    assert "2 ms" in {text.get_text() for text in plot_profile(made_up(1.5)).axes[0].texts}
+    assert figure.axes[0].get_title() == "forward (embedded, d_model 7)"
+    axis = plot_profile(made_up(1.5)).axes[0]
+    assert "2 ms" in {text.get_text() for text in axis.texts} and "d_model 7" in axis.get_xlabel()
 
 
 FRAMES = [
