@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 import re
-import statistics
 
 import pandas as pd
 import pytest
@@ -285,14 +284,13 @@ def test_demonstrations_are_about_what_is_stored(model, tokenizer, evaluation, n
         assert found[what].tolist() == pytest.approx(of_second_seed, abs=10)
 
 
-def test_price_is_about_what_is_stored(bench, evaluation):
-    """On 20 of the 400 documents perplexity and its ratios are near those of all."""
+def test_price_is_what_is_stored(bench, evaluation):
+    """The first of the five parts of the documents, measured again."""
     grid = bench.grid({"love": bench.direction("Love", "Hate")})
-    texts = evaluate.held_out_documents(20)
+    texts = evaluate.held_out_documents(400)[:: evaluate.PERPLEXITY_PARTS]
     found = evaluate.measure_perplexity(bench.model, bench.tokenizer, grid, texts)
-    stored = evaluation["perplexity"]
-    for name, near in (("unsteered", 0.15), ("love", 0.05), ("hate", 0.05)):
-        assert found[name] == pytest.approx(statistics.fmean(stored[name]), rel=near)
+    stored = {name: evaluation["perplexity"][name][0] for name in found}
+    assert found == pytest.approx(stored, rel=1e-3)
 
 
 def test_table_measures_what_it_says(bench, evaluation, monkeypatch):
@@ -319,7 +317,7 @@ def test_table_measures_what_it_says(bench, evaluation, monkeypatch):
     assert [*controls["pair_moves"]] == [*evaluation["pair_moves"]]
     moved = evaluate.measure_visitors(bench)["words"]
     love, hate, colours = (moves[0] for moves in moved.values())
-    assert love > 30 and hate < -30 and abs(colours) < 30
+    assert love > 30 and hate < -30 and abs(colours) < min(love, -hate)
 
 
 class Scripted(evaluate.Bench):
