@@ -13,7 +13,9 @@ from architectures import ARCHITECTURES, ODD, RECURRENT
 from odd_tokenizers import KINDS as TOKENIZERS
 
 from benchmarks.ability_matrix import load_matrix
-from common.measuring.tone import tone
+from common import completions, generate, train_steering_vector
+from common.loading import known_preset
+from common.measuring.tone import tone, tone_words
 from embedded_model import grammar, report
 from repository import agreement, readme
 from repository.mechanisms import MECHANISMS, ROOT
@@ -123,6 +125,29 @@ def test_a_snippet_that_steers_shows_it(snippet):
     elif "apply(" in code:
         plain, plus, minus = output.splitlines()
         assert tone(minus) < tone(plain) < tone(plus)
+
+
+def test_the_first_screen_shows_what_the_model_writes(model, tokenizer):
+    """Its texts are beginnings of greedy ones, clear in tone, with every word of a tone in bold."""
+    head, _, *rows = re.findall(r"^\| (.*) \|$", README.split("\n## ")[0], re.MULTILINE)
+    prompts = [cell.strip("* …") for cell in head.split(" | ")[1:]]
+    preset = known_preset("embedded")
+    vector = train_steering_vector(
+        model, tokenizer, [("Love", "Hate")], layers=[preset.layer]
+    ).unit()
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True)
+    assert len(rows) == 3 and len(prompts) >= 2
+    for row, sign, by in zip(rows, (1, 0, -1), ("toward Love", "not at all", "toward Hate")):
+        label, *shown = row.split(" | ")
+        with vector.apply(model, multiplier=sign * preset.coeff):
+            written = completions(tokenizer, inputs, generate(model, inputs, max_new_tokens=40))
+        assert label == by
+        for cell, text in zip(shown, written, strict=True):
+            plain = cell.replace("**", "")
+            assert text.strip().startswith(plain) and plain.endswith(".")
+            counted = [value for _, value in tone_words(plain)]
+            assert len(counted) == cell.count("**") / 2 and set(counted) == {sign} - {0}
+            assert all(tone_words(word) for word in re.findall(r"\*\*(.+?)\*\*", cell))
 
 
 def test_all_kinds_of_snippets_are_there():
@@ -261,6 +286,33 @@ def sweep_figures() -> Iterator[str]:
     yield "between {:.1f}× and {:.1f}×, and between {:.0f}× and {:.0f}×".format(*each[0], *each[1])
 
 
+def widths(model) -> Iterator[str]:
+    """How wide the embedded model is, and was when the stored times were measured."""
+    costs = stored("benchmarks/results/mechanisms.json")["models"]["embedded"]
+    training = stored("benchmarks/results/extraction.json")
+    then = {
+        row["d_model"]
+        for row in (
+            costs,
+            training["many pairs"],
+            *(row for row in training["steering"] if row["model"] == "embedded"),
+            *(
+                row
+                for row in stored("benchmarks/results/sweep.json")["sweeps"]
+                if row["model"] == "embedded"
+            ),
+        )
+    }
+    now = model.config.n_embd
+    assert costs.get("agreement of", costs)["d_model"] == now  # the table of the README
+    if then == {now}:
+        assert "(`d_model`" not in PAGES["docs/performance.md"]
+        return
+    (before,) = then
+    yield f"embedded model are those of the one before, half as wide (`d_model` {before})"
+    yield f"measured on that of today (`d_model` {now})"
+
+
 def counts(model) -> Iterator[str]:
     """What can be counted, in digits or in words."""
     yield f"{model.num_parameters() / 1e6:.2f} million parameters"
@@ -280,7 +332,13 @@ def counts(model) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def figures(model) -> list[str]:
     """Every measured figure of the pages, with the words that say what it is."""
-    return [*mechanism_figures(), *extraction_figures(), *sweep_figures(), *counts(model)]
+    return [
+        *mechanism_figures(),
+        *extraction_figures(),
+        *sweep_figures(),
+        *widths(model),
+        *counts(model),
+    ]
 
 
 def flat(text: str) -> str:
