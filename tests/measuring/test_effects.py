@@ -790,7 +790,7 @@ def test_conditions_differ_by_the_steering_only(model, tokenizer):
 
     An empty condition is the unsteered one, and a vector of no length as well.
     """
-    nothing = SteeringVector({2: torch.ones(128)}).apply(model, multiplier=0.0)
+    nothing = SteeringVector({2: torch.ones(model.config.hidden_size)}).apply(model, multiplier=0.0)
     tones = tone_by_prompt(
         model,
         tokenizer,

@@ -484,7 +484,8 @@ def test_steering_counts_and_is_made_for_each_batch(model, tokenizer, steering):
 
 def test_an_empty_text_has_no_loss(model, tokenizer):
     """A completion may be empty: it gives no number, and leaves the others theirs."""
-    vector = SteeringVector({3: torch.randn(128, generator=torch.Generator().manual_seed(0))})
+    generator = torch.Generator().manual_seed(0)
+    vector = SteeringVector({3: torch.randn(model.config.hidden_size, generator=generator)})
     texts = ["", TEXTS[0]]
     for mode, expected in (("mean", np.nan), ("max", np.nan), ("sum", 0.0)):
         metric = get_loss_metric(model, tokenizer, mode)

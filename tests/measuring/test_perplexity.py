@@ -250,7 +250,8 @@ def test_sentences_are_read_one_by_one(model, tokenizer):
 )
 def test_batches_change_nothing(model, tokenizer, additions, texts, batch_size, how):
     """Nor does what else is in the corpus."""
-    vector = SteeringVector({3: torch.randn(128, generator=torch.Generator().manual_seed(0))})
+    generator = torch.Generator().manual_seed(0)
+    vector = SteeringVector({3: torch.randn(model.config.hidden_size, generator=generator)})
     condition = {
         "additions": additions,
         "prompt": " weddings",
@@ -337,7 +338,8 @@ def test_additions_are_those_of_a_plain_pass(model, tokenizer, additions):
 
 def test_a_callable_makes_any_steering(model, tokenizer, additions):
     """A vector, and additions that are called: one anew for each batch."""
-    vector = SteeringVector({3: torch.randn(128, generator=torch.Generator().manual_seed(0))})
+    generator = torch.Generator().manual_seed(0)
+    vector = SteeringVector({3: torch.randn(model.config.hidden_size, generator=generator)})
     made = []
 
     def steering():
@@ -381,7 +383,8 @@ def test_no_steering_has_ratio_1(model, tokenizer, texts, layer):
 
 @pytest.fixture(scope="module")
 def conditions(model, additions):
-    vector = SteeringVector({3: torch.randn(128, generator=torch.Generator().manual_seed(0))})
+    generator = torch.Generator().manual_seed(0)
+    vector = SteeringVector({3: torch.randn(model.config.hidden_size, generator=generator)})
     longer = ActivationAddition(1.0, 3, "I talk about weddings")
     return {
         "steering": additions,

@@ -1,6 +1,7 @@
 """Rows of a batch with a steering of their own, and passes that start after a block."""
 
 import copy
+import json
 from contextlib import contextmanager, nullcontext
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, DynamicCache, TopPLogitsWarper
 
+from common import embedded
 from common.checking.pristine import assert_pristine, snapshot
 from common.loading import copy_sharing_weights
 from common.passes.padding import encode
@@ -29,6 +31,8 @@ from common.vectors.activation_additions import (
 )
 from common.vectors.steering_vector import SteeringVector
 
+CONFIG = json.loads((embedded.FOLDER / "config.json").read_text(encoding="utf-8"))
+D_MODEL = CONFIG["n_embd"]  # of the embedded model
 LOCATIONS = ("front", "mid", "back")
 TEXTS = (
     "I think that they are on the old bridge behind the mill and",
@@ -92,7 +96,9 @@ def batches(draw, shortest: int = 1):
         site = Site(draw(st.integers(location is None and part == "resid_pre", 5)), part)
         count = 1 if location is None else draw(st.integers(1, length))
         generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
-        rows.append(RowSteering(site, 0.5 * torch.randn(count, 128, generator=generator), location))
+        rows.append(
+            RowSteering(site, 0.5 * torch.randn(count, D_MODEL, generator=generator), location)
+        )
     return lengths, rows
 
 
@@ -188,7 +194,7 @@ def test_a_layer_that_is_not_there_is_refused(model):
 def test_deltas_are_what_the_steering_adds(model, tokenizer, drawn):
     """`row_deltas` says what the hooks of `steering_rows` add, at every real token."""
     lengths, rows = drawn
-    rows = [row or RowSteering(Site(0, "resid_post"), torch.zeros(1, 128)) for row in rows]
+    rows = [row or RowSteering(Site(0, "resid_post"), torch.zeros(1, D_MODEL)) for row in rows]
     inputs = batch_of(tokenizer, lengths)
     at_one_place = [row._replace(site=Site(2, "resid_post")) for row in rows]
     found = []

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 import os
 import signal
 import sqlite3
@@ -25,6 +26,7 @@ from common import (
     Grid,
     Sampling,
     apply_activation_additions,
+    embedded,
     get_x_vector,
     perplexity_ratio_by_cell,
     read_sweep,
@@ -42,6 +44,8 @@ from common.vectors.activation_additions import read_sites
 from common.vectors.steering_vector import SteeringVector
 
 ROOT = Path(__file__).resolve().parents[2]
+CONFIG = json.loads((embedded.FOLDER / "config.json").read_text(encoding="utf-8"))
+D_MODEL = CONFIG["n_embd"]  # of the embedded model
 PROMPTS = ["I think dogs are", "My neighbour", "The old library is on the", "This year winter is"]
 LONG = [
     "I went up to my friend and said that",
@@ -57,7 +61,9 @@ SAMPLING = Sampling(max_new_tokens=NEW, temperature=1.0, top_p=0.9, freq_penalty
 def a_vector(seed: int = 0, layers=range(6)) -> SteeringVector:
     """A random vector for some layers of the embedded model, about as long as the hidden states."""
     generator = torch.Generator().manual_seed(seed)
-    return SteeringVector({layer: 0.5 * torch.randn(128, generator=generator) for layer in layers})
+    return SteeringVector(
+        {layer: 0.5 * torch.randn(D_MODEL, generator=generator) for layer in layers}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +234,7 @@ def test_columns_and_kinds(model, tokenizer, vector):
 
 def test_layers_by_default(model, tokenizer):
     """Those of the vectors, all for additions; layers from a table will do."""
-    own = SteeringVector({1: torch.ones(128), -1: torch.ones(128)})
+    own = SteeringVector({1: torch.ones(D_MODEL), -1: torch.ones(D_MODEL)})
     frame = sweep_logits(
         model, tokenizer, Grid({"v": own, "w": x_vector(tokenizer)}, None, [1.0]), LONG
     )
@@ -337,7 +343,7 @@ def test_random_controls_are_as_long_as_the_vector(model, tokenizer, monkeypatch
     lengths = {1: 2.0, 2: 5.0}
     own = SteeringVector(
         {
-            layer: length * torch.nn.functional.one_hot(torch.tensor(7), 128).float()
+            layer: length * torch.nn.functional.one_hot(torch.tensor(7), D_MODEL).float()
             for layer, length in lengths.items()
         }
     )
@@ -1302,7 +1308,7 @@ WRONG_GRID = {
 }
 WRONG = {
     "no vector": (
-        {"steering": {"v": torch.ones(128)}},
+        {"steering": {"v": torch.ones(D_MODEL)}},
         "expected a SteeringVector or ActivationAdditions for 'v'",
     ),
     "a text": (
@@ -1336,17 +1342,20 @@ WRONG = {
     ),
     "vector of another width": (
         {
-            "steering": {"v": SteeringVector({1: torch.ones(128), 3: torch.ones(64)})},
+            "steering": {"v": SteeringVector({1: torch.ones(D_MODEL), 3: torch.ones(64)})},
             "layers": [1, 3],
         },
-        "'v' has 64 numbers at layer 3, and d_model is 128",
+        f"'v' has 64 numbers at layer 3, and d_model is {D_MODEL}",
     ),
     "vector with nan": (
-        {"steering": {"v": SteeringVector({3: torch.full((128,), torch.nan)})}},
+        {"steering": {"v": SteeringVector({3: torch.full((D_MODEL,), torch.nan)})}},
         "nan or inf in 'v' at layer 3",
     ),
     "a large coefficient below 0": (
-        {"steering": {"v": SteeringVector({3: torch.full((128,), 10.0)})}, "coeffs": [1, -1e38]},
+        {
+            "steering": {"v": SteeringVector({3: torch.full((D_MODEL,), 10.0)})},
+            "coeffs": [1, -1e38],
+        },
         "'v' at layer 3 holds 1e.39",
     ),
     "another layer type": ({"steering": {"v": mlp(a_vector())}}, "'v' acts on 'mlp'"),
@@ -1421,7 +1430,7 @@ WRONG_LOGITS = {
     ),
     "metric of a table": (
         {"metrics": {"m": lambda steered, plain: steered}},
-        r"'m' returned values of shape \(2, 2651\) for 2 rows",
+        rf"'m' returned values of shape \(2, {CONFIG['vocab_size']}\) for 2 rows",
     ),
     "metric with the name of a column": (
         {"metrics": {"prompt": lambda steered, plain: steered[:, 0]}},
@@ -1491,7 +1500,7 @@ def test_a_steered_model_is_refused(model, tokenizer, vector, kind):
 
 def test_a_product_may_be_too_large_for_the_dtype_of_the_vector(model, tokenizer):
     """It is made in the wider dtype: 1000 times 100 lies outside float16."""
-    thousand = torch.linspace(-1000, 1000, 128).half()
+    thousand = torch.linspace(-1000, 1000, D_MODEL).half()
     found, wanted = (
         sweep_logits(
             model, tokenizer, Grid({"v": SteeringVector({3: vector})}, coeffs=[100]), PROMPTS[:1]

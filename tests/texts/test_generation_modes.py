@@ -31,11 +31,7 @@ from common.vectors.activation_additions import adding_spans
 from common.vectors.reading import record_activations
 from common.vectors.steering_vector import SteeringVector
 
-TEXTS = [
-    "I love my dogs. I love my dogs because they are",
-    "My neighbour went",
-    "I think dogs are",
-]
+TEXTS = ["I love my dogs. I love my dogs because they are", "My neighbour went", "I think dogs are"]
 OPTIONS = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
 PLACES = {
     "everywhere": {},
