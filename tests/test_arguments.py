@@ -187,7 +187,7 @@ WRONG_NUMBERS = [
 @pytest.mark.parametrize("wrong", WRONG_NUMBERS, ids=repr)
 def test_what_is_not_a_number(model, tokenizer, wrong):
     """As multiplier, coefficient, and coefficient of a sweep."""
-    own = SteeringVector({1: torch.ones(128)})
+    own = SteeringVector({1: torch.ones(model.config.hidden_size)})
     for says, use in {
         "multiplier": lambda: own.patch_activations(model, multiplier=wrong),
         "coefficient": lambda: ActivationAddition(wrong, 1, "You"),
@@ -200,7 +200,7 @@ def test_what_is_not_a_number(model, tokenizer, wrong):
 @pytest.mark.parametrize("wrong", [True, "2", 1.0, None, torch.tensor(1), np.float64(1)], ids=repr)
 def test_what_is_not_a_layer(model, tokenizer, wrong):
     """In a list of layers, as a block, a place and a key."""
-    own = SteeringVector({1: torch.ones(128)})
+    own = SteeringVector({1: torch.ones(model.config.hidden_size)})
     for use in (
         lambda: train_steering_vector(model, tokenizer, PAIRS, [wrong]),
         lambda: read_activations(model, tokenizer, ["You"], [wrong]),
@@ -208,7 +208,7 @@ def test_what_is_not_a_layer(model, tokenizer, wrong):
         lambda: sweep(model, tokenizer, Grid({"v": own}, [wrong], [1.0]), ["You"]),
         lambda: get_block(model, wrong),
         lambda: ActivationAddition(1, (wrong, "mlp"), "You"),
-        lambda: SteeringVector({wrong: torch.ones(128)}),
+        lambda: SteeringVector({wrong: torch.ones(model.config.hidden_size)}),
         lambda: read_activations(model, tokenizer, ["You"], [1], read_token_index=wrong),
         lambda: read_activations(model, tokenizer, ["You"], [1], batch_size=wrong),
     ):
@@ -221,7 +221,7 @@ def test_what_is_not_a_layer(model, tokenizer, wrong):
 )
 def test_a_single_layer_is_a_list_too(model, tokenizer, layers):
     """Wherever layers are given; nothing is run."""
-    own = SteeringVector({1: torch.ones(128)})
+    own = SteeringVector({1: torch.ones(model.config.hidden_size)})
     handle = model.transformer.register_forward_pre_hook(
         lambda *_: pytest.fail("a forward pass was run")
     )
@@ -266,7 +266,9 @@ def test_what_is_not_an_operator(model, wrong):
             r" got "
         ),
     ):
-        SteeringVector({1: torch.ones(128)}).patch_activations(model, operator=wrong)
+        SteeringVector({1: torch.ones(model.config.hidden_size)}).patch_activations(
+            model, operator=wrong
+        )
     assert_pristine(model, before)
     for right in (
         torch.add,
@@ -274,7 +276,9 @@ def test_what_is_not_an_operator(model, wrong):
         lambda hidden, vector, scale=2: scale * vector,
         lambda *both: both[1],
     ):
-        SteeringVector({1: torch.ones(128)}).patch_activations(model, operator=right).remove()
+        SteeringVector({1: torch.ones(model.config.hidden_size)}).patch_activations(
+            model, operator=right
+        ).remove()
 
 
 @pytest.mark.parametrize("wrong", ["mean", mean_aggregator, None], ids=["text", "factory", "None"])

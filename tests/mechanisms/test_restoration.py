@@ -271,14 +271,14 @@ def test_snapshot_of_something_else_is_refused():
         snapshot("a model")
 
 
-def _vectors(*layers: int) -> SteeringVector:
-    return SteeringVector({layer: torch.ones(128) for layer in layers})
+def _vectors(model: torch.nn.Module, *layers: int) -> SteeringVector:
+    return SteeringVector({layer: torch.ones(model.config.hidden_size) for layer in layers})
 
 
 @pytest.mark.parametrize(
     "steer, places",
     [
-        (lambda own: _vectors(1, 3).apply(own), ["transformer.h.1", "transformer.h.3"]),
+        (lambda own: _vectors(own, 1, 3).apply(own), ["transformer.h.1", "transformer.h.3"]),
         (
             lambda own: apply_activation_additions(
                 own, None, [ActivationAddition(2, 0, tokens=[3])]
@@ -286,7 +286,9 @@ def _vectors(*layers: int) -> SteeringVector:
             ["transformer.h.0"],
         ),
         (
-            lambda own: steering_rows(own, [RowSteering(Site(2, "mlp"), torch.ones(1, 128))]),
+            lambda own: steering_rows(
+                own, [RowSteering(Site(2, "mlp"), torch.ones(1, own.config.hidden_size))]
+            ),
             ["transformer.h.2.mlp"],
         ),
     ],
@@ -298,7 +300,7 @@ def test_a_copy_of_a_steered_model_is_found(model, batch, steer, places):
     before = snapshot(own)
     with steer(own):
         twin, taken = copy.deepcopy(own), snapshot(own)
-        with _vectors(1).apply(own):
+        with _vectors(own, 1).apply(own):
             pass
         assert_pristine(own, taken)  # its own steering is no copy
     assert_pristine(own, before)
