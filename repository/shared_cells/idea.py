@@ -18,4 +18,4 @@ for label, steering in {"unsteered": 0.0, "steered": vector}.items():
     for _ in range(12):
         last = run(ids, len(gpt2.h), steering)[:, -1:]
         ids = torch.cat([ids, model.lm_head(gpt2.ln_f(last)).argmax(-1)], dim=1)
-    print(f"{label:9}", tokenizer.decode(ids[0]))
+    print(f"{label}:", tokenizer.decode(ids[0]))
