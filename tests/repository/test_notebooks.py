@@ -174,7 +174,7 @@ def test_the_idea_is_five_bare_lines(name):
     assert not helpers & {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     (by_hand,) = (cell for cell in notebook.cells if cell.id == "idea-code")
     unsteered, steered = (line.split(maxsplit=1) for line in by_hand.outputs[0].text.splitlines())
-    assert (unsteered[0], steered[0]) == ("unsteered", "steered") and unsteered[1] != steered[1]
+    assert (unsteered[0], steered[0]) == ("unsteered:", "steered:") and unsteered[1] != steered[1]
     assert steered[1].strip() == idea.outputs[0].text.strip()
 
 
