@@ -35,7 +35,7 @@ prompts = st.lists(st.sampled_from(KNOWN_WORDS), min_size=2, max_size=8).map(" "
 @pytest.fixture(scope="module")
 def steering(model, tokenizer):
     """What makes the wedding steering, anew each time."""
-    return lambda: apply_activation_additions(model, tokenizer, get_x_vector(" weddings", "", 2, 3))
+    return lambda: apply_activation_additions(model, tokenizer, get_x_vector(" weddings", "", 4, 2))
 
 
 @pytest.fixture(autouse=True)
@@ -99,14 +99,14 @@ def test_other_architectures_in_bf16(name, tokenizer):
 
 def test_both_forms_of_a_word(tokenizer):
     """With and without a space in front; once each, in any order and whatever the space around."""
-    ids = token_set(tokenizer, ["wedding", " bride "])
+    ids = token_set(tokenizer, ["wonderful", " awful "])
     assert sorted(tokenizer.decode([token]) for token in ids) == [
-        " bride",
-        " wedding",
-        "bride",
-        "wedding",
+        " awful",
+        " wonderful",
+        "awful",
+        "wonderful",
     ]
-    assert ids == token_set(tokenizer, ["bride", "wedding", " wedding"]) == sorted(ids)
+    assert ids == token_set(tokenizer, ["awful", "wonderful", " wonderful"]) == sorted(ids)
 
 
 def test_one_form_is_enough():
@@ -338,7 +338,7 @@ def test_the_wedding_vector_is_effective(model, tokenizer, steering):
     """Words of weddings become likelier, and its opposite makes them less likely."""
 
     def away():
-        return apply_activation_additions(model, tokenizer, get_x_vector(" weddings", "", -2, 3))
+        return apply_activation_additions(model, tokenizer, get_x_vector(" weddings", "", -4, 2))
 
     found = [
         effectiveness_and_disruption(model, tokenizer, PROMPT, how, ALIGNED)["effectiveness"].iloc[

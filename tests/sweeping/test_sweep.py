@@ -491,7 +491,7 @@ def test_logits_are_those_of_plain_passes(model, tokenizer, vector, memory):
 def test_other_architectures(name, tokenizer):
     """Completions and logits, steered after a block and at what block 0 reads."""
     other = tiny_model(name, len(tokenizer))
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(1)  # in this draw no two tokens tie
     vector = SteeringVector({layer: 2 * torch.randn(32, generator=generator) for layer in range(4)})
     steering = {"v": vector, "w": get_x_vector("Love", "Hate", 1, 0)}
     texts = by_cell(
@@ -527,14 +527,18 @@ def test_other_architectures(name, tokenizer):
 
 
 def test_divergence_by_default_and_log_probabilities(model, tokenizer, vector):
+    """Each is that of plain passes."""
     tokens = [11, 40, 900]
     frame = sweep_logits(model, tokenizer, Grid({"v": vector}, [2], [0.0, 1.0]), PROMPTS)
     assert list(frame) == ["steering", "kind", "layer", "coeff", "prompt", "kl"]
-    assert (
-        (frame["kl"] >= 0).all()
-        and (frame[frame["coeff"] == 0]["kl"] < 1e-5).all()
-        and (frame[frame["coeff"] == 1]["kl"] > 0.01).all()
-    )
+    assert (frame["kl"] >= 0).all() and (frame[frame["coeff"] == 0]["kl"] < 1e-5).all()
+    for row in frame[frame["coeff"] == 1].itertuples():
+        inputs = encode(tokenizer, [row.prompt], False)
+        plain = logits(model, inputs)[0, -1].double().log_softmax(-1)
+        with SteeringVector({2: vector.layer_activations[2]}).apply(model):
+            steered = logits(model, inputs)[0, -1].double().log_softmax(-1)
+        expected = (steered.exp() * (steered - plain)).sum().item()
+        assert row.kl == pytest.approx(expected, rel=1e-2) and expected > 1e-3
     frame = sweep_logits(
         model, tokenizer, Grid({"v": vector}, [2], [1.0]), PROMPTS, {"p": token_logprob(tokens)}
     )
