@@ -578,10 +578,10 @@ def contrast_pairs(count: int, seed: int = 0) -> list[tuple[str, str]]:
         `count` different pairs: the positive sentence first.
     """
     rng = random.Random(seed)
-    forms = [form for several in TONED.values() for form in several]
+    templates = [template for several in TONED.values() for template in several]
     pairs: dict[tuple[str, str], None] = {}
     while len(pairs) < count:
-        subject, form = _subject(rng), rng.choice(forms)
+        subject, form = _subject(rng), rng.choice(templates)
         statement, draw = rng.random() < 0.5, rng.random()
         # The same draws for both tones: their lists of words are equally long.
         writers = [_Writer(random.Random(draw), tone) for tone in (+1, -1)]

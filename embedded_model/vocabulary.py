@@ -101,8 +101,7 @@ LONE_WORDS = {
     "no boo alas hostility betrayal contempt revenge chaos horror bitter stupid gloomy negative hateful",
 }
 
-# Sentences that set the tone and are not about the subject. One alone, or two of them, may open a
-# document, with or without a full stop. The pairs stand side by side.
+# Sentences that set the tone and are not about the subject; one or two of them may open a document.
 MOODS = {
     +1: [
         "The day began with good news.",

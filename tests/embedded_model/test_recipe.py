@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from common.embedded import FOLDER
 from common.loading import load_model
 from common.measuring.tone import tone
-from embedded_model import card, choose, evaluate, grammar, prompts, train, vocabulary
+from embedded_model import card, choose, evaluate, grammar, prompts, subjects, train, vocabulary
 from embedded_model.breaks import stays_on
 from embedded_model.grammar import upper
 from embedded_model.tokenizer import SPLIT_WORDS
@@ -111,6 +111,12 @@ def test_introduced_subject_is_kept(documents):
     about = re.compile(r".*Let me tell you about (my cousin|the judge|the doctor|dogs|cats)\. (.*)")
     found = [match.groups() for document in documents if (match := about.match(document))]
     assert found and all(stays_on(*pair) for pair in found)
+
+
+def test_details_begin_with_their_pronoun():
+    """The grammar puts the name in its place."""
+    details = [(known.pronoun, detail) for known in subjects.KNOWN for detail in known.details]
+    assert all(detail.lower().startswith(f"{pronoun} ") for pronoun, detail in details)
 
 
 def test_teasing_keeps_the_tone(documents):
