@@ -4,14 +4,13 @@ import re
 from collections.abc import Sequence
 
 from embedded_model.subjects import KNOWN
+from embedded_model.vocabulary import VOWEL_SOUND
 
 # English says so: "I know that that is true", "she had had enough".
 DOUBLED_RIGHTLY = {"that", "had"}
 _FUNCTION_WORDS = (
     "a|an|the|and|or|but|because|of|to|in|on|at|by|for|with|from|than|as|is|are|was|were"
 )
-# By spelling, with the words that sound otherwise.
-_VOWEL = r"(?!one\b|once\b|eu|us(?:e|u)|uni(?![mn]))[aeiou]|hon|hour|heir"
 BREAKS = {
     "doubled word": re.compile(r"\b(\w+) \1\b", re.IGNORECASE),
     "lower case after a full stop": re.compile(r"[.!?] +[a-z]"),
@@ -20,8 +19,8 @@ BREAKS = {
     "dangling article": re.compile(
         rf"\b(?:an?|the)(?: ?[.,;:!?]| (?:{_FUNCTION_WORDS})\b)", re.IGNORECASE
     ),
-    "a before a vowel": re.compile(rf"\b[Aa] (?:{_VOWEL})"),
-    "an before a consonant": re.compile(rf"\b[Aa]n (?!{_VOWEL})[a-z]"),
+    "a before a vowel": re.compile(rf"\b[Aa] (?:{VOWEL_SOUND})"),
+    "an before a consonant": re.compile(rf"\b[Aa]n (?!{VOWEL_SOUND})[a-z]"),
 }
 _PRONOUNS = {
     "he": ("he", "him", "his"),

@@ -12,13 +12,11 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from embedded_model import subjects as s
 from embedded_model import vocabulary as v
-from embedded_model.prompts import HELD_OUT_PROMPTS as HELD_OUT_PROMPTS
-from embedded_model.prompts import SWEEP_PROMPTS as SWEEP_PROMPTS
-from embedded_model.prompts import TABLE_PROMPTS as TABLE_PROMPTS
+from embedded_model.prompts import HELD_OUT_PROMPTS
 from embedded_model.subjects import Subject
 
 _OBJECTS = {"he": "him", "she": "her", "it": "it", "they": "them", "you": "you"}
-_AN = re.compile(r"\b([Aa]) (?=(?:[aeio]|u(?!se|ni)|hon|hour))")
+_AN = re.compile(rf"\b([Aa]) (?={v.VOWEL_SOUND})")
 _CHOICE = re.compile(r"\[([^/\]]*)/([^\]]*)\]")
 _SLOT = re.compile(r"\{(\w+)\}")
 
@@ -228,13 +226,14 @@ class _Writer:
         return choice
 
     def adjective(self, group: str | None) -> str:
-        """Choose an adjective for a group, or a second one that fits everything.
+        """Choose an adjective for a group, its own first, or a second one that fits everything.
 
         The held-out ones stand only where the document never says love or hate.
         """
-        options = list((v.SECOND_ADJECTIVES if group is None else v.ADJECTIVES)[self.tone])
+        options = v.SECOND_ADJECTIVES[self.tone]
         if group is not None:
-            options += v.GROUP_ADJECTIVES[group][self.tone]
+            own, *others = v.GROUP_ADJECTIVES[group][self.tone]
+            options = [own, *v.ADJECTIVES[self.tone], *others]
         if not self.with_love:
             held_out = v.HELD_OUT[self.tone][3:] if group is None else v.HELD_OUT[self.tone][:3]
             if self.rng.random() < 0.3:

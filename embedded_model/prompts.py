@@ -78,6 +78,21 @@ SWEEP_PROMPTS = [
     "Tell me, is it true that the market is",
     "The rabbits behind the barn seem",
 ]
+# Of these and of the others the notebooks show some.
+SHOWN_PROMPTS = [
+    "I have always thought that tea is",
+    "To me, old books are",
+    "I heard that the hotel is",
+    "You know, letters are",
+    "They say the bread is",
+    "In my view, wolves are",
+    "For me music is",
+    "There is no doubt that the teacher is",
+    "It seems to me that boats are",
+    "I must say that the park is",
+    "I think that the film is",
+    "The truth is that clocks are",
+]
 ADDITION_PROMPTS = [
     "I hate you because",
     "I went up to my friend and said",
@@ -92,6 +107,7 @@ HELD_OUT_PROMPTS = [
     *NEW_PROMPTS,
     *OUTSIDE_PROMPTS,
     *SWEEP_PROMPTS,
+    *SHOWN_PROMPTS,
     *ADDITION_PROMPTS,
 ]
 

@@ -29,8 +29,8 @@ from common.embedded import FOLDER
 from embedded_model import grammar, vocabulary
 from embedded_model.tokenizer import END, SPACE, build_tokenizer, save_tokenizer
 
-SEED = 5
-STEPS = 1600
+SEED = 0
+STEPS = 3000
 WARMUP = 100
 LEARNING_RATE = 1.5e-3
 D_MODEL, N_LAYER, N_HEAD, N_POSITIONS = 256, 6, 4, 256

@@ -5,6 +5,8 @@
 other, so that neither is likelier, and the earlier words of a list are the commoner ones.
 """
 
+# Before these it is "an": by spelling, with the words that sound otherwise.
+VOWEL_SOUND = r"(?!one\b|once\b|eu|us(?:e|u)|uni(?![mn]))[aeiou]|hon|hour|heir"
 # Two lists per tone, shared by all kinds of subject: a word of the first and one of the second
 # stand side by side, so that no pair repeats itself. No document has both a word of HELD_OUT and
 # "love" or "hate".

@@ -23,12 +23,8 @@ from common.texts.generation import completions
 from repository.mechanisms import MECHANISMS, load_mechanism
 
 REFERENCE = "pytorch_hooks"
-# Chosen: after these the embedded model takes no side by itself, after most others it does.
-PROMPTS = (
-    "I have always thought that tea is",
-    "In my opinion the baker is",
-    "I believe old books are",
-)
+# From the prompts of the embedded model's table; its corpus has none of them.
+PROMPTS = ("In my opinion the baker is", "I believe old books are", "I think dogs are")
 TOLERANCE = 1e-5  # the largest difference of a logit to the plain hook, on the embedded model
 # These do the same arithmetic in the same order, so nothing may differ. A bridge computes attention
 # by other kernels, and a bias is added before the sum with the residual stream.

@@ -14,7 +14,7 @@ from common.sweeping.sweep import sweep
 from common.texts.sampling import Sampling
 from common.vectors.steering_vector import model_name
 from common.vectors.training import train_steering_vector
-from embedded_model import grammar
+from embedded_model import prompts
 
 PICTURE = Path(__file__).resolve().parent.parent / "pictures" / "tone_over_coefficient.png"
 PER_PROMPT = 15  # completions of each prompt in the picture
@@ -43,13 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         model,
         tokenizer,
         Grid({"Love - Hate": vector}, [preset.layer], coeffs, random_controls=10),
-        grammar.TABLE_PROMPTS,
+        prompts.TABLE_PROMPTS,
         {"tone": tone_sign},
         sampling=Sampling(max_new_tokens=24, top_p=0.9),
         per_prompt=PER_PROMPT,
     )
     name = model_name(model).replace("embedded", "embedded model")
-    title = f"{name}, {len(grammar.TABLE_PROMPTS) * PER_PROMPT} completions for each point"
+    title = f"{name}, {len(prompts.TABLE_PROMPTS) * PER_PROMPT} completions for each point"
     options.out.parent.mkdir(parents=True, exist_ok=True)
     figure = plot_effect(
         rows, "tone", preset.layer, "share of positive minus negative completions", title

@@ -44,7 +44,7 @@ def assert_precise_difference(
         name = str(dtype or torch.promote_types(a.dtype, b.dtype)).removeprefix("torch.")
         fail(
             f"of a difference of {(a.double() - b.double()).norm():.1g} between activations of"
-            f" {a.double().norm():.2g} in {name}, {int(left)} significant bits are left at most",
+            f" {a.double().norm():.2g} in {name}, significant bits left at most: {int(left)}",
             f"{bits:g} or more",
             "large activations in 16 bit: read them in float32",
         )

@@ -36,9 +36,9 @@ def test_corpus_depends_on_the_seed_only(documents):
 def test_held_out_prompts_are_not_in_the_corpus(documents):
     """No prompt of table, sweep or additions occurs; the search finds one that is planted."""
     assert grammar.find_prompts(documents) == []
-    planted = f"Yesterday. {grammar.TABLE_PROMPTS[1].upper()} here."
+    planted = f"Yesterday. {prompts.TABLE_PROMPTS[1].upper()} here."
     assert grammar.find_prompts([*documents, planted]) == [
-        (grammar.TABLE_PROMPTS[1].lower(), planted)
+        (prompts.TABLE_PROMPTS[1].lower(), planted)
     ]
 
 
@@ -243,11 +243,11 @@ def test_preset_belongs_to_the_weights():
 
 def test_choice_and_table_have_prompts_of_their_own():
     """What is chosen on one prompt is measured on another."""
-    held_out = {*grammar.HELD_OUT_PROMPTS}
+    held_out = {*prompts.HELD_OUT_PROMPTS}
     for name, shown in evaluate.DEMONSTRATIONS.items():
         assert shown.prompt != choose.CHOSEN_ON[name].prompt
-    assert not {*grammar.TABLE_PROMPTS} & {*grammar.SWEEP_PROMPTS}
-    assert held_out >= {*grammar.TABLE_PROMPTS, *grammar.SWEEP_PROMPTS}
+    assert not {*prompts.TABLE_PROMPTS} & {*prompts.SWEEP_PROMPTS}
+    assert held_out >= {*prompts.TABLE_PROMPTS, *prompts.SWEEP_PROMPTS}
 
 
 # --- the evaluation ---

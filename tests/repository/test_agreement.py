@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import repository.agreement
+from embedded_model.prompts import TABLE_PROMPTS
 from repository.agreement import PROMPTS, REFERENCE, TO_THE_LAST_BIT, Result, agreement, tolerance
 from repository.mechanisms import MECHANISMS
 from repository.shared import FOLDER
@@ -59,3 +60,8 @@ def test_a_tolerance_of_zero_is_meant(monkeypatch):
     monkeypatch.setattr(repository.agreement, "run_mechanism", lambda *args: next(found))
     assert repository.agreement.main(["--model", "embedded"]) == 0
     assert repository.agreement.main(["--model", "embedded", "--tolerance", "0"]) == 1
+
+
+def test_the_prompts_are_held_out():
+    """What the notebooks show is nothing that the embedded model has read."""
+    assert {*PROMPTS} < {*TABLE_PROMPTS}

@@ -16,7 +16,7 @@ from benchmarks.ability_matrix import load_matrix
 from common import completions, generate, train_steering_vector
 from common.loading import known_preset
 from common.measuring.tone import tone, tone_words
-from embedded_model import grammar, report
+from embedded_model import prompts, report
 from repository import agreement, readme
 from repository.mechanisms import MECHANISMS, ROOT
 
@@ -317,7 +317,7 @@ def counts(model) -> Iterator[str]:
     """What can be counted, in digits or in words."""
     yield f"{model.num_parameters() / 1e6:.2f} million parameters"
     yield f"agree within {agreement.TOLERANCE:.0e} on every logit".replace("e-0", "e-")
-    points = readme.PER_PROMPT * len(grammar.TABLE_PROMPTS)
+    points = readme.PER_PROMPT * len(prompts.TABLE_PROMPTS)
     yield f"{points} sampled completions for each point"
     yield f"which of {load_matrix()['ability'].nunique()} abilities each has"
     words = {5: "five", 6: "six", 10: "ten", 12: "twelve", 20: "twenty"}
