@@ -24,8 +24,10 @@ from repository.mechanisms import MECHANISMS, load_mechanism
 
 REFERENCE = "pytorch_hooks"
 # From the prompts of the embedded model's table; its corpus has none of them.
-PROMPTS = ("In my opinion the baker is", "I believe old books are", "I think dogs are")
-TOLERANCE = 1e-5  # the largest difference of a logit to the plain hook, on the embedded model
+PROMPTS = ("To me, the harbour is", "If you ask me, the soup is", "In my opinion the baker is")
+# The largest difference of a logit to the plain hook, on the embedded model. Its logits reach 20,
+# where float32 has steps of 2e-6; in float64 the six agree within 1e-12.
+TOLERANCE = 2e-5
 # These do the same arithmetic in the same order, so nothing may differ. A bridge computes attention
 # by other kernels, and a bias is added before the sum with the residual stream.
 TO_THE_LAST_BIT = ("custom_wrapper", "pytorch_hooks", "baukit", "nnsight")

@@ -687,6 +687,17 @@ def test_six_mechanisms_agree(loaded):
         assert len({repr(texts) for texts in result.texts.values()}) == 3
 
 
+def test_what_differs_is_rounding(loaded):
+    """In float64 all six agree within 1e-12, so in float32 they differ by rounding alone."""
+    model = copy.deepcopy(loaded[0]).double()
+    results = [
+        love_hate.run_mechanism(name, model, loaded[1], *loaded.preset[:2], max_new_tokens=1)
+        for name in MECHANISMS
+    ]
+    assert all(result.logits["+"].dtype == torch.float64 for result in results)
+    assert (love_hate.agreement(results)[["vector", "logits"]] <= 1e-12).all(axis=None)
+
+
 def test_agreement_flags_a_mechanism_that_steers_one_row(loaded, monkeypatch):
     """Steering only row 0, or leaving a hook, is flagged, and `make run` ends with 1."""
     hooks = load_mechanism("pytorch_hooks")
