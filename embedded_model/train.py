@@ -2,9 +2,9 @@
 
     python -m embedded_model.train [--seed N] [--out FOLDER] [--force]
 
-takes about three quarters of an hour on a core that computes in bfloat16; others were not timed. The number of
-steps is fixed, not the time. Another machine rounds differently, so its weights come out similar,
-not identical; preset.json pins those that are shipped by their hash.
+takes about three quarters of an hour on a core that computes in bfloat16; others were not timed.
+The number of steps is fixed, not the time. Another machine rounds differently, so its weights come
+out similar, not identical; preset.json pins those that are shipped by their hash.
 """
 
 import argparse
