@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 from common.measuring.printing import print_texts
+from common.measuring.tone import mark_tone
 
 ODD = ["\n", "\r", "\t", "\x07", "\x1b[31m", "\xa0", "\u3000", "\u200b", "\u2028", "\\n", "\\"]
 WIDE = ["漢字", "é", "🙂", "x" * 300, "漢" * 150]
@@ -16,7 +17,8 @@ def printed(capsys, *arguments, **options) -> list[str]:
     capsys.readouterr()
     print_texts(*arguments, **options)
     legend, *lines = capsys.readouterr().out.split("\n")
-    assert "▲" in legend and "▼" in legend
+    positive, negative = (mark_tone(word)[0] for word in ("love", "hate"))
+    assert legend.startswith(f"{positive} counts as positive, {negative} as negative;")
     return lines
 
 
@@ -75,5 +77,26 @@ def test_further_lines_hang(capsys):
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="one text of 'to Love' for each of the 2 prompts, got 1"):
         print_texts(["I", "You"], {"to Love": ["one"]})
+    with pytest.raises(ValueError, match="one text of 'to Hate' for each of the 1 prompts, got 2"):
+        print_texts(["I"], {"to Love": ["one"], "to Hate": ["one", "two"]})
     with pytest.raises(ValueError, match="a width of at least 31, got 30"):
         print_texts(["I"], {"to Love": ["one"]}, width=30)
+    print_texts(["I"], {"to Love": ["one"]}, width=31)
+
+
+def test_texts_begin_behind_the_widest_label(capsys):
+    """In columns, not in signs; without a text there are the prompts."""
+    lines = printed(capsys, ["I"], {"to": ["1"], "漢字": ["2"]})
+    assert lines[2:4] == ["  to    1", "  漢字  2"]
+    assert printed(capsys, ["I"], {}, width=24) == ["", "'I'", ""]
+
+
+def test_lines_have_a_hundred_columns(capsys):
+    """Unless another width is asked for."""
+    lines = printed(capsys, ["I"], {"to Love": ["o" * 300]})
+    assert [len(line) for line in lines[2:-2]] == [100] * 3
+
+
+def test_what_is_written_as_an_escape_hides_no_tone(capsys):
+    """The `n` of a line break belongs to no word."""
+    assert printed(capsys, ["I"], {"to Love": ["a\nlove"]})[2] == r"  to Love  a\n▲love"
