@@ -308,6 +308,7 @@ def test_a_word_is_marked_by_what_it_counts_as():
     assert mark_tone("I love it, do not love it and never hate it.") == (
         "I ▲love it, do not ▼love it and never ▲hate it."
     )
+    assert mark_tone("_love_ or love1") == "_▲love_ or ▲love1"  # a word is its letters
 
 
 def test_lexicon_is_what_tone_can_read():
