@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import torch
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
 from common import plots
@@ -97,6 +98,7 @@ def test_plot_tones_draws_a_whole_bar_for_each_condition():
     shares = {
         "unsteered": {"positive": 0.25, "negative": 0.25, "neither": 0.5},
         "to Love": {"negative": 0.0, "neither": 0.02, "positive": 0.98},
+        "random": {"positive": 0.05, "neither": 0.91, "negative": 0.04},
     }
     figure = plots.plot_tones(shares)
     (axes,) = figure.axes
@@ -105,10 +107,16 @@ def test_plot_tones_draws_a_whole_bar_for_each_condition():
         positive, neither, negative = (bars[line] for bars in axes.containers)
         assert positive.get_x() == 0 and positive.get_width() == share["positive"]
         assert neither.get_x() == share["positive"]
-        assert negative.get_width() == share["negative"]
+        assert negative.get_width() == pytest.approx(share["negative"])
         assert negative.get_x() + negative.get_width() == pytest.approx(1)
     numbers = [text.get_text() for text in axes.texts]  # none where there is no room
-    assert sorted(numbers) == ["25%", "25%", "50%", "98%"]
+    assert sorted(numbers) == ["25%", "25%", "5%", "50%", "91%", "98%"]
+    assert axes.texts[0].get_position() == (0.125, 0)  # in the middle of its part
+    inks = [to_rgba(colour) for colour in (plots.STEERED, plots.REVERSED)]
+    assert [bars[0].get_facecolor() for bars in axes.containers][::2] == inks
+    top, bottom = reversed(axes.get_ylim())
+    assert top < bottom and axes.get_xlim() == (0, 1)  # the first one is above the others
+    assert axes.xaxis.get_major_formatter()(0.5) == "50%"
     plt.close(figure)
 
 
