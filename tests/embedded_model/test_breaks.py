@@ -3,6 +3,7 @@
 import pytest
 
 from embedded_model.breaks import BREAKS, has_break, stays_on, visible_breaks
+from embedded_model.subjects import KNOWN
 
 BROKEN = {
     "I think dogs are are kind.": "doubled word",
@@ -11,6 +12,11 @@ BROKEN = {
     "Dogs  are kind.": "double space",
     "My sister bought an.": "dangling article",
     "I feel the and go home.": "dangling article",
+    "The and the other.": "dangling article",
+    "Did you see the?": "dangling article",
+    "Are they kind? they are.": "lower case after a full stop",
+    "A ugly play.": "a before a vowel",
+    "An pleasant hour.": "an before a consonant",
     "She is a honest woman.": "a before a vowel",
     "It is a ugly play.": "a before a vowel",
     "It is an pleasant hour.": "an before a consonant",
@@ -23,6 +29,8 @@ SOUND = [
     "Dogs are kind. They make me smile! I",
     "In my opinion the baker is a",  # cut off where the tokens end
     "The theatre is an old and the only one.",
+    "This is his island. I can see that the sofa is old.",  # nothing begins within a word
+    "That that is true is in notes.txt, for an 8-hour day.",
 ]
 
 
@@ -42,6 +50,14 @@ def test_good_english_has_no_break():
     assert [visible_breaks(text) for text in SOUND] == [[]] * len(SOUND)
 
 
+def test_each_kind_of_break_is_told():
+    assert visible_breaks("Dogs are are kind.  they") == [
+        "doubled word",
+        "lower case after a full stop",
+        "double space",
+    ]
+
+
 def test_share_of_broken_texts_counts_each_once():
     """Two breaks in a text are one broken text."""
     assert has_break(["Dogs are are kind. they", "Dogs are kind."]) == [True, False]
@@ -56,8 +72,21 @@ def test_share_of_broken_texts_counts_each_once():
         (" He is a man. She is kind.", False),
         (" It hangs by the door.", False),
         (" There are others here.", False),
+        (" What a day! She is kind.", False),
+        (" My brother is kind.", False),
     ],
 )
 def test_next_sentence_has_the_pronoun_of_the_subject(completion: str, stays: bool):
     """In the grammar the cousin is a woman; only the first sentence counts."""
     assert stays_on("my cousin", completion) is stays
+
+
+FORMS = ("he him his", "she her hers", "it its", "they them their", "you your")
+
+
+@pytest.mark.parametrize("forms", FORMS)
+def test_every_form_of_the_pronoun_counts(forms: str):
+    """Those of its own subject, and of no other one."""
+    for known in KNOWN:
+        mine = known.pronoun == forms.split()[0]
+        assert {stays_on(known.name, f" And {form} too.") for form in forms.split()} == {mine}
