@@ -217,6 +217,14 @@ def test_place_of_an_addition_follows_from_the_rule():
     assert choose.choose_addition(edge, "share") == {"layer": 2, "coeff": 2}
     two = pd.concat([edge.assign(layer=3), edge.assign(layer=1, share=[100, 0, 100])])
     assert choose.choose_addition(two, "share") == {"layer": 3, "coeff": 2}
+    # The share goes before the plateau, a smaller coefficient before a larger one.
+    peak = pd.DataFrame({"layer": 1, "coeff": [1, 2, 3, 4, 6], "share": [100, 0, 90, 90, 90]})
+    assert choose.choose_addition(peak, "share") == {"layer": 1, "coeff": 1}
+    even = pd.DataFrame({"layer": 1, "coeff": [1, 2, 3], "share": [100, 100, 0]})
+    assert choose.choose_addition(even, "share") == {"layer": 1, "coeff": 1}
+    # A neighbour is one at the same layer.
+    rise = pd.DataFrame({"layer": [1, 1, 2, 2], "coeff": [1, 2] * 2, "share": [0, 100, 50, 100]})
+    assert choose.choose_addition(rise, "share") == {"layer": 2, "coeff": 2}
 
 
 def test_place_of_the_topic_follows_from_the_rule():
@@ -231,6 +239,8 @@ def test_place_of_the_topic_follows_from_the_rule():
     )
     assert choose.choose_topic(cells) == {"layer": 0, "coeff": 1}
     assert choose.choose_topic(cells[1:2]) == {"layer": 1, "coeff": 1}
+    for loud in (0.97, 1.03):
+        assert choose.choose_topic(cells.assign(off_topic=[1.02, loud, 1.0]))["layer"] == 0
 
 
 def test_preset_belongs_to_the_weights():
@@ -387,12 +397,22 @@ def test_direction_is_the_smallest_that_reaches_both_tones():
     """The next one has to reach them too; among equals the cheapest; else the closest."""
     rising = cells([1], [0.2, 0.3, 0.4, 0.5], [97, 90, 98, 99], [96, 96, 97, 97])
     assert choose.choose_direction(rising) == {"layer": 1, "coeff": 4}
+    for almost in ([96, 97, 97], 96), (97, [95, 96, 96]):
+        assert choose.choose_direction(cells([1], [0.2, 0.3, 0.4], *almost))["coeff"] == 3
     # What lies beyond a grid is not known.
     assert choose.choose_direction(rising[:3]) == {"layer": 1, "coeff": 2}
     equal = cells([1, 2], [0.2, 0.3], 99, 99, ratio=[1.03, 1.2, 1.02, 1.3])
     assert choose.choose_direction(equal) == {"layer": 2, "coeff": 2}
     weak = cells([1, 2], [0.2, 0.3], [90, 95, 96, 91], [99, 92, 95, 99])
     assert choose.choose_direction(weak) == {"layer": 2, "coeff": 2}
+    even = cells([1], [0.2, 0.3], [94, 95], [96, 94])  # the worse tone counts, not the sum
+    assert choose.choose_direction(even) == {"layer": 1, "coeff": 3}
+    for reached in (95, 99):  # a smaller share goes before a lower price
+        priced = cells([1], [0.2, 0.3, 0.4], reached, 99, ratio=[1.2, 1.1, 1.1])
+        assert choose.choose_direction(priced) == {"layer": 1, "coeff": 2}
+    # The next share is one at the same layer.
+    apart = cells([1, 2], [0.2, 0.3], [90, 99, 99, 90], 99)
+    assert choose.choose_direction(apart) == {"layer": 2, "coeff": 2}
     # Broken text is no tone.
     limits = {"ratio": (choose.MAX_RATIO, 1.35), "breaks": (choose.MAX_BREAKS, 4.5)}
     for name, (most, more) in limits.items():
