@@ -447,7 +447,7 @@ def test_places_of_additions_and_topic_come_from_their_grids(model, tokenizer, m
     assert chosen["love"] == chosen["weddings"] == {"layer": 3, "coeff": 4}
     assert cells[["layer", "coeff"]].to_numpy().tolist() == [[3, 4], [5, 4]]
     chosen, cells = choose.sweep_topic(model, tokenizer)
-    assert chosen == {"layer": 3, "coeff": 0.2} and len(cells) == 4
+    assert chosen == {"layer": 3, "coeff": 0.7} and len(cells) == 4
     assert (cells["on_topic"] < 1).all()
     assert choose.table(cells).splitlines()[0] == "| layer | coeff | on topic | off topic |"
 
