@@ -7,7 +7,6 @@ preset.json. With --keep the preset stays as it is.
 """
 
 import argparse
-import hashlib
 import json
 from itertools import product
 from pathlib import Path
@@ -226,11 +225,6 @@ def table(cells: pd.DataFrame) -> str:
     )
 
 
-def weights_hash(folder: Path) -> str:
-    """Return the SHA-256 of the weights in a folder."""
-    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-
-
 def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description="Choose where the embedded model is steered.")
@@ -238,12 +232,16 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=FOLDER, help=shipped)
     parser.add_argument("--keep", action="store_true", help="leave preset.json as it is")
     options = parser.parse_args()
+    try:
+        card.need(options.model, "model.safetensors", *["preset.json"] * options.keep)
+    except ValueError as error:
+        parser.error(str(error))
     model, tokenizer, _ = load_model(str(options.model))
     direction, directions = sweep_direction(model, tokenizer)
     additions, shares = sweep_additions(model, tokenizer)
     topic, ratios = sweep_topic(model, tokenizer)
     preset = {**direction, "activation_additions": additions, "topic": topic}
-    preset["sha256"] = weights_hash(options.model)
+    preset["sha256"] = card.weights_hash(options.model)
     path = options.model / "preset.json"
     kept = json.loads(path.read_text(encoding="utf-8")) if options.keep else preset
     text = "\n".join(
@@ -257,7 +255,7 @@ def main() -> None:
     if not options.keep:
         path.write_text(json.dumps(preset, indent=2) + "\n", encoding="utf-8")
     path = card.records_of(options.model) / "README.md"
-    if path.exists():
+    if card.has_place(path, "sweep"):
         card.write_between(path, "sweep", text)
 
 

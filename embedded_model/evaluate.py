@@ -425,6 +425,23 @@ def search_corpus(seed: int) -> dict[str, int]:
     }
 
 
+def check(folder: Path, out: Path) -> None:
+    """Check before the measurement that it can begin, and that its figures can be stored.
+
+    Raises:
+        ValueError: a file is not there, the preset is that of other weights, or `out` cannot be
+            written.
+    """
+    card.need(folder, "model.safetensors", "training.json", "preset.json")
+    preset = json.loads((folder / "preset.json").read_text(encoding="utf-8"))
+    if preset["sha256"] != card.weights_hash(folder):
+        raise ValueError(
+            f"the preset in {folder} is that of other weights: run embedded_model.choose again"
+        )
+    if out.is_dir() or not out.parent.is_dir():
+        raise ValueError(f"expected a file in a folder that is there as --out, got {out}")
+
+
 def measure(folder: Path) -> dict[str, Any]:
     """Measure the whole table for the model in a folder, at its preset."""
     model, tokenizer, _ = load_model(str(folder))
@@ -456,10 +473,35 @@ def measure(folder: Path) -> dict[str, Any]:
     }
 
 
+def stored_figures(folder: Path) -> dict[str, Any]:
+    """Read what an evaluation stored in a folder.
+
+    Raises:
+        ValueError: it is not there, or it is not a whole table of this version.
+    """
+    card.need(folder, "evaluation.json")
+    path = folder / "evaluation.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        report.comparison([found])
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(
+            f"{path} is not a whole table of this version: run embedded_model.evaluate again"
+        ) from None
+    return found
+
+
 def compare(folders: Sequence[Path]) -> None:
-    """Put the tables of measured models side by side, in the card, and their figures in a file."""
-    paths = [card.records_of(folder) / "evaluation.json" for folder in folders]
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    """Put the tables of measured models side by side, in the card, and their figures in a file.
+
+    Raises:
+        ValueError: fewer than two models, one twice, or one whose figures are not there or are
+            those of another table.
+    """
+    records = [card.records_of(folder) for folder in folders]
+    if len({folder.resolve() for folder in records}) < max(2, len(records)):
+        raise ValueError("expected at least two folders to compare, each of them once")
+    found = [stored_figures(folder) for folder in records]
     text = report.comparison(found)
     print(text)
     (card.HERE / "seeds.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
@@ -476,16 +518,20 @@ def main() -> None:
     beside = "folders of models that were measured: put their tables beside each other"
     parser.add_argument("--compare", type=Path, nargs="+", metavar="FOLDER", help=beside)
     options = parser.parse_args()
-    if options.compare:
-        compare(options.compare)
-        return
-    result = measure(options.model)
     records = card.records_of(options.model)
     out = options.out or records / "evaluation.json"
+    try:
+        if options.compare:
+            compare(options.compare)
+            return
+        check(options.model, out)
+    except ValueError as error:
+        parser.error(str(error))
+    result = measure(options.model)
     out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     text = report.markdown(result)
     print(text)
-    if options.out is None and (records / "README.md").exists():
+    if options.out is None and card.has_place(records / "README.md", "table"):
         card.write_between(records / "README.md", "table", text)
 
 

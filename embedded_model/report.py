@@ -315,11 +315,19 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def comparison(results: Sequence[Mapping[str, Any]]) -> str:
-    """Return the tables of several models side by side, what is missed marked."""
+    """Return the tables of several models side by side, what is missed marked.
+
+    Raises:
+        ValueError: the rows of one are not those of the first.
+    """
     columns = [[*every_seed_figures(result), *figures(result)] for result in results]
     header = ("what", "asked for", *(f"seed {result['training_seed']}" for result in results))
     rows = []
     for same in zip(*columns, strict=True):
+        names = {row[:2] for row in same}
+        if len(names) > 1:
+            listed = ", ".join(f'"{what}" ({bar})' for what, bar in sorted(names))
+            raise ValueError(f"expected the same rows in each table, got {listed}")
         cells = (
             f"{row.measured}, **{row.verdict}**" if row.verdict == MISSED else row.measured
             for row in same

@@ -219,11 +219,18 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=int, default=STEPS, help="fewer steps give a worse model sooner"
     )
-    parser.add_argument("--force", action="store_true", help="replace weights that are there")
+    parser.add_argument("--force", action="store_true", help="replace files that are there")
     options = parser.parse_args()
-    if (options.out / "model.safetensors").exists() and not options.force:
+    if options.steps < 1:
+        parser.error(f"expected --steps of at least 1, got {options.steps}")
+    try:  # now, and not when the training is over
+        options.out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=options.out).close()
+    except OSError as error:
+        parser.error(f"nothing can be written into {options.out}: {error.strerror}")
+    if any(options.out.iterdir()) and not options.force:
         parser.error(
-            f"{options.out} holds weights already; give another --out, or --force to replace them"
+            f"{options.out} holds files already; give another --out, or --force to replace them"
         )
     model, tokenizer, record = train(options.seed, options.steps)
     save(model, tokenizer, record, options.out)

@@ -248,7 +248,7 @@ def test_preset_belongs_to_the_weights():
     preset = json.loads((FOLDER / "preset.json").read_text(encoding="utf-8"))
     assert set(preset["activation_additions"]) == set(evaluate.DEMONSTRATIONS)
     assert set(choose.CHOSEN_ON) == set(evaluate.DEMONSTRATIONS)
-    assert preset["sha256"] == choose.weights_hash(FOLDER)
+    assert preset["sha256"] == card.weights_hash(FOLDER)
 
 
 def test_choice_and_table_have_prompts_of_their_own():
