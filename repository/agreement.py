@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -105,8 +106,7 @@ def agreement(results: Sequence[Result], reference: str = REFERENCE) -> pd.DataF
 
     Returns:
         One row for each mechanism: the largest difference of the vector and of any logit, whether
-            the greedy texts are
-        the same, and whether the model was restored.
+            the greedy texts are the same, and whether the model was restored.
 
     Raises:
         ValueError: the reference is not among the results.
@@ -152,9 +152,9 @@ def print_completions(
                 ("+", f"+{coeff:g}, to Love"),
                 ("-", f"-{coeff:g}, to Hate"),
             ):
-                table.add_row(
-                    prompt if label == "unsteered" else "", by, same[0].texts[label][row].strip()
-                )
+                shown = prompt if label == "unsteered" else ""
+                # Plain: what a model writes may look like markup of rich.
+                table.add_row(Text(shown), by, Text(same[0].texts[label][row].strip()))
             table.add_section()
         console.print(table)
 

@@ -1,13 +1,23 @@
 """The table of agreement, from results that are made up; and what the notebooks say of it."""
 
+import io
 import tomllib
 
 import pytest
 import torch
+from rich.console import Console
 
 import repository.agreement
 from embedded_model.prompts import TABLE_PROMPTS
-from repository.agreement import PROMPTS, REFERENCE, TO_THE_LAST_BIT, Result, agreement, tolerance
+from repository.agreement import (
+    PROMPTS,
+    REFERENCE,
+    TO_THE_LAST_BIT,
+    Result,
+    agreement,
+    print_completions,
+    tolerance,
+)
 from repository.mechanisms import MECHANISMS
 from repository.shared import FOLDER
 
@@ -60,6 +70,15 @@ def test_a_tolerance_of_zero_is_meant(monkeypatch):
     monkeypatch.setattr(repository.agreement, "run_mechanism", lambda *args: next(found))
     assert repository.agreement.main(["--model", "embedded"]) == 0
     assert repository.agreement.main(["--model", "embedded", "--tolerance", "0"]) == 1
+
+
+def test_completions_are_printed_as_they_are():
+    """What looks like markup of rich is text: it neither vanishes nor fails."""
+    odd = "[red] and [/b]"
+    one = result(REFERENCE)._replace(texts={label: [odd] for label in LABELS})
+    console = Console(file=io.StringIO(), record=True, width=100)
+    print_completions(console, [one], [odd], 1.0)
+    assert console.export_text().count(odd) == 1 + len(LABELS)
 
 
 def test_the_prompts_are_held_out():
