@@ -26,16 +26,20 @@ def print_texts(
         width: of the longest line, in columns.
 
     Raises:
-        ValueError: there are more or fewer completions than prompts, or the width leaves less than
-            20 columns for the texts.
+        ValueError: there are more or fewer completions than prompts, one text is given instead of a
+            list, or the width leaves less than 20 columns for the texts.
     """
+    for what, given in {"prompts": prompts, **texts}.items():
+        if isinstance(given, str):
+            raise ValueError(f"expected a list of texts as {what!r}, got the text {given!r}")
     for label, several in texts.items():
         if len(several) != len(prompts):
             raise ValueError(
                 f"expected one text of {label!r} for each of the {len(prompts)} prompts, got"
                 f" {len(several)}"
             )
-    first = max(map(cell_len, texts), default=0) + 4  # the column where the texts begin
+    labels = {label: _escaped(label) for label in texts}
+    first = max(map(cell_len, labels.values()), default=0) + 4  # the column where the texts begin
     if width - first < NARROWEST:
         raise ValueError(f"expected a width of at least {first + NARROWEST}, got {width}")
     print(LEGEND)
@@ -43,18 +47,22 @@ def print_texts(
         print()
         print(*_wrapped(repr(prompt), width), sep="\n")
         for label, several in texts.items():
-            margin = f"  {label}"
+            margin = f"  {labels[label]}"
             for line in _wrapped(_visible(mark_tone(several[number])), width - first):
                 print(margin + " " * (first - cell_len(margin)) + line)
                 margin = ""
 
 
-def _visible(text: str) -> str:
+def _escaped(text: str) -> str:
     """Write what is not seen as an escape, and the backslash too, so that nothing is ambiguous."""
-    shown = "".join(
+    return "".join(
         sign if sign.isprintable() and sign != "\\" else repr(sign)[1:-1] for sign in text
     )
-    return shown.strip(" ") or "(nothing)"
+
+
+def _visible(text: str) -> str:
+    """Write a text so that it is seen, even an empty one."""
+    return _escaped(text).strip(" ") or "(nothing)"
 
 
 def _wrapped(text: str, width: int) -> list[str]:

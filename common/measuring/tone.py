@@ -58,7 +58,13 @@ def mark_tone(text: str) -> str:
 
 
 def tone_sign(texts: Iterable[str]) -> list[int]:
-    """Return 1 for each text that is more positive than negative, -1 for the reverse, else 0."""
+    """Return 1 for each text that is more positive than negative, -1 for the reverse, else 0.
+
+    Raises:
+        ValueError: a single text, whose letters would be counted.
+    """
+    if isinstance(texts, str):
+        raise ValueError(f"expected a list of texts, got the text {texts!r}")
     return [(score > 0) - (score < 0) for score in map(tone, texts)]
 
 

@@ -335,6 +335,11 @@ def test_no_texts_have_no_shares():
         tone_shares([])
 
 
+def test_letters_of_a_single_text_are_not_texts():
+    with pytest.raises(ValueError, match="expected a list of texts, got the text 'I love it'"):
+        tone_shares("I love it")
+
+
 def test_weights_of_words():
     """Whole words and words of several parts, in any case.
 

@@ -74,6 +74,24 @@ def test_further_lines_hang(capsys):
     ]
 
 
+def test_a_label_stays_on_its_line(capsys):
+    """What is not seen, or would break the line, is written out there too; markup is text."""
+    texts = {"a\nb": [" x"], "[red]c[/b]": [" [/b] y"], "": [" z"]}
+    assert printed(capsys, ["I"], texts)[2:] == [
+        r"  a\nb        x",
+        "  [red]c[/b]  [/b] y",
+        "              z",
+        "",
+    ]
+
+
+def test_a_single_text_is_not_a_list():
+    """Its letters are no texts, even where their number fits."""
+    for prompts, texts in (("ab", ["x", "y"]), (["I"], "x"), (["I", "You"], "xy")):
+        with pytest.raises(ValueError, match="expected a list of"):
+            print_texts(prompts, {"to Love": texts})
+
+
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="one text of 'to Love' for each of the 2 prompts, got 1"):
         print_texts(["I", "You"], {"to Love": ["one"]})
