@@ -355,7 +355,7 @@ def plot_tones(shares: Mapping[str, Mapping[str, float]], title: str = "") -> Fi
             if width >= 0.05:  # room for the number
                 axes.text(start + width / 2, line, f"{width:.0%}", color=ink, **SMALL)
         left += widths
-    axes.set_yticks(range(len(shares)), list(shares))
+    axes.set_yticks(range(len(shares)), [label.replace("$", r"\$") for label in shares])
     axes.tick_params(left=False)
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.set(xlim=(0, 1), xlabel="share of the texts", title=title)

@@ -120,6 +120,17 @@ def test_plot_tones_draws_a_whole_bar_for_each_condition():
     plt.close(figure)
 
 
+def test_labels_of_tones_are_text():
+    """A dollar begins no formula, be it one that can be read or not."""
+    names = [r"from $1 to $\what", "costs $5", "[b]"]
+    figure = plots.plot_tones(dict.fromkeys(names, DRAWN["plot_tones"][0]["unsteered"]))
+    figure.canvas.draw()
+    shown = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert [text.replace(r"\$", "$") for text in shown] == names
+    assert all(text.count("$") == text.count(r"\$") for text in shown)
+    plt.close(figure)
+
+
 def test_token_strip_colours_what_is_marked():
     """One box for each token, coloured where it is marked; spaces are visible."""
     figure = token_strip([["I", " think"], ["You"]], [[1], []], ["a", "b"])
