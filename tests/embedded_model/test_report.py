@@ -192,6 +192,14 @@ def test_a_bar_is_the_one_that_was_asked_for(reached, path: str, row: str, beyon
     assert missed.startswith(row)
 
 
+def test_unsteered_every_seed_is_to_be_balanced(reached):
+    """Whichever tone is the commoner one."""
+    put(reached, "table/unsteered/positive", [20, 40, 40, 40, 40])
+    put(reached, "table/unsteered/negative", [40, 40, 40, 40, 40])
+    (row,) = (one for one in report.figures(reached) if one.what.startswith("(a) unsteered"))
+    assert row.verdict == ON_AVERAGE
+
+
 @pytest.mark.parametrize(("path", "number", "reaches", "beyond"), EVERY_SEED)
 def test_every_training_seed_has_bars_of_its_own(reached, path, number, reaches, beyond):
     """Lower ones, and of the additions the weakest counts."""
