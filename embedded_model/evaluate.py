@@ -528,9 +528,11 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     result = measure(options.model)
-    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    text = report.markdown(result)
-    print(text)
+    try:
+        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    finally:  # an hour of work is not lost on a full disk
+        text = report.markdown(result)
+        print(text)
     if options.out is None and card.has_place(records / "README.md", "table"):
         card.write_between(records / "README.md", "table", text)
 

@@ -108,6 +108,20 @@ def test_a_readme_without_markers_is_left_alone(measured, monkeypatch, tmp_path,
     assert (measured / "README.md").read_text() == "mine"
 
 
+def test_figures_that_cannot_be_stored_are_printed(measured, monkeypatch, capsys):
+    """A full disk after an hour of work takes none of it away."""
+    stored = json.loads((measured / "evaluation.json").read_text())
+
+    def full(*_, **__):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(evaluate, "measure", lambda _: stored)
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="no space"):
+        command(evaluate, monkeypatch, "--model", measured)
+    assert capsys.readouterr().out.strip() == report.markdown(stored).strip()
+
+
 @pytest.fixture
 def own_card(monkeypatch, tmp_path) -> Path:
     """A folder that stands for that of the card, so that a comparison spoils no real one."""
