@@ -265,8 +265,8 @@ def test_tokenizer_returns_any_text(tokenizer, text):
     assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
 
 
-def test_lexicon_of_the_library_is_that_of_the_grammar(tmp_path):
-    """The library reads it from a file, which training writes beside the weights."""
+def test_training_writes_what_is_shipped(tmp_path, tokenizer):
+    """But for the weights: the lexicon, which the library reads from its file; the tokenizer."""
     stored = json.loads((FOLDER / "lexicon.json").read_text(encoding="utf-8"))
     assert stored == grammar.lexicon()
     model, tokenizer, record = train.train(seed=0, steps=1)
@@ -275,7 +275,9 @@ def test_lexicon_of_the_library_is_that_of_the_grammar(tmp_path):
     assert written == (FOLDER / "lexicon.json").read_bytes()
     names = {path.name for path in FOLDER.glob("*.json")} | {"model.safetensors"}
     assert {path.name for path in tmp_path.iterdir()} == names - {"preset.json"}
-    again, _, _ = load_model(str(tmp_path))
+    again, spelling, _ = load_model(str(tmp_path))
+    built, shipped = (json.loads(one.backend_tokenizer.to_str()) for one in (spelling, tokenizer))
+    assert built == shipped
     assert sum(map(torch.numel, again.parameters())) == sum(map(torch.numel, model.parameters()))
 
 
