@@ -448,6 +448,22 @@ def test_moves_are_differences_from_unsteered(model, tokenizer, monkeypatch):
     assert evaluate.measure_visitors(bench) == {"words": {"Good - Bad": [37.5, 0]}}
 
 
+def test_a_neutral_text_has_neither_tone():
+    texts = ["I love it.", "It is a door.", "I hate it."]
+    assert evaluate.is_positive(texts) == [True, False, False]
+    assert evaluate.is_negative(texts) == [False, False, True]
+    assert evaluate.has_word("door", "gate")(texts) == [False, True, False]
+
+
+def test_the_shorter_prompt_of_an_addition_ends_in_spaces(tokenizer):
+    """So that both begin at the same token."""
+    plus, minus = evaluate.x_vector(tokenizer, ("Love you all", "Hate"), 2.0, 1)
+    hate, space = tokenizer("Hate")["input_ids"], tokenizer(" ")["input_ids"]
+    bos = [tokenizer.bos_token_id]
+    assert minus.token_ids(tokenizer) == bos + hate + 2 * space
+    assert len(plus.token_ids(tokenizer)) == 4 and (plus.coeff, minus.coeff) == (2, -2)
+
+
 def test_cousin_and_breaks_are_counted_of_their_own_texts():
     """The share of her sentences is of her prompt; a break may lie where the prompt ends."""
     rows = pd.DataFrame(
@@ -558,5 +574,21 @@ def test_tables_go_between_their_markers(tmp_path):
     assert path.read_text() == (
         "before\n<!-- table -->\n| a | b |\n| --- | --- |\n| 1 | 2 |\n<!-- /table -->\nafter\n"
     )
+    for written in (r"a \1 and \g<2>", "one\ntwo"):
+        card.write_between(path, "table", written + "\n")
+        assert path.read_text() == f"before\n<!-- table -->\n{written}\n<!-- /table -->\nafter\n"
     with pytest.raises(ValueError, match="expected the markers <!-- sweep -->"):
         card.write_between(path, "sweep", text)
+
+
+def test_the_records_of_a_model_stand_beside_it(tmp_path):
+    """Those of the shipped one beside the recipe, however its folder is written."""
+    assert card.records_of(tmp_path) == tmp_path
+    for folder in (FOLDER, FOLDER / ".." / FOLDER.name):
+        assert card.records_of(folder) == card.HERE
+
+
+def test_a_table_has_a_dash_for_each_column():
+    assert (
+        card.markdown_table("abc", ["123"]) == "| a | b | c |\n| --- | --- | --- |\n| 1 | 2 | 3 |\n"
+    )
