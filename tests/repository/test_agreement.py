@@ -84,3 +84,11 @@ def test_completions_are_printed_as_they_are():
 def test_the_prompts_are_held_out():
     """What the notebooks show is nothing that the embedded model has read."""
     assert {*PROMPTS} < {*TABLE_PROMPTS}
+
+
+@pytest.mark.parametrize("wrong", [{"token": 1}, {"left_behind": ["a hook"]}, {"logit": 1.0}])
+def test_one_that_differs_is_enough(wrong, monkeypatch):
+    """In the text, in what it leaves behind or in its logits: the command fails."""
+    found = iter([result(name, **(wrong if name == MECHANISMS[-1] else {})) for name in MECHANISMS])
+    monkeypatch.setattr(repository.agreement, "run_mechanism", lambda *args: next(found))
+    assert repository.agreement.main(["--model", "embedded"]) == 1
