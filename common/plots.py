@@ -323,6 +323,7 @@ def plot_moves(tones: pd.DataFrame, title: str = "") -> Figure:
     """
     moved = tones.drop("unsteered") - tones.loc["unsteered"]
     figure, axes = _lines(len(moved))
+    axes.use_sticky_edges = False  # a dot at 0 would be cut in half
     axes.barh(moved.index, moved.mean(axis=1), color="0.85", height=0.6)
     dots = {"color": STEERED, "alpha": 0.5, "markersize": 5, "markeredgewidth": 0}
     for line, values in enumerate(moved.to_numpy()):
@@ -478,11 +479,13 @@ def plot_shift(
         for tail, head in zip(at_first.tolist(), found.tolist()):
             arrow = {"arrowstyle": "->", "color": colour, "shrinkA": 4, "shrinkB": 4}
             axes.annotate("", head, tail, arrowprops=arrow)
-    for place, label in zip(at_first.tolist(), labels):
+    # Above and below in turn, from the lowest up: of two that are equally high, both can be read.
+    heights = at_first[:, 1].tolist()
+    for rank, number in enumerate(sorted(range(len(labels)), key=heights.__getitem__)):
         axes.annotate(
-            label.strip().replace("$", r"\$"),
-            place,
-            xytext=(0, 7),
+            labels[number].strip().replace("$", r"\$"),
+            at_first[number].tolist(),
+            xytext=(0, -14 if rank % 2 else 7),
             textcoords="offset points",
             ha="center",
             fontsize=8,

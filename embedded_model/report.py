@@ -166,7 +166,7 @@ def text_figures(result: Mapping[str, Any]) -> Iterator[Figure]:
     breaks = [Asked(result["breaks"][name], most=most) for name, most in asked]
     yield figure("visible breaks, unsteered / +c / -c", " % of the texts", breaks)
     cousin = [Asked(result["cousin"]["unsteered"], least=100)]
-    name = '"Let me tell you about my cousin.": the next sentence is about her'
+    name = '"Let me tell you about my cousin.", unsteered: the next sentence is about her'
     yield figure(name, " %", cousin, digits=0)
     price = result["perplexity"]
     ratios = [Asked(price[name], most=1.05) for name in ("love", "hate")]

@@ -170,3 +170,17 @@ def test_plot_shift_draws_an_arrow_for_each_point():
     many = dict.fromkeys("abcde", start)
     with pytest.raises(ValueError, match="up to three more, got 5"):
         plots.plot_shift(many, ("x", "y"), ["a", "b"])
+
+
+def test_labels_of_points_at_one_height_stand_above_and_below():
+    """So both can be read; two that are far apart in height may stand on the same side."""
+    start, end = torch.tensor([[0.0, 1.0], [0.1, 1.0]]), torch.tensor([[2.0, 1.0], [2.1, 1.0]])
+    figure = plots.plot_shift({"unsteered": start, "to Love": end}, ("x", "y"), ["a", "b"])
+    sides = {text.get_text(): text.xyann[1] for text in figure.axes[0].texts if text.get_text()}
+    assert sorted(sides) == ["a", "b"] and sides["a"] * sides["b"] < 0
+
+
+def test_a_dot_at_zero_is_whole():
+    """The axis goes on beyond 0, where every bar begins."""
+    tones = pd.DataFrame({"p": [0.0, 0.5], "q": [0.0, 0.0]}, index=["unsteered", "steered"])
+    assert plots.plot_moves(tones).axes[0].get_xlim()[0] < 0

@@ -750,7 +750,7 @@ def test_steering_towards_weddings_makes_them_likelier_than_the_rest(model, toke
     """On sentences that no training has seen.
 
     Those with a wedding word, and those of documents without any. What steering wins on the topic
-    is more than what it costs elsewhere. A word in the prompt wins as well, and costs less.
+    is more than what it costs elsewhere. A word in the prompt wins more, and costs more.
     """
     on, off = grammar.topic_sentences(777_000_111, 500, 1000)
     conditions = {"steering": topic_vector(model).additions(tokenizer), "prompting": " weddings"}
@@ -759,4 +759,5 @@ def test_steering_towards_weddings_makes_them_likelier_than_the_rest(model, toke
     assert (frame["pieces"] > 400).all()
     assert ratio["steering", "on"] < 0.9 and ratio["prompting", "on"] < 0.9
     assert ratio["steering", "on"] * ratio["steering", "off"] < 0.98
-    assert 0.9 < ratio["prompting", "off"] < ratio["steering", "off"]
+    assert ratio["prompting", "on"] < ratio["steering", "on"]
+    assert 0.9 < ratio["steering", "off"] < ratio["prompting", "off"]

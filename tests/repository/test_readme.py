@@ -309,7 +309,7 @@ def widths(model) -> Iterator[str]:
         assert "(`d_model`" not in PAGES["docs/performance.md"]
         return
     (before,) = then
-    yield f"embedded model are those of the one before, half as wide (`d_model` {before})"
+    yield f"embedded model are those of an earlier one, half as wide (`d_model` {before})"
     yield f"measured on that of today (`d_model` {now})"
 
 
