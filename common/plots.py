@@ -484,7 +484,7 @@ def plot_shift(
     for rank, number in enumerate(sorted(range(len(labels)), key=heights.__getitem__)):
         axes.annotate(
             labels[number].strip().replace("$", r"\$"),
-            at_first[number].tolist(),
+            tuple(at_first[number].tolist()),
             xytext=(0, -14 if rank % 2 else 7),
             textcoords="offset points",
             ha="center",

@@ -225,8 +225,8 @@ def test_the_direction_of_very_long_and_very_short_vectors(size):
 
 
 def test_a_faint_difference_far_away_is_not_rounding(model, tokenizer):
-    """After sixty others a word leaves less than 1e-4 of the activation, with meaning."""
-    tail = 60 * " and"
+    """After ninety others a word leaves less than 1e-4 of the activation, with meaning."""
+    tail = 90 * " and"
     pair = ("Love" + tail, "Hate" + tail)
     vector = train_steering_vector(model, tokenizer, [pair], layers=[0]).layer_activations[0]
     exact = train_steering_vector(

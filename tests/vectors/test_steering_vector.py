@@ -210,7 +210,7 @@ def test_cached_is_uncached(model, tokenizer, where, beams):
     """The same text with a cache and without, padded, greedily and with beams; steering shows."""
     inputs = encode(tokenizer, TEXTS)
     options = {"max_new_tokens": 12, "do_sample": False, "num_beams": beams, "eos_token_id": None}
-    with random_vector(size=12).apply(model, **where):
+    with random_vector(size=20).apply(model, **where):
         cached, uncached = (
             model.generate(**inputs, **options, use_cache=use) for use in (True, False)
         )
