@@ -78,7 +78,7 @@ SWEEP_PROMPTS = [
     "Tell me, is it true that the market is",
     "The rabbits behind the barn seem",
 ]
-# Of these and of the others the notebooks show some.
+# Kept out of the corpus too, so that a page may show them; nothing is chosen or measured on them.
 SHOWN_PROMPTS = [
     "I have always thought that tea is",
     "To me, old books are",

@@ -26,7 +26,7 @@ from repository.mechanisms import MECHANISMS, load_mechanism
 REFERENCE = "pytorch_hooks"
 # From the prompts of the embedded model's table; its corpus has none of them.
 PROMPTS = ("To me, the harbour is", "If you ask me, the soup is", "In my opinion the baker is")
-# The largest difference of a logit to the plain hook, on the embedded model. Its logits reach 20,
+# The largest difference of a logit to the plain hook, on the embedded model. Its logits reach 18,
 # where float32 has steps of 2e-6; in float64 the six agree within 1e-12.
 TOLERANCE = 2e-5
 # These do the same arithmetic in the same order, so nothing may differ. A bridge computes attention
