@@ -31,7 +31,7 @@ from common.texts.generation import completions, generate, logits
 from common.texts.sampling import Sampling
 from common.vectors.steering_vector import SteeringVector
 from common.vectors.training import train_steering_vector
-from embedded_model import grammar
+from embedded_model.prompts import SWEEP_PROMPTS, TABLE_PROMPTS
 
 NEW_TOKENS = 16
 COEFFS = [-4.0, -3.0, -2.0, -1.0, 1.0, 2.0, 3.0, 4.0]
@@ -159,9 +159,7 @@ def embedded_grid(quick: bool) -> Ways:
     """All layers of the embedded model, 8 coefficients, 20 prompts."""
     model, tokenizer, _ = load_model("embedded", device="cpu")
     vector = train_steering_vector(model, tokenizer, [("Love", "Hate")]).unit()
-    prompts = list(dict.fromkeys([*grammar.TABLE_PROMPTS, *grammar.SWEEP_PROMPTS]))[
-        : 4 if quick else 20
-    ]
+    prompts = list(dict.fromkeys([*TABLE_PROMPTS, *SWEEP_PROMPTS]))[: 4 if quick else 20]
     return Ways(model, tokenizer, vector, COEFFS[:2] if quick else COEFFS, prompts)
 
 

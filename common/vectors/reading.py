@@ -120,8 +120,10 @@ def read_activations(
     plan = _plan(model, tokenizer, prompts, read_token_index, prepend_bos)
     places: dict[int, Location] = {layer: (module, "output") for layer, module in modules.items()}
     options = {"use_cache": False} if _accepts(model, "use_cache") else {}
-    kept: dict[int, list[Tensor]] = {layer: [] for layer in sorted(modules)}
     reads, slots = list(plan.reads.items()), dict[Row, int]()
+    # One piece for each layer, made by the first batch: thousands of small ones between what a pass
+    # frees would leave the memory in holes, ten times as large as they are.
+    count, kept = sum(len(ends) for _, ends in reads), dict[int, Tensor]()
     bar = tqdm(
         total=len(reads), desc=tqdm_desc, unit="prompt", disable=not show_progress, **bar_options()
     )
@@ -130,16 +132,19 @@ def read_activations(
             chunk = reads[start : start + batch_size]
             inputs = padded([row for row, _ in chunk], pad_id(tokenizer), side="right")
             wanted = [(index, end) for index, (_, ends) in enumerate(chunk) for end in ends]
+            first = len(slots)
             for index, end in wanted:
                 slots[chunk[index][0][: end + 1]] = len(slots)
             keep = _reader(inputs["input_ids"].shape, torch.tensor(wanted), move_to_cpu)
             inputs = inputs.to(input_device(model))
             found = record_pass(partial(model, **inputs, **options), places, keep)
             for layer, values in found.items():
-                kept[layer].append(values)
+                if layer not in kept:
+                    kept[layer] = values.new_empty(count, *values.shape[1:])
+                kept[layer][first : len(slots)] = values
             bar.update(len(chunk))
     order = torch.tensor([slots[read] for read in plan.wanted])
-    return {layer: torch.cat(kept.pop(layer))[order] for layer in sorted(modules)}
+    return {layer: kept.pop(layer)[order] for layer in sorted(modules)}
 
 
 def _reader(

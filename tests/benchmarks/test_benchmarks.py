@@ -12,7 +12,7 @@ from benchmarks.mechanism_costs import asked, cost_table, count_lines, lines_of_
 from benchmarks.profiling import KERNELS, OTHER, OWN, owner_of, plot_profile, shares
 from benchmarks.shapes import WORDS, random_pairs, word_tokenizer
 from benchmarks.stored import provenance
-from benchmarks.sweep_costs import Ways
+from benchmarks.sweep_costs import Ways, embedded_grid
 from benchmarks.timing import interleaved, peak_memory, ratio
 from benchmarks.training_costs import bare_blocks
 from benchmarks.workbench import TIMES, XL, Workbench, cases
@@ -35,6 +35,12 @@ def test_bare_blocks_are_the_models(model):
     for handle in handles:
         handle.remove()
     torch.testing.assert_close(caught[0], caught[1])
+
+
+@pytest.mark.parametrize(("quick", "count"), [(True, 4), (False, 20)])
+def test_the_sweep_that_is_measured_has_so_many_prompts(quick, count):
+    ways = embedded_grid(quick)
+    assert len(set(ways.prompts)) == len(ways.prompts) == count
 
 
 def test_prompts_have_the_length_they_are_said_to_have():
