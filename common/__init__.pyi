@@ -74,6 +74,8 @@ from .plots import plot_shift as plot_shift
 from .plots import plot_tones as plot_tones
 from .plots import plot_top_changed_tokens as plot_top_changed_tokens
 from .plots import token_strip as token_strip
+from .serving.gguf_model import save_model_gguf as save_model_gguf
+from .serving.llama_cpp import steer_llama_cpp as steer_llama_cpp
 from .sweeping.grid import Grid as Grid
 from .sweeping.store import read_sweep as read_sweep
 from .sweeping.sweep import sweep as sweep

@@ -62,6 +62,15 @@ def uncompiled() -> Iterator[None]:
                 _eager.close()
 
 
+def users_hooks(module: nn.Module) -> list[Callable]:
+    """Return the forward hooks on a module that no library put there: steering is among them."""
+    return [
+        hook
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        if not (getattr(hook, "__module__", None) or "").startswith(LIBRARY_HOOKS)
+    ]
+
+
 class EndOfPass(Exception):
     """Raised in a hook to end a pass after the last place that is wanted; its caller catches it."""
 

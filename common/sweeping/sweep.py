@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from common.arguments import integer
 from common.measuring.likelihood import kl_divergence
 from common.measuring.metrics import Metric
-from common.passes.hooks import LIBRARY_HOOKS
+from common.passes.hooks import users_hooks
 from common.passes.prompts import Prompt
 from common.passes.running import evaluating, input_device
 from common.places.blocks import get_blocks
@@ -255,12 +255,11 @@ def _prepared(
 def _refuse_hooks(model: PreTrainedModel) -> None:
     """Refuse a model that is steered already, or looked into: a hook on a block would act twice."""
     for number, block in enumerate(get_blocks(model)[1]):
-        for hook in (*block._forward_hooks.values(), *block._forward_pre_hooks.values()):
-            if not (getattr(hook, "__module__", None) or "").startswith(LIBRARY_HOOKS):
-                raise ValueError(
-                    f"block {number} has a hook, {hook!r}: a sweep starts from the model as it is,"
-                    " take the hook off first"
-                )
+        for hook in users_hooks(block):
+            raise ValueError(
+                f"block {number} has a hook, {hook!r}: a sweep starts from the model as it is,"
+                " take the hook off first"
+            )
 
 
 def _identity(texts: Texts, cells: Sequence[Cell]) -> dict[str, Any]:

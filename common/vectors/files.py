@@ -46,7 +46,7 @@ def write_safetensors(path: str | os.PathLike, contents: Contents, overwrite: bo
         "d_model": str(len(next(iter(tensors.values())))),
         "versions": json.dumps({name: importlib.metadata.version(name) for name in packages}),
     }
-    _write(path, overwrite, lambda temporary: save_file(tensors, temporary, metadata))
+    write_whole(path, overwrite, lambda temporary: save_file(tensors, temporary, metadata))
 
 
 def read_safetensors(path: str | os.PathLike) -> Contents:
@@ -71,11 +71,8 @@ def read_safetensors(path: str | os.PathLike) -> Contents:
 
 def write_gguf(path: str | os.PathLike, contents: Contents, overwrite: bool = False) -> None:
     """Write a control vector; see `SteeringVector.save_gguf`."""
-    layers, layer_type, metadata = contents
-    if layer_type != "decoder_block":
-        raise ValueError(f"a control vector acts on 'decoder_block', this one on {layer_type!r}")
-    if refused := [layer for layer in layers if layer < 1]:
-        raise ValueError(f"a control vector has layers from 1 on, this one has {refused[0]}")
+    layers, _, metadata = contents
+    check_control_vector(contents)
     if "model_type" not in metadata:
         raise ValueError(
             "a control vector names its kind of model: set metadata['model_type'], for example"
@@ -93,7 +90,41 @@ def write_gguf(path: str | os.PathLike, contents: Contents, overwrite: bool = Fa
         writer.write_tensors_to_file()
         writer.close()
 
-    _write(path, overwrite, write)
+    write_whole(path, overwrite, write)
+
+
+def check_control_vector(contents: Contents) -> None:
+    """Refuse what llama.cpp cannot add: it adds float32 vectors after block 1 and later ones.
+
+    Raises:
+        ValueError: another layer type than "decoder_block", layer 0, negative layers, vectors of
+            several widths, or with numbers that are not finite in float32.
+    """
+    layers, layer_type, _ = contents
+    if layer_type != "decoder_block":
+        raise ValueError(f"a control vector acts on 'decoder_block', this one on {layer_type!r}")
+    if min(layers) < 0:
+        raise ValueError(
+            f"a control vector has layers from 1 on, this one has {min(layers)}: count from the"
+            " first layer, not from the last"
+        )
+    if 0 in layers:
+        rest = sorted(layers.keys() - {0})
+        keep = f"keep the others with vector.select({rest}), or " if rest else ""
+        raise ValueError(
+            "llama.cpp adds nothing after block 0, so a control vector has layers from 1 on, and"
+            f" this one has 0: {keep}add it to a bias (bias_editing.ipynb) and write that GPT-2 by"
+            " save_model_gguf"
+        )
+    widths = sorted({len(vector) for vector in layers.values()})
+    if len(widths) > 1:
+        raise ValueError(f"a control vector has one width, this one has {widths}")
+    for layer, vector in layers.items():
+        if not torch.isfinite(vector.float()).all():
+            raise ValueError(
+                f"expected numbers that are finite in float32, got others in the vector of layer"
+                f" {layer}"
+            )
 
 
 def read_gguf(path: str | os.PathLike) -> Contents:
@@ -135,8 +166,17 @@ def _by_layer(tensors: Mapping[str, Tensor], prefix: str) -> dict[int, Tensor]:
     return dict(sorted(layers.items()))
 
 
-def _write(path: str | os.PathLike, overwrite: bool, write: Callable[[str], None]) -> None:
-    """Write a file beside its place and move it there."""
+def write_whole(path: str | os.PathLike, overwrite: bool, write: Callable[[str], None]) -> None:
+    """Write a file beside its place and move it there, so that it is complete or not there.
+
+    Args:
+        path: where to; its folder is made.
+        overwrite: replace a file that is there.
+        write: writes the file under the name that it is given.
+
+    Raises:
+        FileExistsError: there is a file, and `overwrite` is False; it is kept.
+    """
     path = Path(path)
     if path.exists() and not overwrite:
         raise FileExistsError(

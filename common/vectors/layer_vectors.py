@@ -1,7 +1,7 @@
 """Vectors by layer, with arithmetic: what a steering vector is before it steers."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any, Self
@@ -9,7 +9,7 @@ from typing import Any, Self
 from torch import Tensor
 from torch.nn import functional
 
-from common.arguments import integer
+from common.arguments import integer, layer_list
 from common.places.sites import LayerType
 
 
@@ -51,6 +51,21 @@ class LayerVectors:
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Return the vector on another device or in another dtype, like `torch.Tensor.to`."""
         return self._map(lambda vector: vector.to(*args, **kwargs))
+
+    def select(self, layers: Iterable[int]) -> Self:
+        """Return the vector with some of its layers only, for example those that GGUF takes.
+
+        Args:
+            layers: numbers as they are in `layer_activations`; the result has them in this order.
+
+        Raises:
+            ValueError: no layers, one that the vector does not have, or not a list of integers.
+        """
+        chosen = [integer(layer, "layer number", least=None) for layer in layer_list(layers)]
+        mine = self.layer_activations
+        if not chosen or not mine.keys() >= set(chosen):
+            raise ValueError(f"expected layers out of {sorted(mine)}, got {chosen}")
+        return replace(self, layer_activations={layer: mine[layer] for layer in chosen})
 
     def __add__(self, other: Self) -> Self:
         """Add layer by layer; a layer that only one of them has is taken as it is.

@@ -1,6 +1,7 @@
 """A steering vector: one vector for each of some layers. Apply it, compute with it, keep it."""
 
 import os
+import shlex
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -203,8 +204,11 @@ class SteeringVector(LayerVectors):
     def save_gguf(self, path: str | os.PathLike, overwrite: bool = False) -> None:
         """Write the vector as a control vector that llama.cpp and repeng read.
 
-        There "direction.N" is added after block N, counted from 0, in float32; block 0 cannot be
-        steered.
+        "direction.N" is the vector of our layer N: it is added after block N, counted from 0, in
+        float32. llama.cpp adds it at every position, and nothing after block 0. A layer that the
+        model does not have is ignored there without a word.
+
+        Source: `common_control_vector_load` in llama.cpp's common/common.cpp.
 
         Args:
             path: where to, for example "love.gguf".
@@ -212,8 +216,8 @@ class SteeringVector(LayerVectors):
 
         Raises:
             FileExistsError: there is a file, and `overwrite` is False; it is kept.
-            ValueError: another layer type than "decoder_block", layer 0, negative layers, or no
-                "model_type" in the metadata.
+            ValueError: another layer type than "decoder_block", layer 0, negative layers, vectors
+                of several widths or not finite in float32, or no "model_type" in the metadata.
         """
         files.write_gguf(path, self._contents(), overwrite)
 
@@ -226,6 +230,50 @@ class SteeringVector(LayerVectors):
             ValueError: the file is cut off, is not a GGUF file, or holds no control vector.
         """
         return cls(*files.read_gguf(path))
+
+    def llama_cpp_command(
+        self,
+        path: str | os.PathLike,
+        multiplier: float = 1.0,
+        model: str | os.PathLike = "model.gguf",
+        program: str = "llama-server",
+    ) -> str:
+        """Return the command that runs a program of llama.cpp with this vector.
+
+        The vector steers all requests of the process alike, at every position. For another
+        multiplier start the program again.
+
+        Args:
+            path: the file that `save_gguf` wrote. Nothing is read or written here, so it may lie on
+                another machine.
+            multiplier: as in `apply`.
+            model: the GGUF file of the model.
+            program: llama-server, llama-completion, or a path to one.
+
+        Raises:
+            ValueError: what `save_gguf` refuses; a multiplier that is not finite, or outside of
+                float32, or with which the vector leaves it; a path with a colon, comma or quotation
+                mark, at which llama.cpp splits the argument.
+        """
+        files.check_control_vector(self._contents())
+        multiplier = finite_number(multiplier, "multiplier")
+        limits = torch.finfo(torch.float32)
+        if multiplier and not limits.tiny <= abs(multiplier) <= limits.max:
+            raise ValueError(
+                f"llama.cpp reads the multiplier in float32, which has no {multiplier}"
+            )
+        for layer, vector in self.layer_activations.items():
+            finite_product(
+                multiplier, vector.detach(), torch.float32, f"the vector of layer {layer}"
+            )
+        name = os.fspath(path)
+        if found := [sign for sign in ':,"' if sign in name]:
+            raise ValueError(
+                f"llama.cpp splits its argument at {found[0]!r}: expected a path without it, got"
+                f" {name!r}"
+            )
+        arguments = [program, "--model", os.fspath(model)]
+        return shlex.join([*arguments, "--control-vector-scaled", f"{name}:{multiplier!r}"])
 
     def _contents(self) -> files.Contents:
         return files.Contents(self.layer_activations, self.layer_type, self.metadata)

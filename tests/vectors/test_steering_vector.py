@@ -770,7 +770,7 @@ def test_gguf_has_the_form_that_llama_cpp_reads(tmp_path):
         ),
         (
             SteeringVector({0: torch.ones(3)}, metadata={"model_type": "gpt2"}),
-            "has layers from 1 on, this one has 0",
+            "has layers from 1 on, and this one has 0: add it to a bias",
         ),
         (SteeringVector({1: torch.ones(3)}), "set metadata"),
     ],

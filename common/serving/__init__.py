@@ -1,0 +1,1 @@
+"""Serving: the same steering in other engines."""
