@@ -6,6 +6,8 @@ PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 VENV := .venv
 PEERS := .venv-peers
+ENGINES := .venv-engines
+LLAMA_CPP := $(ENGINES)/llama.cpp
 OUT ?= embedded-again
 # Never the scripts of an environment: they break when its folder is moved.
 RUN := $(VENV)/bin/python -m
@@ -21,7 +23,7 @@ endif
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help run test lint notebooks lab colab embedded evaluate-embedded full-size gpt2-xl \
-  picture benchmark-extraction benchmark-sweep benchmark-mechanisms update clean
+  picture benchmark-extraction benchmark-sweep benchmark-mechanisms engines update clean
 
 help: ## list the targets
 	@awk -F ': .*## ' '/^[a-z0-9-]+: .*## / { printf "make %-22s %s\n", $$1, $$2 }' Makefile
@@ -80,6 +82,11 @@ benchmark-mechanisms: $(STAMP) $(PEERS)/.installed ## measure what the six cost 
 	$(RUN) benchmarks.abilities
 	$(RUN) benchmarks.mechanism_costs --peer $(PEERS)/bin/python
 
+engines: $(LLAMA_CPP)/.built ## check that llama.cpp steers as transformers does (builds it first, 10 minutes)
+	LLAMA_CPP_LIB_PATH='$(CURDIR)/$(LLAMA_CPP)/build/bin' \
+	  PATH="$(CURDIR)/$(LLAMA_CPP)/build/bin:$$PATH" OMP_NUM_THREADS=1 \
+	  $(ENGINES)/bin/python -m pytest -m engines tests/serving/test_llama_cpp.py
+
 # Under the Python of the stored outputs. torch without its build, so that pip takes the build the
 # machine offers; what a CUDA build brings is pinned by torch itself.
 update: ## put the newest versions into constraints.txt (PYTHON=python3.11)
@@ -93,7 +100,7 @@ update: ## put the newest versions into constraints.txt (PYTHON=python3.11)
 	@rm -rf .venv-update
 
 clean: ## remove the environment and the caches, nothing else
-	rm -rf $(VENV) $(PEERS) .venv-update .pytest_cache .hypothesis .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(PEERS) $(ENGINES) .venv-update .pytest_cache .hypothesis .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last, so that an installation that failed or was interrupted is done again.
@@ -113,4 +120,32 @@ $(PEERS)/.installed: benchmarks/peers.txt
 	@$(PYTHON) -m venv --clear $(PEERS)
 	@echo "Installing the peers into $(PEERS)."
 	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/peers.txt
+	@touch $@
+
+$(ENGINES)/.installed: benchmarks/engines.txt
+	@$(PYTHON) -m venv --clear $(ENGINES)
+	@echo "Installing into $(ENGINES)."
+	@grep -v '^llama-cpp-python==' benchmarks/engines.txt | $(ENGINES)/bin/python -m pip install \
+	  --quiet --disable-pip-version-check -r /dev/stdin
+	@touch $@
+
+# llama.cpp is built once, from the sources in the package of its bindings: the library that they
+# load, and a program with the options of the command line. The bindings are installed from a folder,
+# since pip would keep a package without its library (LLAMA_BUILD=OFF) for other environments.
+$(LLAMA_CPP)/.built: $(ENGINES)/.installed
+	@rm -rf $(LLAMA_CPP)
+	@mkdir -p $(LLAMA_CPP)/source
+	@CMAKE_ARGS=-DLLAMA_BUILD=OFF $(ENGINES)/bin/python -m pip download --quiet --no-deps \
+	  --disable-pip-version-check --no-binary llama-cpp-python --dest $(LLAMA_CPP) \
+	  "$$(grep '^llama-cpp-python==' benchmarks/engines.txt)"
+	@tar -xzf $(LLAMA_CPP)/llama_cpp_python-*.tar.gz --strip-components 1 -C $(LLAMA_CPP)/source
+	@CMAKE_ARGS=-DLLAMA_BUILD=OFF $(ENGINES)/bin/python -m pip install --quiet --no-deps \
+	  --disable-pip-version-check $(LLAMA_CPP)/source
+	@echo "Building llama.cpp in $(LLAMA_CPP); this takes some ten minutes on two cores."
+	@$(ENGINES)/bin/python -m cmake -S $(LLAMA_CPP)/source/vendor/llama.cpp \
+	  -B $(LLAMA_CPP)/build -DCMAKE_BUILD_TYPE=Release -DLLAMA_BUILD_SERVER=OFF \
+	  -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF \
+	  -DLLAMA_OPENSSL=OFF > $(LLAMA_CPP)/configure.log
+	@$(ENGINES)/bin/python -m cmake --build $(LLAMA_CPP)/build --target llama-completion \
+	  --parallel $${CMAKE_BUILD_PARALLEL_LEVEL:-2} > $(LLAMA_CPP)/build.log
 	@touch $@

@@ -7,6 +7,7 @@ import odd_tokenizers
 import pytest
 import torch
 from architectures import tiny_model
+from gguf import TokenType
 from gguf_reader import GGUFModel
 from hypothesis import given
 from hypothesis import strategies as st
@@ -82,6 +83,12 @@ def test_any_gpt2_is_written(byte_level, tmp_path, options, dtype):
     wanted = logits_of(copy.deepcopy(model).float(), ids)
     torch.testing.assert_close(found.logits(ids), wanted, atol=1e-4, rtol=1e-4)
     assert found.weights["token_embd.weight"].dtype == torch.float32
+    for field, name in {  # llama.cpp expects shapes that the header says
+        "context_length": "position_embd.weight",
+        "feed_forward_length": "blk.1.ffn_up.weight",
+        "embedding_length": "blk.1.ffn_down.weight",
+    }.items():
+        assert found.field(f"gpt2.{field}") == len(found.weights[name])
     assert len(found.field("tokenizer.ggml.tokens")) == size
 
 
@@ -134,6 +141,14 @@ def test_what_the_tokenizer_adds_is_written(tmp_path, kind):
     found = GGUFModel(tmp_path / "model.gguf")
     for text in (TEXT, "<|turn|>I love dogsdogs<|turn|>", ""):
         assert found.ids(text) == tokenizer(text)["input_ids"]
+    kinds = {
+        "dogsdogs": TokenType.USER_DEFINED,
+        "<|turn|>": TokenType.CONTROL,
+        "a": TokenType.NORMAL,
+    }
+    types = found.field("tokenizer.ggml.token_type")
+    for token, kind in kinds.items():
+        assert types[tokenizer.convert_tokens_to_ids(token)] == kind
 
 
 def test_the_end_of_text_is_written_where_it_is_added(byte_level, tmp_path):
