@@ -97,11 +97,24 @@ def text(llama, ids: list[int]) -> list[int]:
     return found
 
 
-@torch.no_grad()
-def expected_text(model, ids: list[int]) -> list[int]:
+def same_text(llama, model, ids: list[int]) -> bool:
+    """Say whether llama.cpp and transformers write the same greedy text, as each is steered now.
+
+    It asserts that they part only at a tie: logits that differ by less than TOLERANCE cannot choose
+    another token, unless the two best are nearer to each other than twice that.
+    """
+    found, end = text(llama, ids), model.generation_config.eos_token_id
     new = model.generate(torch.tensor([ids]), max_new_tokens=NEW, do_sample=False)[0, len(ids) :]
-    end = model.generation_config.eos_token_id
-    return [token for token in new.tolist() if token != end]
+    wanted = [token for token in new.tolist() if token != end]
+    if found == wanted:
+        return True
+    shared = 0
+    while [*found, end][shared] == [*wanted, end][shared]:
+        shared += 1
+    choice = expected_logits(model, ids + wanted[:shared])[-1]
+    tie = (choice.max() - choice[[*found, end][shared]]).item()
+    assert tie < 2 * TOLERANCE, f"after {shared} tokens the choice is {tie} below the best"
+    return False
 
 
 def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -157,23 +170,23 @@ def test_bytes_come_back(llama, tokenizer):
 def test_unsteered_it_is_the_same_model(llama, model, tokenizer, prompt):
     ids = tokenizer(prompt)["input_ids"]
     assert distance(logits(llama, ids), expected_logits(model, ids)) < TOLERANCE
-    assert text(llama, ids) == expected_text(model, ids)
+    same_text(llama, model, ids)
 
 
 @pytest.mark.parametrize("share", [-1.0, -0.5, 0.0, 0.5, 1.0])
 @pytest.mark.parametrize("depth", [0, 1, 2])
 def test_steered_texts_are_the_same(llama, model, tokenizer, love, depth, share):
     """Three layers, five coefficients; steering moves the logits far more than they differ."""
-    vector = love.select([layers_of(model)[depth]])
+    vector, same = love.select([layers_of(model)[depth]]), 0
     for prompt in PROMPTS:
         ids = tokenizer(prompt)["input_ids"]
-        with steer_llama_cpp(llama, vector, share):
-            found, written = logits(llama, ids), text(llama, ids)
-        with vector.apply(model, multiplier=share):
+        with steer_llama_cpp(llama, vector, share), vector.apply(model, multiplier=share):
+            found = logits(llama, ids)
             assert distance(found, expected_logits(model, ids)) < TOLERANCE
-            assert written == expected_text(model, ids)
+            same += same_text(llama, model, ids)
         moved = distance(found, expected_logits(model, ids))
         assert moved > 20 * TOLERANCE if share else moved < TOLERANCE
+    assert same >= len(PROMPTS) - 1, "ties are rare"
 
 
 def test_several_layers_at_once(llama, model, tokenizer, love):
@@ -184,7 +197,7 @@ def test_several_layers_at_once(llama, model, tokenizer, love):
             ids = tokenizer(PROMPTS[0])["input_ids"]
             with steer_llama_cpp(llama, vector, sign), vector.apply(model, multiplier=sign):
                 assert distance(logits(llama, ids), expected_logits(model, ids)) < TOLERANCE
-                assert text(llama, ids) == expected_text(model, ids)
+                same_text(llama, model, ids)
 
 
 def test_a_layer_is_our_layer(llama, model, tokenizer, love):
@@ -248,12 +261,14 @@ def test_a_steered_bias_needs_no_control_vector(start, model, tokenizer, love, l
     vector = (sign * love).select([layer])
     bias = load_mechanism("bias_editing")
     with bias.steer(copy_sharing_weights(model), layer, vector.layer_activations[layer]) as edited:
-        engine = start(edited)
+        engine, same = start(edited), 0
     for prompt in PROMPTS:
         ids = tokenizer(prompt)["input_ids"]
         with vector.apply(model):
             assert distance(logits(engine, ids), expected_logits(model, ids)) < TOLERANCE
-            assert text(engine, ids) == expected_text(model, ids)
+            same += same_text(engine, model, ids)
+        assert distance(logits(engine, ids), expected_logits(model, ids)) > 20 * TOLERANCE
+    assert same >= len(PROMPTS) - 1, "ties are rare"
 
 
 # --- the command line ---
@@ -269,8 +284,8 @@ def program() -> str:
 
 @pytest.mark.parametrize("share", [-1.0, -0.5, 0.5, 1.0])
 @pytest.mark.parametrize("which", ["one layer", "all layers"])
-def test_the_command_steers(program, model, tokenizer, love, tmp_path, which, share):
-    """A program of llama.cpp with the file of `save_gguf`, by the printed command."""
+def test_the_command_steers(program, llama, model, tokenizer, love, tmp_path, which, share):
+    """A program of llama.cpp with the file of `save_gguf` writes what the bindings write."""
     layers = [2] if which == "one layer" else range(1, model.config.n_layer)
     vector = love.select(layers) / len(layers)
     vector.save_gguf(tmp_path / "love hate.gguf")
@@ -291,8 +306,8 @@ def test_the_command_steers(program, model, tokenizer, love, tmp_path, which, sh
             stdin=subprocess.DEVNULL,
         )
         ids = tokenizer(prompt)["input_ids"]
-        with vector.apply(model, multiplier=share):
-            wanted = tokenizer.decode(ids + expected_text(model, ids))
+        with steer_llama_cpp(llama, vector, share):
+            wanted = tokenizer.decode(ids + text(llama, ids))
         assert run.stdout.startswith(wanted)
-        moved.append(wanted != tokenizer.decode(ids + expected_text(model, ids)))
+        moved.append(wanted != tokenizer.decode(ids + text(llama, ids)))
     assert any(moved)
