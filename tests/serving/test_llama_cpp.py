@@ -10,9 +10,11 @@ import subprocess
 import unicodedata
 
 import numpy as np
+import odd_tokenizers
 import pytest
 import torch
 from support import KNOWN_WORDS, PROMPTS
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from common.loading import copy_sharing_weights
 from common.serving.gguf_model import save_model_gguf
@@ -153,6 +155,21 @@ def test_ids_are_the_same(llama, tokenizer):
     texts = odd_texts()
     assert len(set(texts)) >= 200
     for given in texts:
+        ids = llama.tokenize(given.encode(), add_bos=True, special=True)
+        assert ids == tokenizer(given)["input_ids"], repr(given)
+
+
+@pytest.mark.parametrize("kind", ["GPT-2", "Llama 3"])
+def test_ids_of_other_tokenizers_are_the_same(engine, tmp_path, kind):
+    """Another vocabulary, BOS before a text or none, tokens that were added."""
+    tokenizer = odd_tokenizers.KINDS[kind]()
+    tokenizer.add_tokens(["dogsdogs"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
+    shape = {"n_embd": 8, "n_head": 2, "n_layer": 1, "n_positions": 16}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer) + 2, **shape))
+    save_model_gguf(model, tokenizer, tmp_path / "model.gguf")
+    llama = engine.Llama(str(tmp_path / "model.gguf"), vocab_only=True, verbose=False)
+    for given in [*odd_texts(), "<|turn|>I love dogsdogs <|turn|> dogs"]:
         ids = llama.tokenize(given.encode(), add_bos=True, special=True)
         assert ids == tokenizer(given)["input_ids"], repr(given)
 
