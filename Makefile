@@ -142,10 +142,10 @@ $(LLAMA_CPP)/.built: $(ENGINES)/.installed
 	@CMAKE_ARGS=-DLLAMA_BUILD=OFF $(ENGINES)/bin/python -m pip install --quiet --no-deps \
 	  --disable-pip-version-check $(LLAMA_CPP)/source
 	@echo "Building llama.cpp in $(LLAMA_CPP); this takes some ten minutes on two cores."
-	@$(ENGINES)/bin/python -m cmake -S $(LLAMA_CPP)/source/vendor/llama.cpp \
-	  -B $(LLAMA_CPP)/build -DCMAKE_BUILD_TYPE=Release -DLLAMA_BUILD_SERVER=OFF \
-	  -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF \
-	  -DLLAMA_OPENSSL=OFF > $(LLAMA_CPP)/configure.log
-	@$(ENGINES)/bin/python -m cmake --build $(LLAMA_CPP)/build --target llama-completion \
-	  --parallel $${CMAKE_BUILD_PARALLEL_LEVEL:-2} > $(LLAMA_CPP)/build.log
+	@log=$(LLAMA_CPP)/build.log; cmake="$(ENGINES)/bin/python -m cmake"; \
+	  { $$cmake -S $(LLAMA_CPP)/source/vendor/llama.cpp -B $(LLAMA_CPP)/build \
+	    -DCMAKE_BUILD_TYPE=Release -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_TESTS=OFF \
+	    -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_OPENSSL=OFF && \
+	  $$cmake --build $(LLAMA_CPP)/build --target llama-completion \
+	    --parallel $${CMAKE_BUILD_PARALLEL_LEVEL:-2}; } > $$log 2>&1 || { tail -n 30 $$log; exit 1; }
 	@touch $@
