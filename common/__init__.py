@@ -9,7 +9,7 @@ The folders import one way, each only from those above it:
     passes     running a model: prompts to ids, padding, hooks, which rows share a batch
     vectors    what is added: read, trained, saved, or taken from a prompt
     texts      generating, sampling, completing
-    serving    the same steering in other engines
+    serving    the same steering in other engines: vLLM, a request at a time, and llama.cpp
     measuring  tone, likelihood, next token, perplexity, effects, ratings
     sweeping   layers x coefficients x prompts in one batch, kept in a file
     checking   what is wrong with a steering, and what it left behind

@@ -76,6 +76,8 @@ from .plots import plot_top_changed_tokens as plot_top_changed_tokens
 from .plots import token_strip as token_strip
 from .serving.gguf_model import save_model_gguf as save_model_gguf
 from .serving.llama_cpp import steer_llama_cpp as steer_llama_cpp
+from .serving.offers import save_additions as save_additions
+from .serving.requests import steering_args as steering_args
 from .sweeping.grid import Grid as Grid
 from .sweeping.store import read_sweep as read_sweep
 from .sweeping.sweep import sweep as sweep

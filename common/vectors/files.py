@@ -52,21 +52,42 @@ def write_safetensors(path: str | os.PathLike, contents: Contents, overwrite: bo
 def read_safetensors(path: str | os.PathLike) -> Contents:
     """Read what `write_safetensors` wrote; see `SteeringVector.load`."""
     name = _existing(path)
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            metadata = dict(file.metadata() or {})
-            tensors = {key: file.get_tensor(key) for key in list(file.keys())}
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{name} is not a complete safetensors file ({error})") from None
+    metadata, tensors = _safetensors(path, name)
     layers = _by_layer(tensors, "layer.")
     is_ours = metadata.pop("format", None) == "steering_vector" and "layer_type" in metadata
     if not is_ours or not layers or len(layers) < len(tensors):
         raise ValueError(f"{name} is a safetensors file, but holds no steering vector")
-    if (version := metadata.pop("format_version", None)) != FORMAT_VERSION:
-        raise ValueError(f"{name} has format {version!r}; this version reads {FORMAT_VERSION!r}")
+    _check_version(name, metadata.pop("format_version", None))
     layer_type = cast(LayerType, metadata.pop("layer_type"))
     metadata.pop("d_model", None)
     return Contents(layers, layer_type, metadata)
+
+
+def write_additions(
+    path: str | os.PathLike, rows: Mapping[int, Tensor], overwrite: bool = False
+) -> None:
+    """Write by layer what is added to the first tokens of a prompt, [tokens, d_model]."""
+    metadata = {"format": "activation_addition", "format_version": FORMAT_VERSION}
+    tensors = {f"layer.{layer}": tensor.contiguous().clone() for layer, tensor in rows.items()}
+    _write(path, overwrite, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def read_additions(path: str | os.PathLike) -> dict[int, Tensor]:
+    """Read what `write_additions` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is cut off, holds something else, or has a later format.
+    """
+    name = _existing(path)
+    metadata, tensors = _safetensors(path, name)
+    layers = _by_layer(tensors, "layer.")
+    shapes = {tensor.shape[:1] for tensor in layers.values() if tensor.dim() == 2 and len(tensor)}
+    is_one = metadata.get("format") == "activation_addition" and len(shapes) == 1
+    if not is_one or len(layers) < len(tensors) or any(t.dim() != 2 for t in layers.values()):
+        raise ValueError(f"{name} is a safetensors file, but holds no activation addition")
+    _check_version(name, metadata.get("format_version"))
+    return layers
 
 
 def write_gguf(path: str | os.PathLike, contents: Contents, overwrite: bool = False) -> None:
@@ -153,6 +174,21 @@ def _existing(path: str | os.PathLike) -> str:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file {name}")
     return name
+
+
+def _safetensors(path: str | os.PathLike, name: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Return the metadata and the tensors of a safetensors file."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = dict(file.metadata() or {})
+            return metadata, {key: file.get_tensor(key) for key in list(file.keys())}
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{name} is not a complete safetensors file ({error})") from None
+
+
+def _check_version(name: str, version: str | None) -> None:
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{name} has format {version!r}; this version reads {FORMAT_VERSION!r}")
 
 
 def _by_layer(tensors: Mapping[str, Tensor], prefix: str) -> dict[int, Tensor]:

@@ -1,0 +1,212 @@
+"""What is added to the rows of a step, and the files that it comes from."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.serving.deltas import Deltas, add_to_output
+from common.serving.offers import ScaledRows, read_offers, save_additions
+from common.serving.requests import Steering
+from common.serving.slices import slices_of_rows, steered_runs
+from common.vectors.activation_additions import ActivationAddition
+from common.vectors.steering_vector import SteeringVector
+
+LAYERS, D_MODEL = 6, 8
+
+
+def vector(seed: int, layers=(2, 3), d_model=D_MODEL) -> SteeringVector:
+    generator = torch.Generator().manual_seed(seed)
+    return SteeringVector({n: torch.randn(d_model, generator=generator) for n in layers})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, model, tokenizer):
+    folder = tmp_path_factory.mktemp("served")
+    for seed, name in enumerate(["love", "hate"]):
+        vector(seed).save(folder / f"{name}.safetensors")
+    vector(2, layers=[7]).save(folder / "deep.safetensors")
+    vector(2, d_model=9).save(folder / "wide.safetensors")
+    (vector(2) * float("inf")).save(folder / "endless.safetensors")
+    SteeringVector({2: torch.ones(D_MODEL)}, "mlp").save(folder / "mlp.safetensors")
+    additions = [ActivationAddition(2.0, 3, prompt="the garden")]
+    additions.append(ActivationAddition(-2.0, 3, prompt="love"))
+    save_additions(folder / "garden.safetensors", model, tokenizer, additions)
+    return folder
+
+
+def config(folder, **more) -> dict:
+    return {"vectors": {"love": str(folder / "love.safetensors")}, "max_coeff": 20} | more
+
+
+def read(given: object):
+    return read_offers(given, LAYERS, D_MODEL, torch.float32)
+
+
+def test_what_is_offered_is_what_the_files_hold(folder):
+    menu, served = read(config(folder))
+    offer = menu.offers["love"]
+    assert offer.layers == (2, 3) and offer.tokens is None and menu.max_coeff == 20
+    for layer, expected in vector(0).layer_activations.items():
+        assert torch.equal(served["love"].rows[layer], expected[None])
+    both = {n: str(folder / f"{n}.safetensors") for n in ("love", "hate")}
+    menu, _ = read(config(folder, vectors=both))
+    assert menu.offers["love"] == offer and menu.offers["hate"].digest != offer.digest
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"vectors": {}}, "expected at least one file"),
+        ({"vectors": {"love": 3}}, "expected files by name"),
+        ({"vectors": "love.safetensors"}, "expected files by name"),
+        ({"vector": {}}, "expected a mapping with vectors, additions, max_coeff"),
+        ({"max_coeff": 0}, "expected a positive number as max_coeff"),
+        ({"max_coeff": float("nan")}, "expected a finite number as max_coeff"),
+        ({"additions": {"love": "x"}}, "name of a vector and of an addition"),
+        ({"additions": {"a": "love"}}, "holds no activation addition"),
+        ({"vectors": {"a": "garden"}}, "holds no steering vector"),
+        ({"vectors": {"a": "deep"}}, "steers layer 7.*layers 0 to 5"),
+        ({"vectors": {"a": "wide"}}, "has 9 numbers.*d_model is 8"),
+        ({"vectors": {"a": "endless"}}, "has nan or inf for layer 2"),
+        ({"vectors": {"a": "mlp"}}, "acts on 'mlp'"),
+    ],
+)
+def test_what_an_engine_cannot_serve_is_refused_when_it_starts(folder, more, message):
+    for kind, paths in more.items():
+        if isinstance(paths, dict):
+            names = {n: p for n, p in paths.items() if isinstance(p, str)}
+            found = {n: folder / f"{p}.safetensors" for n, p in names.items()}
+            more = {kind: paths | {n: str(p) for n, p in found.items() if p.exists()}}
+    with pytest.raises(ValueError, match=message):
+        read(config(folder, **more))
+
+
+def test_an_engine_needs_a_limit_and_files_that_exist(folder):
+    with pytest.raises(ValueError, match="needs max_coeff"):
+        read({"vectors": {"love": str(folder / "love.safetensors")}})
+    with pytest.raises(FileNotFoundError, match="none.safetensors"):
+        read(config(folder, vectors={"a": str(folder / "none.safetensors")}))
+
+
+def test_an_addition_is_the_sum_of_what_its_prompts_have(folder, model, tokenizer):
+    d_model = model.config.hidden_size
+    paths = {"garden": str(folder / "garden.safetensors")}
+    given = {"additions": paths, "max_coeff": 20}
+    menu, served = read_offers(given, model.config.num_hidden_layers, d_model, torch.float32)
+    rows = served["garden"].rows
+    ids = {
+        text: ActivationAddition(1.0, 3, prompt=text).token_ids(tokenizer)
+        for text in ("the garden", "love")
+    }
+    longest = max(map(len, ids.values()))
+    assert menu.offers["garden"].tokens == longest and list(rows) == [2]
+    with torch.no_grad():
+        read = {
+            text: model(torch.tensor([row]), output_hidden_states=True).hidden_states[3][0]
+            for text, row in ids.items()
+        }
+    expected = torch.zeros(longest, d_model)
+    for text, coeff in (("the garden", 2.0), ("love", -2.0)):
+        expected[: len(ids[text])] += coeff * read[text]
+    torch.testing.assert_close(rows[2], expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("place", [0, (3, "mlp")])
+def test_an_addition_where_engines_do_not_add_is_refused(tmp_path, model, tokenizer, place):
+    path = tmp_path / "a.safetensors"
+    with pytest.raises(ValueError, match="engines add after a block"):
+        save_additions(path, model, tokenizer, [ActivationAddition(1.0, place, prompt="the")])
+    assert not path.exists()
+    with pytest.raises(ValueError, match="at least one ActivationAddition"):
+        save_additions(path, model, tokenizer, [])
+
+
+@pytest.fixture(scope="module")
+def rows(folder) -> ScaledRows:
+    paths = {n: str(folder / f"{n}.safetensors") for n in ("love", "hate")}
+    _, served = read(config(folder, vectors=paths))
+    front = served["love"]._replace(rows={2: torch.arange(3 * D_MODEL).float().view(3, D_MODEL)})
+    return ScaledRows(served | {"front": front}, torch.float32)
+
+
+STEERINGS = st.one_of(
+    st.none(),
+    st.builds(
+        Steering,
+        st.sampled_from(["love", "hate"]),
+        st.sampled_from([1.0, -3.0, 0.5]),
+        st.sampled_from([(2,), (3,), (2, 3)]),
+        st.integers(0, 4),
+    ),
+    st.builds(
+        Steering,
+        st.just("front"),
+        st.sampled_from([1.0, -2.0]),
+        st.just((2,)),
+        st.just(0),
+        st.just(3),
+    ),
+)
+REQUESTS = st.lists(st.tuples(STEERINGS, st.integers(0, 6), st.integers(1, 5)), max_size=6)
+
+
+@given(steps=st.lists(REQUESTS, min_size=1, max_size=4))
+def test_every_row_gets_what_its_request_asks_for(rows, steps):
+    """Row by row, in steps that follow each other, as a loop over all tokens would do it."""
+    deltas = Deltas(rows)
+    for step in [*steps, steps[-1]]:
+        names = [f"request {number}" for number in range(len(step))]
+        steerings = {name: asked for name, (asked, _, _) in zip(names, step) if asked}
+        positions, lengths = [p for _, p, _ in step], [n for _, _, n in step]
+        runs = steered_runs(slices_of_rows(names, lengths, positions), steerings)
+        found = deltas.of_step(runs, sum(lengths))
+        for layer in (2, 3):
+            expected = []
+            for asked, position, length in step:
+                for token in range(position, position + length):
+                    row = torch.zeros(D_MODEL)
+                    if asked and layer in asked.layers and token in asked.selected(token, 1):
+                        numbers = rows.served[asked.name].rows[layer]
+                        row = asked.coeff * numbers[0 if asked.end is None else token]
+                    expected.append(row)
+            if layer in found:
+                assert torch.equal(found[layer], torch.stack(expected))
+            else:
+                assert not expected or not torch.stack(expected).any()
+
+
+def test_only_the_last_rows_used_are_kept(rows):
+    few = ScaledRows(rows.served, torch.float32, kept=2)
+    for coeff in (1.0, 2.0, 1.0, 3.0):
+        few.get("love", coeff, 2)
+    assert [coeff for _, coeff, _ in few.scaled] == [1.0, 3.0]
+
+
+def test_the_stream_is_steered_whether_a_layer_returns_it_or_its_parts():
+    hidden, residual, delta = torch.randn(3, 5, D_MODEL)
+    assert torch.equal(add_to_output(hidden, delta), hidden + delta)
+    parts = add_to_output((hidden, residual), delta)
+    assert isinstance(parts, tuple) and torch.equal(parts[1], residual)
+    torch.testing.assert_close(parts[0] + parts[1], hidden + residual + delta)
+
+
+def test_rows_that_are_padding_stay_as_they_are():
+    hidden, delta = torch.randn(7, D_MODEL), torch.randn(5, D_MODEL)
+    steered = add_to_output(hidden, delta)
+    assert torch.equal(steered[:5], hidden[:5] + delta) and torch.equal(steered[5:], hidden[5:])
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        torch.zeros(4, D_MODEL),
+        torch.zeros(5, D_MODEL + 1),
+        torch.zeros(1, 5, D_MODEL),
+        (torch.zeros(5, D_MODEL), None),
+        (torch.zeros(5, D_MODEL),) * 3,
+    ],
+)
+def test_an_output_that_is_no_stream_is_refused(output):
+    with pytest.raises(ValueError, match="expected the stream or"):
+        add_to_output(output, torch.zeros(5, D_MODEL))

@@ -1,0 +1,58 @@
+"""Which engines are refused, on configurations that have the entries which vLLM's have."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from common.serving.vllm_plugin import check_engine, steering_config
+
+
+def config(**changes: Any) -> SimpleNamespace:
+    """What `check_engine` asks of a `VllmConfig`."""
+    entries = {
+        "enforce_eager": True,
+        "architectures": ["GPT2LMHeadModel"],
+        "use_v2_model_runner": False,
+        "async_scheduling": False,
+        "tensor_parallel_size": 1,
+        "pipeline_parallel_size": 1,
+        "data_parallel_size": 1,
+        "speculative_config": None,
+        "kv_transfer_config": None,
+    } | changes
+    part = SimpleNamespace(**entries)
+    return SimpleNamespace(
+        **entries, model_config=part, parallel_config=part, scheduler_config=part
+    )
+
+
+@pytest.mark.parametrize(
+    "architecture", ["GPT2LMHeadModel", "LlamaForCausalLM", "Qwen3ForCausalLM", "GemmaForCausalLM"]
+)
+def test_what_was_tried_may_start(architecture):
+    check_engine(config(architectures=[architecture]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"enforce_eager": False}, "steering needs eager mode.*--enforce-eager"),
+        ({"use_v2_model_runner": True}, "set VLLM_USE_V2_MODEL_RUNNER=0"),
+        ({"async_scheduling": True}, "needs async_scheduling=False"),
+        ({"architectures": ["BloomForCausalLM"]}, "not tried with BloomForCausalLM"),
+        ({"tensor_parallel_size": 2}, "one worker, not with {'tensor_parallel_size': 2}"),
+        ({"pipeline_parallel_size": 2}, "one worker, not with {'pipeline_parallel_size': 2}"),
+        ({"data_parallel_size": 2}, "one worker, not with {'data_parallel_size': 2}"),
+        ({"speculative_config": object()}, "not tried together with speculative_config"),
+        ({"kv_transfer_config": object()}, "not tried together with kv_transfer_config"),
+    ],
+)
+def test_what_was_not_tried_is_refused_by_name(change, message):
+    with pytest.raises(ValueError, match=message):
+        check_engine(config(**change))
+
+
+@pytest.mark.parametrize("given", [None, {}, {"other": 1}, object()])
+def test_an_engine_that_is_started_without_steering(given):
+    assert steering_config(given) is None
