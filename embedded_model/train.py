@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from common.embedded import FOLDER
+from common.serving.gguf_model import save_model_gguf
 from embedded_model import grammar, vocabulary
 from embedded_model.tokenizer import END, SPACE, build_tokenizer, save_tokenizer
 
@@ -191,12 +192,16 @@ def train(seed: int, steps: int = STEPS) -> tuple[GPT2LMHeadModel, Any, dict]:
 
 
 def save(model: GPT2LMHeadModel, tokenizer: Any, record: dict, folder: Path) -> None:
-    """Write what loading and the tone need, weights in fp16; each file is replaced as a whole."""
+    """Write what loading and the tone need, weights in fp16; each file is replaced as a whole.
+
+    model.gguf is the same model for llama.cpp, with its weights in float32.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         new = Path(temporary)
         model.half().save_pretrained(new)
         save_tokenizer(tokenizer, new)
+        save_model_gguf(model, AutoTokenizer.from_pretrained(new), new / "model.gguf")
         lexicon = dict(sorted(grammar.lexicon().items()))
         for name, content in (("training", record), ("lexicon", lexicon)):
             text = json.dumps(content, indent=1) + "\n"

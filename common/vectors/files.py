@@ -69,7 +69,7 @@ def write_additions(
     """Write by layer what is added to the first tokens of a prompt, [tokens, d_model]."""
     metadata = {"format": "activation_addition", "format_version": FORMAT_VERSION}
     tensors = {f"layer.{layer}": tensor.contiguous().clone() for layer, tensor in rows.items()}
-    _write(path, overwrite, lambda temporary: save_file(tensors, temporary, metadata))
+    write_whole(path, overwrite, lambda temporary: save_file(tensors, temporary, metadata))
 
 
 def read_additions(path: str | os.PathLike) -> dict[int, Tensor]:

@@ -273,7 +273,7 @@ def test_training_writes_what_is_shipped(tmp_path, tokenizer):
     train.save(model, tokenizer, record, tmp_path)
     written = (tmp_path / "lexicon.json").read_bytes()
     assert written == (FOLDER / "lexicon.json").read_bytes()
-    names = {path.name for path in FOLDER.glob("*.json")} | {"model.safetensors"}
+    names = {path.name for path in FOLDER.glob("*.json")} | {"model.safetensors", "model.gguf"}
     assert {path.name for path in tmp_path.iterdir()} == names - {"preset.json"}
     again, spelling, _ = load_model(str(tmp_path))
     built, shipped = (json.loads(one.backend_tokenizer.to_str()) for one in (spelling, tokenizer))

@@ -4,17 +4,14 @@ import asyncio
 import importlib.metadata
 import importlib.util
 import json
-import os
-import socket
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from vllm_bench import Ask, Bench
 
+from benchmarks.servers import PATIENCE, server
 from common.loading import copy_sharing_weights
 
 pytestmark = [
@@ -30,7 +27,6 @@ if importlib.util.find_spec("vllm") is not None:
     import openai
 
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
-PATIENCE = 900  # seconds, for machines that are busy
 PROMPTS = [
     "I think dogs are",
     "My neighbour",
@@ -78,42 +74,22 @@ def serve(model: str) -> list[Any]:
 @pytest.fixture(scope="module")
 def url(bench):
     """The address of a server of the embedded model."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = serve(f"{bench.folder / 'model'}")
-    command += ["--host", "127.0.0.1", "--port", port, "--served-model-name", "embedded"]
-    command += ["--dtype", "float32", "--enforce-eager", "--gpu-memory-utilization", "0.2"]
-    command += ["--max-num-seqs", "64", "--chat-template", TEMPLATE]
-    command += ["--additional-config", json.dumps({"steering": bench.steering})]
+
+    def command(port: int) -> list[str]:
+        command = serve(f"{bench.folder / 'model'}")
+        command += ["--host", "127.0.0.1", "--port", port, "--served-model-name", "embedded"]
+        command += ["--dtype", "float32", "--enforce-eager", "--gpu-memory-utilization", "0.2"]
+        command += ["--max-num-seqs", "64", "--chat-template", TEMPLATE]
+        command += ["--additional-config", json.dumps({"steering": bench.steering})]
+        return [str(part) for part in command]
+
     settings = {
         "VLLM_USE_V2_MODEL_RUNNER": "0",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_NO_USAGE_STATS": "1",
     }
-    log = bench.folder / "server.log"
-    with log.open("w") as out:
-        server = subprocess.Popen(
-            [str(part) for part in command], stdout=out, stderr=out, env=os.environ | settings
-        )
-    address = f"http://127.0.0.1:{port}"
-    try:
-        begun = time.monotonic()
-        while not answers(address):
-            assert server.poll() is None, log.read_text()[-3000:]
-            assert time.monotonic() - begun < PATIENCE, log.read_text()[-3000:]
-            time.sleep(0.5)
+    with server(command, bench.folder / "server.log", settings) as address:
         yield address
-    finally:
-        server.terminate()
-        server.wait(60)
-
-
-def answers(address: str) -> bool:
-    try:
-        return httpx.get(f"{address}/health", timeout=5).status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 @pytest.fixture
