@@ -11,7 +11,8 @@ and with its negative, in each of these ways:
 - llama.cpp, the vector as a control vector; and with such checkpoints as GGUF.
 
 It prints a table, and writes the part "texts" of `results/engines.json`: how many texts are equal
-token by token, and the largest difference of a log-probability of their tokens.
+token by token (`transformers serve` gives no tokens: letter by letter), and the largest difference
+of a log-probability of their tokens.
 """
 
 import argparse
@@ -48,10 +49,17 @@ MATCHING = "the same vector"
 
 
 class Text(NamedTuple):
-    """What an engine wrote after a prompt: tokens, and the log-probability of each if it says."""
+    """What an engine wrote after a prompt; a server that gives no tokens leaves None."""
 
-    tokens: list[int]
-    logprobs: list[float] | None
+    text: str
+    tokens: list[int] | None = None
+    logprobs: list[float] | None = None
+
+    def equals(self, other: "Text") -> bool:
+        """Say whether the tokens are the same, or the texts where there are no tokens."""
+        if self.tokens is None or other.tokens is None:
+            return self.text == other.text
+        return self.tokens == other.tokens
 
 
 Texts = dict[str, list[Text]]  # by sign, one for each of `PROMPTS`
@@ -93,10 +101,11 @@ class Subject:
         """The same for llama.cpp."""
         return self.folder / f"model {sign}.gguf"
 
-    def text(self, tokens: Sequence[int], logprobs: Sequence[float] | None) -> Text:
+    def text(self, tokens: Sequence[int], logprobs: Sequence[float]) -> Text:
         """Return a text without what follows its end."""
         length = list(tokens).index(self.end) if self.end in tokens else len(tokens)
-        return Text(list(tokens[:length]), None if logprobs is None else list(logprobs[:length]))
+        kept = list(tokens[:length])
+        return Text(self.tokenizer.decode(kept), kept, list(logprobs[:length]))
 
 
 def by_transformers(subject: Subject) -> Texts:
@@ -147,9 +156,7 @@ def _asked(subject: Subject, address: str, sign: str, prompt: str) -> Text:
         {"Content-Type": "application/json"},
     )
     with urlopen(request, timeout=PATIENCE) as answer:
-        text = json.load(answer)["choices"][0]["text"]
-    begun = len(subject.tokenizer(prompt)["input_ids"])
-    return subject.text(subject.tokenizer(prompt + text)["input_ids"][begun:], None)
+        return Text(json.load(answer)["choices"][0]["text"])
 
 
 @contextmanager
@@ -275,7 +282,7 @@ def compared(found: Texts, wanted: Texts) -> dict[str, Any]:
         wanted: of transformers.
     """
     pairs = [pair for sign in SIGNS for pair in zip(found[sign], wanted[sign], strict=True)]
-    equal = [(mine, theirs) for mine, theirs in pairs if mine.tokens == theirs.tokens]
+    equal = [(mine, theirs) for mine, theirs in pairs if mine.equals(theirs)]
     gaps = [
         abs(a - b)
         for mine, theirs in equal
@@ -324,7 +331,7 @@ def main() -> None:
         "coeff": subject.preset.coeff,
         "rows": rows,
         "texts": {
-            prompt: {sign: subject.tokenizer.decode(wanted[sign][n].tokens) for sign in SIGNS}
+            prompt: {sign: wanted[sign][n].text for sign in SIGNS}
             for n, prompt in enumerate(PROMPTS)
         },
     }
