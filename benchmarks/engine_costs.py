@@ -252,6 +252,22 @@ def cost_table(results: dict[str, Any]) -> pd.DataFrame:
     )
 
 
+def times_written(results: dict[str, Any], engine: str) -> str:
+    """Return how many times as long steered texts take, as pages write it: "1.00 to 1.05 times".
+
+    Args:
+        results: the stored costs.
+        engine: the way whose unsteered time they are compared with.
+    """
+    times = [
+        row["times"]
+        for row in results["rows"]
+        if row["compared with"] == engine and row["way"] not in (engine, IDLE)
+    ]
+    low, high = f"{min(times):.2f}", f"{max(times):.2f}"
+    return f"{low} times" if low == high else f"{low} to {high} times"
+
+
 def report(results: dict[str, Any]) -> None:
     """Print the table."""
     print(f"\n{PROMPTS} prompts of {PROMPT_TOKENS} tokens at once; times as long, medians\n")

@@ -6,6 +6,7 @@ import nbformat
 import pytest
 
 from benchmarks import engine_texts
+from benchmarks.engine_costs import times_written
 from benchmarks.engine_texts import Text, compared
 from benchmarks.servers import server
 from benchmarks.stored import load, provenance
@@ -35,7 +36,7 @@ def test_an_engine_that_gives_no_probabilities_is_not_said_to_be_near():
 
 
 def test_texts_that_are_missing_are_no_equal_texts():
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(ValueError, match="longer"):
         compared(texts(minus=[Text("a b")] * 2), texts())
 
 
@@ -52,6 +53,8 @@ def test_the_page_says_when_and_with_what_it_was_measured():
     said = "\n".join(cell.source for cell in page.cells if cell.cell_type == "markdown")
     for part in ("texts", "costs"):
         assert provenance(load("engines")[part]) in said
+    for engine, rest in (("vLLM", "; no graphs |"), ("llama.cpp", " |")):
+        assert f"| {times_written(load('engines')['costs'], engine)}{rest}" in said
 
 
 def test_a_server_that_does_not_start_is_reported_with_its_log(tmp_path):
