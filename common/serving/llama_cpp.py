@@ -60,8 +60,8 @@ def steer_llama_cpp(llama: Any, vector: SteeringVector, multiplier: float = 1.0)
         give(rows.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), blocks - 1)
         yield
     finally:
-        give(None, -1)
         _steered.discard(llama)
+        give(None, -1)
 
 
 def control_vector(

@@ -1,6 +1,10 @@
 """Control vectors of llama.cpp: which layers, which row, which command. No engine runs here."""
 
+import ctypes
 import shlex
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.serving.llama_cpp import control_vector
+from common.serving.llama_cpp import control_vector, steer_llama_cpp
 from common.vectors.steering_vector import SteeringVector
 
 GPT2 = {"model_type": "gpt2", "model": "embedded"}
@@ -73,6 +77,7 @@ def test_a_row_is_the_layer_after_it(layers, more, multiplier):
         (vector_of([0]), 1.0, "has 0: add it to a bias"),
         (vector_of([-1]), 1.0, "this one has -1: count from the first layer"),
         (vector_of([6]), 1.0, "layer 6 does not exist: the model has 6 blocks.* from 1 to 5"),
+        (vector_of([1, 7]), 1.0, "layer 7 does not exist"),
         (vector_of([1], layer_type="mlp"), 1.0, "acts on 'decoder_block', this one on 'mlp'"),
         (vector_of([1], d_model=3), 1.0, "layer 1 has 3 numbers, and d_model is 4"),
         (vector_of([1]) + vector_of([2]) * 1e300, 1.0, "finite in float32.* of layer 2"),
@@ -83,6 +88,11 @@ def test_a_row_is_the_layer_after_it(layers, more, multiplier):
 def test_what_llama_cpp_cannot_add_is_refused(vector, multiplier, says):
     with pytest.raises(ValueError, match=says):
         control_vector(vector, multiplier, blocks=6, d_model=4)
+
+
+def test_a_vector_that_is_being_learned_is_given_as_it_is_now():
+    learned = SteeringVector({1: torch.ones(4, requires_grad=True)})
+    assert np.array_equal(control_vector(learned, 2.0, blocks=3, d_model=4), [[2.0] * 4, [0.0] * 4])
 
 
 @pytest.mark.parametrize(
@@ -125,6 +135,13 @@ def test_the_command_by_default():
     assert vector_of([1]).llama_cpp_command("love.gguf", 9.6) == (
         "llama-server --model model.gguf --control-vector-scaled love.gguf:9.6"
     )
+    assert vector_of([1]).llama_cpp_command("love.gguf").endswith("love.gguf:1.0")
+
+
+@pytest.mark.parametrize("limit", [torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max])
+def test_every_multiplier_that_float32_has_is_written(limit):
+    command = SteeringVector({1: torch.zeros(4)}).llama_cpp_command("love.gguf", -limit)
+    assert float(shlex.split(command)[-1].removeprefix("love.gguf:")) == -limit
 
 
 @pytest.mark.parametrize("name", ["C:\\love.gguf", "love,hate.gguf", '"love".gguf'])
@@ -147,3 +164,99 @@ def test_a_name_that_llama_cpp_would_split_is_refused(name):
 def test_a_multiplier_that_llama_cpp_cannot_read_is_refused(multiplier, says):
     with pytest.raises(ValueError, match=says):
         vector_of([1]).llama_cpp_command("love.gguf", multiplier)
+
+
+# --- a running model, on a stand-in for llama-cpp-python ---
+
+
+class Llama:
+    """Notes what it is told; a model of six blocks, four wide."""
+
+    def __init__(self) -> None:
+        self.model, self.ctx, self.cache = SimpleNamespace(blocks=6), object(), None
+        self.told: list[Any] = []
+        self.answer = 0
+
+    def n_embd(self) -> int:
+        return 4
+
+    def reset(self) -> None:
+        self.told.append("forget")
+
+
+@pytest.fixture
+def llama(monkeypatch) -> Llama:
+    llama = Llama()
+
+    def adapt(ctx: object, pointer: Any, size: int, width: int, first: int, last: int) -> int:
+        assert ctx is llama.ctx
+        numbers = pointer and ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float))[:size]
+        llama.told.append((numbers, size, width, first, last))
+        return llama.answer
+
+    engine = ModuleType("llama_cpp")
+    contents = {"Llama": Llama, "llama_model_n_layer": lambda model: model.blocks}
+    vars(engine).update(contents, llama_set_adapter_cvec=adapt)
+    monkeypatch.setitem(sys.modules, "llama_cpp", engine)
+    return llama
+
+
+def assert_told(llama: Llama, vector: SteeringVector, multiplier: float) -> None:
+    """It forgot what it had read, and then got the rows of blocks 1 to 5."""
+    forgot, (numbers, size, width, first, last), *llama.told = llama.told
+    rows = control_vector(vector, multiplier, blocks=6, d_model=4)
+    assert forgot == "forget" and np.array_equal(numbers, rows.ravel())
+    assert (size, width, first, last) == (20, 4, 1, 5)
+
+
+def assert_released(llama: Llama) -> None:
+    forgot, (numbers, _, width, _, last), *llama.told = llama.told
+    assert forgot == "forget" and numbers is None and (width, last) == (4, -1)
+
+
+def test_a_running_model_is_steered_for_a_block(llama):
+    """And released, also by an error; it can be steered again then."""
+    vector = vector_of([2, 5])
+    with steer_llama_cpp(llama, vector):
+        assert_told(llama, vector, 1.0)
+    assert_released(llama)
+    with pytest.raises(KeyError), steer_llama_cpp(llama, vector, -2.5):
+        {}["an error"]
+    assert_told(llama, vector, -2.5)
+    assert_released(llama)
+    with steer_llama_cpp(llama, vector):
+        assert_told(llama, vector, 1.0)
+
+
+def test_a_running_model_that_cannot_be_steered_is_left_alone(llama):
+    """A second vector, a cache of texts, another thing, a layer that is not there."""
+
+    def refused(model: object, vector: SteeringVector, says: str) -> None:
+        with pytest.raises(ValueError, match=says), steer_llama_cpp(model, vector):
+            raise AssertionError("it was steered")
+
+    refused("model.gguf", vector_of([1]), "expected a llama_cpp.Llama, got a str")
+    refused(llama, vector_of([6]), "layer 6 does not exist: the model has 6 blocks")
+    refused(llama, vector_of([1], d_model=3), "d_model is 4")
+    llama.cache = {}
+    refused(llama, vector_of([1]), "take it off by llama.set_cache")
+    llama.cache = None
+    assert not llama.told
+    with steer_llama_cpp(llama, vector_of([1])):
+        llama.told.clear()
+        refused(llama, vector_of([2]), "steered already: add the vectors up")
+        assert not llama.told
+        other = Llama()
+        other.ctx = llama.ctx
+        with steer_llama_cpp(other, vector_of([2])):
+            llama.told.clear()
+
+
+def test_a_vector_that_llama_cpp_refuses_is_an_error(llama):
+    """Afterwards the model is not said to be steered."""
+    llama.answer = -1
+    with pytest.raises(RuntimeError, match="refused"), steer_llama_cpp(llama, vector_of([1])):
+        raise AssertionError("it was steered")
+    llama.answer = 0
+    with steer_llama_cpp(llama, vector_of([1])):
+        pass
