@@ -25,6 +25,21 @@ def test_a_request_without_arguments_is_not_steered():
     assert MENU.read({"session_id": "x"}, 5) is None
 
 
+def test_a_request_carries_plain_values_and_nothing_more():
+    assert steering_args("love") == {"steering": "love", "steering_coeff": 1.0}
+    asked = steering_args("love", 2, range(2, 4), -1)
+    assert (
+        json.loads(json.dumps(asked))
+        == asked
+        == {
+            "steering": "love",
+            "steering_coeff": 2,
+            "steering_layers": [2, 3],
+            "steering_min_token_index": -1,
+        }
+    )
+
+
 def test_arguments_become_a_steering():
     assert MENU.read(steering_args("love"), 5) == Steering("love", 1.0, (2, 3))
     asked = steering_args("love", -3, [3], 2)
@@ -90,7 +105,8 @@ STEERINGS = st.builds(
 
 @given(STEERINGS)
 def test_a_steering_survives_its_way_between_processes(steering):
-    assert Steering.from_wire(json.loads(json.dumps(steering.to_wire()))) == steering
+    wire = steering.to_wire()
+    assert json.loads(json.dumps(wire)) == wire and Steering.from_wire(wire) == steering
 
 
 @given(STEERINGS, STEERINGS)

@@ -178,6 +178,7 @@ def test_rows_beyond_the_step_stay_as_they_are(worker):
 def test_what_the_engine_runs_for_itself_is_not_steered(worker):
     """It measures memory by the model, and by `_model_forward` without a step."""
     runner = worker.model_runner
+    assert not hasattr(runner.sample_tokens("grammar"), "steering")
     runner.step(STEPS[0])
     assert not torch.stack(runner.model(5)).any()
     assert not torch.stack(runner._model_forward(5)).any()
