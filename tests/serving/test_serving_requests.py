@@ -13,6 +13,7 @@ MENU = Menu(
     {
         "love": Offer(layers=(2, 3), tokens=None, largest=2.0, digest="a"),
         "wedding": Offer(layers=(1,), tokens=4, largest=2.0, digest="b"),
+        "small": Offer(layers=(0,), tokens=None, largest=0.5, digest="c"),
     },
     max_coeff=20.0,
     largest=30.0,
@@ -44,7 +45,15 @@ def test_arguments_become_a_steering():
     assert MENU.read(steering_args("love"), 5) == Steering("love", 1.0, (2, 3))
     asked = steering_args("love", -3, [3], 2)
     assert MENU.read(asked, 5) == Steering("love", -3.0, (3,), start=2)
+    assert MENU.read({"steering": "love"}, 5) == Steering("love", 1.0, (2, 3))
+    unordered = MENU.read(steering_args("love", layers=[3, 2]), 5)
+    assert unordered == Steering("love", 1.0, (2, 3)), "it shares the cache of [2, 3]"
     assert MENU.read(steering_args("wedding", 2), 5) == Steering("wedding", 2.0, (1,), end=4)
+
+
+@pytest.mark.parametrize(("name", "coeff"), [("small", 20), ("small", -20), ("love", -15)])
+def test_a_limit_may_be_reached(name, coeff):
+    assert MENU.read(steering_args(name, coeff), 5).coeff == coeff
 
 
 @pytest.mark.parametrize(("given", "start"), [(0, 0), (7, 7), (-1, 4), (-5, 0), (-9, 0)])
@@ -56,7 +65,7 @@ def test_negative_positions_count_from_the_end_of_the_prompt(given, start):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({"steering": "hate"}, "unknown steering vector 'hate'.*love, wedding"),
+        ({"steering": "hate"}, "unknown steering vector 'hate'.*love, small, wedding"),
         ({"steering": ["love"]}, "unknown steering vector"),
         ({"steering_coeff": 3}, "unknown steering vector None"),
         ({"steering": "love", "steering_coef": 3}, "unknown argument 'steering_coef'"),
@@ -65,6 +74,7 @@ def test_negative_positions_count_from_the_end_of_the_prompt(given, start):
         (steering_args("love", -math.inf), "finite number as steering_coeff, got -inf"),
         (steering_args("love", "3"), "finite number as steering_coeff, got '3'"),
         (steering_args("love", 20.5), "between -20 and 20"),
+        (steering_args("small", -20.5), "between -20 and 20"),
         (steering_args("love", -16), "outside the numbers of the model"),
         (steering_args("love", layers=[4]), "no vector for layer 4"),
         (steering_args("love", layers=[2, 2]), "expected different layers"),

@@ -189,6 +189,10 @@ def test_what_the_engine_runs_for_itself_is_not_steered(worker):
 def test_a_step_of_unsteered_requests_reports_that_nobody_was_steered(worker):
     runner = worker.model_runner
     runner.step(STEPS[0])
+    # And nothing is left of a step that was prepared and not run.
+    runner._model_forward, forward = lambda rows: [], runner._model_forward
+    runner.step(STEPS[0])
+    runner._model_forward = forward
     step = {"rows": ["0"], "lengths": [4], "positions": [0]}
     stream, sampled = runner.step(step)
     assert sampled.steering == {} and not torch.stack(stream).any()
