@@ -41,8 +41,6 @@ class SteeringScheduler(Scheduler):
         slices = scheduled(scheduler_output)
         steerings = {id: self.steerings[id] for id in slices if id in self.steerings}
         done = getattr(model_runner_output, "steering", None)
-        if done is not None:
-            done = {id: count for id, count in done.items() if id in self.requests}
         for request_id, what in differences(asked_counts(slices, steerings), done).items():
             if request_id in self.requests:
                 self.unsteered[request_id] = what
