@@ -11,6 +11,7 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 PATIENCE = 900  # seconds, for machines that are busy
+FAREWELL = 60  # seconds in which a server may end by itself
 
 
 @contextmanager
@@ -46,7 +47,11 @@ def server(
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
-        process.wait(60)
+        try:
+            process.wait(FAREWELL)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def _answers(address: str) -> bool:

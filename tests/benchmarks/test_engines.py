@@ -13,7 +13,7 @@ import torch
 from matplotlib.axes import Axes
 from transformers import GPT2LMHeadModel
 
-from benchmarks import engine_costs, engine_texts
+from benchmarks import engine_costs, engine_texts, servers
 from benchmarks.engine_costs import BUSY, SINGLE, Case, steered, times_written
 from benchmarks.engine_texts import Subject, Text, compared
 from benchmarks.servers import server
@@ -334,20 +334,61 @@ def test_vectors_that_are_timed_are_different_and_of_length_1(model):
 # --- a server ---
 
 
+def python(program: str, *arguments: str) -> Callable[[int], list[str]]:
+    """What starts a server that is this program."""
+    return lambda port: [sys.executable, "-c", program, str(port), *arguments]
+
+
+FILES = """
+import http.server, os, sys
+os.chdir(sys.argv[2])
+http.server.test(http.server.SimpleHTTPRequestHandler, port=int(sys.argv[1]), bind="127.0.0.1")
+"""
+
+
 def test_a_server_that_does_not_start_is_reported_with_its_log(tmp_path):
-    program = [sys.executable, "-c", "raise SystemExit('no model here')"]
-    with (
-        pytest.raises(RuntimeError, match="no model here"),
-        server(lambda port: program, tmp_path / "log", {}),
-    ):
+    """With the end of it, where the reason is; it has the variables that it is given, and ours."""
+    program = "import os; raise SystemExit(5000 * '.' + os.environ['WHAT'] + os.environ['OURS'])"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OURS", "here")
+        with (
+            pytest.raises(RuntimeError, match="no model here") as error,
+            server(python(program), tmp_path / "log", {"WHAT": "no model "}),
+        ):
+            pass
+    assert len(str(error.value)) < 4000
+
+
+def test_a_server_that_does_not_answer_in_time_is_ended(monkeypatch, tmp_path):
+    """This one says at /health that there is no such thing."""
+    monkeypatch.setattr(servers, "PATIENCE", 1.5)
+    addresses = []
+
+    def command(port: int) -> list[str]:
+        addresses.append(f"http://127.0.0.1:{port}/")
+        return python(FILES, str(tmp_path))(port)
+
+    with pytest.raises(RuntimeError, match="did not start"), server(command, tmp_path / "log", {}):
         pass
+    with pytest.raises(OSError, match="refused"):
+        engine_texts.urlopen(addresses[0])
 
 
 def test_a_server_ends_with_its_block(tmp_path):
     (tmp_path / "health").write_text("well")
-    program = [sys.executable, "-m", "http.server", "--bind", "127.0.0.1", "--directory"]
-    with server(lambda port: [*program, str(tmp_path), str(port)], tmp_path / "log", {}) as one:
+    with server(python(FILES, str(tmp_path)), tmp_path / "log", {}) as one:
         address = one
         assert engine_texts.urlopen(f"{address}/health").read() == b"well"
+    with pytest.raises(OSError, match="refused"):
+        engine_texts.urlopen(f"{address}/health")
+
+
+def test_a_server_that_does_not_listen_is_ended_all_the_same(monkeypatch, tmp_path):
+    """It ignores that it is asked to end, as one does that waits for its own processes."""
+    monkeypatch.setattr(servers, "FAREWELL", 0.2)
+    (tmp_path / "health").write_text("well")
+    deaf = f"import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n{FILES}"
+    with server(python(deaf, str(tmp_path)), tmp_path / "log", {}) as one:
+        address = one
     with pytest.raises(OSError, match="refused"):
         engine_texts.urlopen(f"{address}/health")
