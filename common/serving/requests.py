@@ -19,6 +19,11 @@ ARGUMENTS = (NAME, COEFF, LAYERS, MIN_TOKEN_INDEX)
 CHECKED = "steering_checked"
 
 
+def is_ours(key: object) -> bool:
+    """Say whether a key of what a request brings is about steering; others may be no texts."""
+    return isinstance(key, str) and key.startswith(NAME)
+
+
 def steering_args(
     name: str,
     coeff: float = 1.0,
@@ -139,7 +144,7 @@ class Menu:
                 finite or is too large; a layer that the vector does not have; a position that is
                 no integer, or one for an addition; a prompt that is shorter than an addition.
         """
-        asked = {key: value for key, value in (extra_args or {}).items() if key.startswith(NAME)}
+        asked = {key: value for key, value in (extra_args or {}).items() if is_ours(key)}
         if not asked:
             return None
         if unknown := sorted(set(asked) - set(ARGUMENTS)):

@@ -27,7 +27,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from common.serving.offers import Served, read_offers
-from common.serving.requests import CHECKED, NAME, Menu
+from common.serving.requests import CHECKED, NAME, Menu, is_ours
 
 VERSIONS = (0, 30), (0, 31)  # from the first on, before the second
 ARCHITECTURES = ("GPT2LMHeadModel", "LlamaForCausalLM", "Qwen3ForCausalLM", "GemmaForCausalLM")
@@ -204,7 +204,7 @@ def _check_request(method: Callable, processor: Any, *args: Any, **kwargs: Any) 
         raise _refusal(error) from None
     if steering is not None:
         # A new mapping: the caller may use that of his parameters again.
-        others = {k: v for k, v in params.extra_args.items() if not k.startswith(NAME)}
+        others = {k: v for k, v in params.extra_args.items() if not is_ours(k)}
         params.extra_args = {**others, CHECKED: steering.to_wire()}
         request.cache_salt = steering.salt(served[steering.name].offer.digest, request.cache_salt)
     return request
@@ -212,7 +212,7 @@ def _check_request(method: Callable, processor: Any, *args: Any, **kwargs: Any) 
 
 def _check_place(method: Callable, request: Any, *args: Any, **kwargs: Any) -> Any:
     """Refuse arguments beside `vllm_xargs`, which the server would ignore."""
-    if wrong := [key for key in request.model_extra or {} if key.startswith(NAME)]:
+    if wrong := [key for key in request.model_extra or {} if is_ours(key)]:
         raise _refusal(f"expected {wrong[0]!r} inside vllm_xargs, not beside it")
     return method(request, *args, **kwargs)
 
@@ -220,7 +220,7 @@ def _check_place(method: Callable, request: Any, *args: Any, **kwargs: Any) -> A
 def _check_search(method: Callable, request: Any, *args: Any, **kwargs: Any) -> Any:
     """Refuse a beam search that asks for steering: vLLM makes many requests of it, all without."""
     given = [*(request.vllm_xargs or {}), *(request.model_extra or {})]
-    if any(key.startswith(NAME) for key in given):
+    if any(is_ours(key) for key in given):
         raise _refusal("vLLM's beam search drops what a request brings, and cannot be steered")
     return method(request, *args, **kwargs)
 

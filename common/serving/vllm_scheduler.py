@@ -9,7 +9,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
 from common.serving.counting import asked_counts, differences
-from common.serving.requests import CHECKED, NAME, Steering
+from common.serving.requests import CHECKED, Steering, is_ours
 from common.serving.slices import scheduled
 
 logger = init_logger(__name__)
@@ -32,7 +32,7 @@ class SteeringScheduler(Scheduler):
         extra_args = getattr(request.sampling_params, "extra_args", None) or {}
         if CHECKED in extra_args:
             self.steerings[request.request_id] = Steering.from_wire(extra_args[CHECKED])
-        elif any(key.startswith(NAME) for key in extra_args):
+        elif any(is_ours(key) for key in extra_args):
             self.unsteered[request.request_id] = "asks for steering, and was not checked"
         super().add_request(request)
 

@@ -23,7 +23,7 @@ MENU = Menu(
 def test_a_request_without_arguments_is_not_steered():
     assert MENU.read(None, 5) is None
     assert MENU.read({}, 5) is None
-    assert MENU.read({"session_id": "x"}, 5) is None
+    assert MENU.read({"session_id": "x", 1: 2}, 5) is None
 
 
 def test_a_request_carries_plain_values_and_nothing_more():
