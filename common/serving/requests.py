@@ -17,6 +17,7 @@ NAME, COEFF = "steering", "steering_coeff"
 LAYERS, MIN_TOKEN_INDEX = "steering_layers", "steering_min_token_index"
 ARGUMENTS = (NAME, COEFF, LAYERS, MIN_TOKEN_INDEX)
 CHECKED = "steering_checked"
+SALT = "steering-"  # how salts of ours begin
 
 
 def is_ours(key: object) -> bool:
@@ -97,7 +98,7 @@ class Steering:
             given: the salt that the request brings.
         """
         what = json.dumps([self.to_wire(), digest, given], sort_keys=True)
-        return f"steering-{hashlib.sha256(what.encode()).hexdigest()}"
+        return f"{SALT}{hashlib.sha256(what.encode()).hexdigest()}"
 
 
 @dataclass(frozen=True)

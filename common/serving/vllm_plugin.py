@@ -27,7 +27,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from common.serving.offers import Served, read_offers
-from common.serving.requests import CHECKED, NAME, Menu, is_ours
+from common.serving.requests import CHECKED, NAME, SALT, Menu, is_ours
 
 VERSIONS = (0, 30), (0, 31)  # from the first on, before the second
 ARCHITECTURES = ("GPT2LMHeadModel", "LlamaForCausalLM", "Qwen3ForCausalLM", "GemmaForCausalLM")
@@ -129,6 +129,11 @@ def check_engine(config: Any) -> None:
         ValueError: it names what stands in the way, and what to give instead.
     """
     model, parallel = config.model_config, config.parallel_config
+    if model.runner_type != "generate":
+        raise ValueError(
+            "vLLM steers texts that are generated: pooling and embeddings bring no steering, and"
+            " would be unsteered without a word"
+        )
     if not model.enforce_eager:
         raise ValueError(
             "steering needs eager mode, enforce_eager=True (--enforce-eager): compiled layers and"
@@ -200,6 +205,8 @@ def _check_request(method: Callable, processor: Any, *args: Any, **kwargs: Any) 
         )
         if steering is not None and request.resumable:
             raise ValueError("a prompt that is streamed in parts cannot be steered")
+        if steering is None and (request.cache_salt or "").startswith(SALT):
+            raise ValueError(f"the salt of an unsteered request begins with {SALT!r}, as ours do")
     except ValueError as error:
         raise _refusal(error) from None
     if steering is not None:

@@ -52,6 +52,7 @@ def vllm(monkeypatch) -> SimpleNamespace:
                 parallel_config=SimpleNamespace(**one),
                 model_config=SimpleNamespace(
                     enforce_eager=self.enforce_eager,
+                    runner_type="generate",
                     architectures=["GPT2LMHeadModel"],
                     dtype=torch.float16,
                     hf_text_config=SimpleNamespace(num_hidden_layers=LAYERS, hidden_size=D_MODEL),
@@ -241,6 +242,13 @@ def test_a_request_carries_what_was_checked_and_a_salt(processor):
     assert found.cache_salt == asked.salt(digest)
     salted = processor.process_inputs("r", request(given, cache_salt="mine"))
     assert salted.cache_salt == asked.salt(digest, "mine")
+
+
+def test_no_unsteered_request_brings_the_salt_of_a_steering(processor):
+    """With it unsteered keys and values would be taken for steered ones, and the other way."""
+    salt = processor.process_inputs("r", request(steering_args("love"))).cache_salt
+    with pytest.raises(Refused, match="begins with 'steering-', as ours"):
+        processor.process_inputs("r", request({}, cache_salt=salt))
 
 
 @pytest.mark.parametrize("extra_args", [None, {}, {"session": "x"}])

@@ -20,6 +20,7 @@ def config(**changes: Any) -> SimpleNamespace:
         "data_parallel_size": 1,
         "speculative_config": None,
         "kv_transfer_config": None,
+        "runner_type": "generate",
     } | changes
     part = SimpleNamespace(**entries)
     return SimpleNamespace(
@@ -46,6 +47,7 @@ def test_what_was_tried_may_start(architecture):
         ({"data_parallel_size": 2}, "one worker, not with {'data_parallel_size': 2}"),
         ({"speculative_config": object()}, "not tried together with speculative_config"),
         ({"kv_transfer_config": object()}, "not tried together with kv_transfer_config"),
+        ({"runner_type": "pooling"}, "vLLM steers texts that are generated"),
     ],
 )
 def test_what_was_not_tried_is_refused_by_name(change, message):
