@@ -176,6 +176,25 @@ def test_every_row_gets_what_its_request_asks_for(rows, steps):
                 assert not expected or not torch.stack(expected).any()
 
 
+def test_a_step_in_which_nothing_changed_takes_the_matrices_of_the_one_before(rows):
+    """A token for each request: positions go on, and matter to additions alone."""
+    deltas = Deltas(rows)
+    love, front = Steering("love", 1.0, (2,)), Steering("front", 1.0, (2,), end=3)
+
+    def step(*tokens: tuple, rows: int = 2) -> torch.Tensor:
+        names = [f"request {number}" for number in range(len(tokens))]
+        steerings = {name: asked for name, (asked, _) in zip(names, tokens) if asked}
+        slices = slices_of_rows(names, [1] * len(tokens), [position for _, position in tokens])
+        return deltas.of_step(steered_runs(slices, steerings), rows)[2]
+
+    first = step((love, 5), (None, 7))
+    assert step((love, 6), (None, 8)) is first
+    assert step((front, 1), (love, 6)) is not step((front, 2), (love, 7))
+    # What is not steered has rows, too, as those that come to the batch.
+    assert len(step((love, 7), (None, 9))) == 2
+    assert len(step((love, 8), (None, 10), (None, 0), rows=3)) == 3
+
+
 def test_only_the_last_rows_used_are_kept(rows):
     few = ScaledRows(rows.served, torch.float32, kept=2)
     for coeff in (1.0, 2.0, 1.0, 3.0):
