@@ -82,9 +82,9 @@ def read_additions(path: str | os.PathLike) -> dict[int, Tensor]:
     name = _existing(path)
     metadata, tensors = _safetensors(path, name)
     layers = _by_layer(tensors, "layer.")
-    shapes = {tensor.shape[:1] for tensor in layers.values() if tensor.dim() == 2 and len(tensor)}
-    is_one = metadata.get("format") == "activation_addition" and len(shapes) == 1
-    if not is_one or len(layers) < len(tensors) or any(t.dim() != 2 for t in layers.values()):
+    lengths = {len(tensor) if tensor.dim() == 2 else 0 for tensor in layers.values()}
+    is_one = metadata.get("format") == "activation_addition" and len(lengths) == 1
+    if not is_one or 0 in lengths or len(layers) < len(tensors):
         raise ValueError(f"{name} is a safetensors file, but holds no activation addition")
     _check_version(name, metadata.get("format_version"))
     return layers

@@ -4,12 +4,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from common.serving.deltas import Deltas, add_to_output
 from common.serving.offers import ScaledRows, read_offers, save_additions
 from common.serving.requests import Steering
 from common.serving.slices import slices_of_rows, steered_runs
 from common.vectors.activation_additions import ActivationAddition
+from common.vectors.files import read_additions, write_additions
 from common.vectors.steering_vector import SteeringVector
 
 LAYERS, D_MODEL = 6, 8
@@ -120,6 +122,76 @@ def test_an_addition_where_engines_do_not_add_is_refused(tmp_path, model, tokeni
     assert not path.exists()
     with pytest.raises(ValueError, match="at least one ActivationAddition"):
         save_additions(path, model, tokenizer, [])
+
+
+# --- the files of additions ---
+
+
+def test_what_an_addition_adds_survives_its_file(tmp_path):
+    """Layers in order, of one tensor or of several, however it lies in memory."""
+    path = tmp_path / "folder" / "a.safetensors"
+    turned = torch.randn(D_MODEL, 3).T
+    write_additions(path, {12: turned, 3: turned, 0: torch.zeros(3, D_MODEL)})
+    found = read_additions(path)
+    assert list(found) == [0, 3, 12] and torch.equal(found[12], turned)
+    assert torch.equal(found[3], turned) and not found[0].any()
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        write_additions(path, {1: turned})
+    assert list(read_additions(path)) == [0, 3, 12]
+    write_additions(path, {1: turned}, overwrite=True)
+    assert list(read_additions(path)) == [1]
+
+
+OURS = {"format": "activation_addition", "format_version": "1"}
+ROWS = torch.ones(3, D_MODEL)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "metadata", "message"),
+    [
+        ({"layer.1": ROWS}, OURS | {"format_version": "2"}, "has format '2'; this version reads"),
+        ({"layer.1": ROWS}, {"format": "activation_addition"}, "has format None"),
+        ({"layer.1": ROWS}, OURS | {"format": "steering_vector"}, "no activation addition"),
+        ({"layer.1": ROWS}, None, "no activation addition"),
+        ({"layer.1": ROWS, "layer.2": ROWS[:2].clone()}, OURS, "no activation addition"),
+        ({"layer.1": ROWS, "layer.2": ROWS[0].clone()}, OURS, "no activation addition"),
+        ({"layer.1": ROWS[0].clone()}, OURS, "no activation addition"),
+        ({"layer.1": ROWS[:0].clone()}, OURS, "no activation addition"),
+        ({"layer.1": ROWS, "layer.2": ROWS[:0].clone()}, OURS, "no activation addition"),
+        ({"layer.1": ROWS, "other": ROWS.clone()}, OURS, "no activation addition"),
+        ({"layer.one": ROWS}, OURS, "no activation addition"),
+        ({"xlayer.1": ROWS}, OURS, "no activation addition"),
+    ],
+)
+def test_a_file_that_holds_no_addition_is_refused(tmp_path, tensors, metadata, message):
+    save_file(tensors, tmp_path / "a.safetensors", metadata)
+    with pytest.raises(ValueError, match=message) as error:
+        read_additions(tmp_path / "a.safetensors")
+    assert "a.safetensors" in str(error.value)
+
+
+def test_a_file_of_an_addition_that_is_cut_off_or_missing_is_refused(tmp_path):
+    path = tmp_path / "a.safetensors"
+    with pytest.raises(FileNotFoundError, match=r"no file '.*a\.safetensors'"):
+        read_additions(path)
+    write_additions(path, {1: ROWS})
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
+        read_additions(path)
+
+
+def test_additions_are_replaced_only_if_one_says_so(tmp_path, model, tokenizer):
+    path = tmp_path / "a.safetensors"
+    once, twice = ([ActivationAddition(coeff, 3, prompt="the")] for coeff in (1.0, 2.0))
+    save_additions(path, model, tokenizer, once)
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        save_additions(path, model, tokenizer, twice)
+    rows = read_additions(path)[2]
+    save_additions(path, model, tokenizer, twice, overwrite=True)
+    torch.testing.assert_close(read_additions(path)[2], 2 * rows)
+
+
+# --- the matrices of a step ---
 
 
 @pytest.fixture(scope="module")
