@@ -18,6 +18,7 @@ from benchmarks.engine_costs import BUSY, SINGLE, Case, steered, times_written
 from benchmarks.engine_texts import Subject, Text, compared
 from benchmarks.servers import server
 from benchmarks.stored import load, provenance
+from common.vectors.steering_vector import SteeringVector
 from repository.mechanisms import ROOT
 
 SIGNS = tuple(engine_texts.SIGNS)
@@ -106,6 +107,12 @@ def test_checkpoints_hold_the_vector(subject, wanted):
         assert subject.gguf(sign).stat().st_size > 0
         assert (subject.checkpoint(sign) / "tokenizer.json").exists()
     assert len({tuple(wanted[sign][0].tokens) for sign in SIGNS}) == 3
+    stored = SteeringVector.load(subject.folder / "love.safetensors")
+    (layer,) = stored.layer_activations
+    assert layer == subject.preset.layer and stored.norm()[layer] == pytest.approx(1.0)
+    assert torch.equal(
+        stored.layer_activations[layer], subject.vector.layer_activations[layer].detach()
+    )
 
 
 def test_a_text_stops_before_its_end(subject):

@@ -70,9 +70,10 @@ def test_the_file_gives_the_logits_of_the_model(model, tokenizer, written):
         ({}, torch.float32),
         ({"tie_word_embeddings": False}, torch.float32),
         ({"layer_norm_epsilon": 0.1}, torch.float32),
+        ({"activation_function": "gelu_pytorch_tanh"}, torch.float32),
         ({}, torch.bfloat16),
     ],
-    ids=["own inner width", "embeddings of their own", "own epsilon", "16 bit"],
+    ids=["own inner width", "embeddings of their own", "own epsilon", "other name", "16 bit"],
 )
 def test_any_gpt2_is_written(byte_level, tmp_path, options, dtype):
     """What a config can say; 16-bit weights are written as the same numbers in float32."""
@@ -232,6 +233,7 @@ def test_other_models_are_refused(model, tokenizer, byte_level, tmp_path):
         "activation_function": "relu",
         "scale_attn_weights": False,
         "scale_attn_by_inverse_layer_idx": True,
+        "add_cross_attention": True,
     }.items():
         with pytest.raises(ValueError, match=f"with {entry}=.*; this one has {value!r}"):
             save_model_gguf(random_model(len(byte_level), **{entry: value}), byte_level, path)
