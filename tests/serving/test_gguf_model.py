@@ -162,6 +162,14 @@ def test_the_end_of_text_is_written_where_it_is_added(byte_level, tmp_path):
     assert GGUFModel(tmp_path / "model.gguf").ids(TEXT) == tokenizer(TEXT)["input_ids"]
 
 
+def test_affixes_that_are_empty_are_none(byte_level, tmp_path):
+    """So older files say it."""
+    empty = {"continuing_subword_prefix": "", "end_of_word_suffix": ""}
+    made = changed(byte_level, lambda parts: parts["model"].update(empty))
+    save_model_gguf(random_model(len(made)), made, tmp_path / "model.gguf")
+    assert GGUFModel(tmp_path / "model.gguf").ids(TEXT) == byte_level(TEXT)["input_ids"]
+
+
 # --- what is refused ---
 
 
@@ -186,7 +194,20 @@ def changed(tokenizer, change) -> PreTrainedTokenizerFast:
         (lambda parts: parts.update(normalizer={"type": "NFC"}), "normalizer"),
         (lambda parts: parts["model"].update(ignore_merges=True), "ignore_merges"),
         (lambda parts: parts["model"].update(dropout=0.5), "dropout"),
+        (lambda parts: parts["model"].update(byte_fallback=True), "byte_fallback"),
+        (
+            lambda parts: parts["model"].update(continuing_subword_prefix="#", merges=[]),
+            "continuing_subw",
+        ),
+        (lambda parts: parts["model"].update(end_of_word_suffix="#"), "end_of_word_suffix"),
+        (
+            lambda parts: parts.update(
+                model={"type": "WordLevel", "vocab": parts["model"]["vocab"], "unk_token": "a"}
+            ),
+            "type: 'BPE'",
+        ),
         (lambda parts: parts["added_tokens"][0].update(lstrip=True), "lstrip of '<|endoftext|>'"),
+        (lambda parts: parts["added_tokens"][0].update(rstrip=True), "rstrip of '<|endoftext|>'"),
     ],
 )
 def test_another_tokenizer_is_refused(byte_level, tmp_path, change, says):
