@@ -4,6 +4,7 @@ They need the environment of `make engines`.
 """
 
 import copy
+import importlib
 import importlib.util
 import random
 
@@ -12,6 +13,7 @@ import vllm_bench
 from vllm_bench import TINY, Ask, Bench, answer_of, assert_equal, engine, mixed, report, run
 
 from common.loading import copy_sharing_weights
+from common.serving import vllm_plugin
 from common.serving.requests import steering_args
 from repository.mechanisms import load_mechanism
 
@@ -278,6 +280,14 @@ def test_an_engine_without_vectors_refuses_requests_that_ask(embedded):
     params = SamplingParams(extra_args=steering_args("one"))
     with pytest.raises(VLLMValidationError, match="started without steering vectors"):
         processor.process_inputs("0", prompt, params, ("generate",))
+
+
+def test_the_kinds_of_requests_that_are_watched_are_those_of_the_server():
+    """In another version they may have other names, and would be watched no more."""
+    for place, name in vllm_plugin._PROTOCOLS.items():
+        kind = getattr(importlib.import_module(place), name)
+        assert callable(kind.to_sampling_params) and "vllm_xargs" in kind.model_fields
+        assert kind.model_config["extra"] == "allow", "fields beside it would be dropped"
 
 
 # --- a count that is wrong ---
