@@ -14,6 +14,12 @@ from common.arguments import finite_number, finite_product, integer
 from common.vectors.files import Contents, check_control_vector
 from common.vectors.steering_vector import SteeringVector
 
+# Kinds of models whose graphs in llama.cpp's src/models do without `build_cvec`: a vector would be
+# taken, and never added.
+WITHOUT = (
+    *("bert", "nomic-bert", "nomic-bert-moe", "jina-bert-v2", "jina-bert-v3", "modern-bert"),
+    *("neo-bert", "eurobert", "plamo2", "wavtokenizer-dec"),
+)
 _steered: weakref.WeakSet = weakref.WeakSet()
 
 
@@ -23,7 +29,8 @@ def steer_llama_cpp(llama: Any, vector: SteeringVector, multiplier: float = 1.0)
 
     The vector is added at every position of every text. When the block begins and when it ends,
     the model forgets what it has read: llama-cpp-python keeps the keys and values of the last text,
-    and would go on from steered ones afterwards.
+    and would go on from steered ones afterwards. Read a text that was begun inside to its end
+    there. A cache that is set inside is taken off at the end.
 
     Source: `llama_set_adapter_cvec` in llama.cpp's include/llama.h.
 
@@ -33,13 +40,18 @@ def steer_llama_cpp(llama: Any, vector: SteeringVector, multiplier: float = 1.0)
         multiplier: multiplies the vector first.
 
     Raises:
-        ValueError: before anything is changed: no `Llama`; what `control_vector` refuses; a model
-            that is steered already, or that has a cache of texts, which would come back steered.
+        ValueError: before anything is changed: no `Llama`, or one that is closed; what
+            `control_vector` refuses; a model to which llama.cpp adds no vectors, that is steered
+            already, or that has a cache of texts, which would come back steered.
         ModuleNotFoundError: llama-cpp-python is not installed.
     """
     engine = importlib.import_module("llama_cpp")
     if not isinstance(llama, engine.Llama):
         raise ValueError(f"expected a llama_cpp.Llama, got a {type(llama).__name__}")
+    if llama.ctx is None:
+        raise ValueError("the model is closed")
+    if (kind := llama.metadata.get("general.architecture")) in WITHOUT:
+        raise ValueError(f"llama.cpp adds no control vectors to {kind!r}, and says nothing")
     blocks, d_model = engine.llama_model_n_layer(llama.model), llama.n_embd()
     rows = control_vector(vector, multiplier, blocks, d_model)
     if llama in _steered:
@@ -61,7 +73,9 @@ def steer_llama_cpp(llama: Any, vector: SteeringVector, multiplier: float = 1.0)
         yield
     finally:
         _steered.discard(llama)
-        give(None, -1)
+        if llama.ctx is not None:
+            give(None, -1)
+        llama.set_cache(None)
 
 
 def control_vector(

@@ -174,11 +174,15 @@ class Llama:
 
     def __init__(self) -> None:
         self.model, self.ctx, self.cache = SimpleNamespace(blocks=6), object(), None
+        self.metadata = {"general.architecture": "gpt2"}
         self.told: list[Any] = []
         self.answer = 0
 
     def n_embd(self) -> int:
         return 4
+
+    def set_cache(self, cache: Any) -> None:
+        self.cache = cache
 
     def reset(self) -> None:
         self.told.append("forget")
@@ -241,6 +245,12 @@ def test_a_running_model_that_cannot_be_steered_is_left_alone(llama):
     llama.cache = {}
     refused(llama, vector_of([1]), "take it off by llama.set_cache")
     llama.cache = None
+    llama.metadata["general.architecture"] = "plamo2"
+    refused(llama, vector_of([1]), "adds no control vectors to 'plamo2'")
+    llama.metadata["general.architecture"] = "gpt2"
+    context, llama.ctx = llama.ctx, None
+    refused(llama, vector_of([1]), "the model is closed")
+    llama.ctx = context
     assert not llama.told
     with steer_llama_cpp(llama, vector_of([1])):
         llama.told.clear()
@@ -250,6 +260,20 @@ def test_a_running_model_that_cannot_be_steered_is_left_alone(llama):
         other.ctx = llama.ctx
         with steer_llama_cpp(other, vector_of([2])):
             llama.told.clear()
+
+
+def test_a_cache_of_steered_texts_ends_with_the_block(llama):
+    with steer_llama_cpp(llama, vector_of([1])):
+        llama.set_cache({"I": "love"})
+    assert llama.cache is None
+
+
+def test_a_model_that_is_closed_meanwhile_is_left_alone(llama):
+    """llama.cpp would end the process."""
+    with steer_llama_cpp(llama, vector_of([1])):
+        llama.told.clear()
+        llama.ctx = None
+    assert not llama.told
 
 
 def test_a_vector_that_llama_cpp_refuses_is_an_error(llama):

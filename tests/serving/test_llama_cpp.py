@@ -268,6 +268,30 @@ def test_what_cannot_be_steered_is_refused(engine, llama, model, tokenizer, love
     assert text(llama, ids) == before
 
 
+def test_a_model_that_is_closed_is_refused(start, model, love):
+    """And one that is closed inside the block ends it as any other."""
+    closed, vector = start(model), love.select([1])
+    with steer_llama_cpp(closed, vector):
+        closed.close()
+    with pytest.raises(ValueError, match="the model is closed"), steer_llama_cpp(closed, vector):
+        pass
+
+
+def test_a_cache_that_is_set_inside_ends_with_the_block(engine, llama, model, tokenizer, love):
+    """Its texts are steered, and would come back."""
+    ids = tokenizer(PROMPTS[0])["input_ids"]
+
+    def complete() -> str:
+        options = {"max_tokens": 8, "temperature": 0.0, "repeat_penalty": 1.0}
+        return llama.create_completion(ids, **options)["choices"][0]["text"]
+
+    before = complete()
+    with steer_llama_cpp(llama, love.select([2])):
+        llama.set_cache(engine.LlamaRAMCache())
+        assert complete() != before
+    assert complete() == before
+
+
 # --- without a control vector ---
 
 
