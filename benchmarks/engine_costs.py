@@ -239,7 +239,7 @@ def measure(case: Case, device: str, rounds: int) -> tuple[list[dict[str, Any]],
 
 
 def cost_table(results: dict[str, Any]) -> pd.DataFrame:
-    """Return the stored costs: tokens per second, and times as long as the same, unsteered."""
+    """Return the stored costs: how many times as long as the same, unsteered."""
     rows = [row for row in results["rows"] if row["way"] != row["compared with"]]
     return pd.DataFrame(
         {
