@@ -114,6 +114,26 @@ def test_an_addition_is_the_sum_of_what_its_prompts_have(folder, model, tokenize
     torch.testing.assert_close(rows[2], expected, rtol=0, atol=1e-4)
 
 
+def test_what_a_block_reads_is_what_the_one_before_it_gives(tmp_path, model, tokenizer):
+    """In the files there is only what blocks give, from the first one on."""
+    written = {}
+    for place in (1, "blocks.0.hook_resid_post", 4, "blocks.3.hook_resid_post"):
+        addition = ActivationAddition(1.0, place, prompt="the garden")
+        save_additions(tmp_path / f"{place}.safetensors", model, tokenizer, [addition])
+        written[place] = read_additions(tmp_path / f"{place}.safetensors")
+    for pre, post, layer in [
+        (1, "blocks.0.hook_resid_post", 0),
+        (4, "blocks.3.hook_resid_post", 3),
+    ]:
+        assert list(written[pre]) == list(written[post]) == [layer]
+        torch.testing.assert_close(written[pre], written[post])
+    both = [ActivationAddition(1.0, place, prompt="the garden") for place in written]
+    save_additions(tmp_path / "both.safetensors", model, tokenizer, both)
+    sums = read_additions(tmp_path / "both.safetensors")
+    assert list(sums) == [0, 3]
+    torch.testing.assert_close(sums[3], 2 * written[4][3])
+
+
 @pytest.mark.parametrize("place", [0, (3, "mlp")])
 def test_an_addition_where_engines_do_not_add_is_refused(tmp_path, model, tokenizer, place):
     path = tmp_path / "a.safetensors"

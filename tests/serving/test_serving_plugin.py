@@ -240,8 +240,9 @@ def test_a_request_carries_what_was_checked_and_a_salt(processor):
     assert given == args, "the caller's own mapping was changed"
     digest = processor.steering[1]["love"].offer.digest
     assert found.cache_salt == asked.salt(digest)
-    salted = processor.process_inputs("r", request(given, cache_salt="mine"))
-    assert salted.cache_salt == asked.salt(digest, "mine")
+    for salt in ("mine", "steering-mine"):
+        salted = processor.process_inputs("r", request(given, cache_salt=salt))
+        assert salted.cache_salt == asked.salt(digest, salt)
 
 
 def test_no_unsteered_request_brings_the_salt_of_a_steering(processor):
