@@ -11,7 +11,7 @@ from benchmarks.servers import PATIENCE, server
 from common.vectors.training import train_steering_vector
 from repository.mechanisms import load_mechanism
 
-NEEDS = ("fastapi", "uvicorn", "openai", "httpx")
+NEEDS = ("accelerate", "fastapi", "uvicorn", "openai", "httpx")
 pytestmark = [
     pytest.mark.engines,
     pytest.mark.skipif(
