@@ -7,6 +7,7 @@ vLLM, each request with its own steering:
     counting        steered tokens x layers, as asked and as done
     offers          the vectors and additions that an engine is started with
     deltas          what is added to the rows of a step
+    bodies          what a server is sent: steering in the wrong place is refused
     vllm_plugin     the checks at start and of every request; how an engine is started
     vllm_scheduler  a request whose count is wrong fails
     vllm_worker     the layers that add

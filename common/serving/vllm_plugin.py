@@ -26,6 +26,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from common.serving.bodies import PlaceCheck, misplaced
 from common.serving.offers import Served, read_offers
 from common.serving.requests import CHECKED, NAME, SALT, Menu, is_ours
 
@@ -40,6 +41,8 @@ _PROTOCOLS = {
     "vllm.entrypoints.openai.chat_completion.protocol": "ChatCompletionRequest",
     "vllm.entrypoints.openai.responses.protocol": "ResponsesRequest",
 }
+# Where the server makes its application.
+_SERVER = "vllm.entrypoints.launchers.app"
 
 
 def register() -> None:
@@ -74,8 +77,8 @@ def offers_of(vllm_config: Any) -> tuple[Menu, dict[str, Served]]:
     return read_offers(config, text.num_hidden_layers, text.hidden_size, model.dtype)
 
 
-def _wrap(owner: type, name: str, around: Callable) -> None:
-    """Put `around(method, self, …)` in the place of a method, once."""
+def _wrap(owner: Any, name: str, around: Callable) -> None:
+    """Put `around(method, self, …)` in the place of a method, or of a module's function, once."""
     method = getattr(owner, name)
     if hasattr(method, _MARK):
         return
@@ -189,6 +192,8 @@ def _read_menu(method: Callable, processor: Any, *args: Any, **kwargs: Any) -> N
             _wrap(protocol, "to_sampling_params", _check_place)
             if hasattr(protocol, "to_beam_search_params"):
                 _wrap(protocol, "to_beam_search_params", _check_search)
+    if _SERVER in sys.modules:
+        _wrap(sys.modules[_SERVER], "init_entrypoints_middleware", _check_bodies)
 
 
 def _check_request(method: Callable, processor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -217,10 +222,16 @@ def _check_request(method: Callable, processor: Any, *args: Any, **kwargs: Any) 
     return request
 
 
+def _check_bodies(method: Callable, args: Any, app: Any, *rest: Any, **kwargs: Any) -> None:
+    """Give the server's application its middleware, and ours, which reads bodies of every kind."""
+    method(args, app, *rest, **kwargs)
+    app.add_middleware(PlaceCheck)
+
+
 def _check_place(method: Callable, request: Any, *args: Any, **kwargs: Any) -> Any:
-    """Refuse arguments beside `vllm_xargs`, which the server would ignore."""
-    if wrong := [key for key in request.model_extra or {} if is_ours(key)]:
-        raise _refusal(f"expected {wrong[0]!r} inside vllm_xargs, not beside it")
+    """Refuse arguments beside `vllm_xargs`, also of a request that a file of them brings."""
+    if wrong := misplaced(request.model_extra or {}):
+        raise _refusal(wrong)
     return method(request, *args, **kwargs)
 
 

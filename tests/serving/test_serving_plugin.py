@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from common.serving import vllm_plugin
+from common.serving.bodies import PlaceCheck
 from common.serving.requests import CHECKED, Steering, steering_args
 from common.serving.vllm_plugin import EXTENSION, SCHEDULER, register
 from common.vectors.steering_vector import SteeringVector
@@ -317,6 +318,28 @@ def test_arguments_beside_vllm_xargs_are_refused(processor, vllm):
         assert sent(kind, model_extra={"other": 1}).to_sampling_params(5)[1] == 5
     inside = sent(vllm.CompletionRequest, vllm_xargs=steering_args("love"))
     assert inside.to_sampling_params(5, defaults="these") == ("sampling", 5, "these")
+
+
+def test_arguments_that_came_with_the_wrong_mapping_are_refused(processor, vllm):
+    """A raw body has no extra_body: that is the OpenAI client's word for what it adds."""
+    given = {"extra_body": {"vllm_xargs": steering_args("love")}}
+    with pytest.raises(Refused, match="inside vllm_xargs of a completion, not inside extra_body"):
+        sent(vllm.CompletionRequest, model_extra=given).to_sampling_params(5)
+
+
+def test_a_server_reads_bodies_of_every_kind(monkeypatch, vllm, steering):
+    """Once, however many front ends a process makes; some kinds drop what they do not know."""
+
+    class App(list):
+        add_middleware = list.append
+
+    name, app = "vllm.entrypoints.launchers.app", App()
+    more = {"init_entrypoints_middleware": lambda args, app, tasks: app.extend([args, tasks])}
+    module(monkeypatch, name, **more)
+    for _ in range(2):
+        vllm.InputProcessor(vllm.EngineArgs(steering).create_engine_config())
+    sys.modules[name].init_entrypoints_middleware("args", app, "all")
+    assert app == ["args", "all", PlaceCheck]
 
 
 @pytest.mark.parametrize("place", ["vllm_xargs", "model_extra"])

@@ -178,6 +178,26 @@ def test_arguments_in_the_wrong_place_are_refused(url, path):
     assert answer.status_code == 400 and "inside vllm_xargs" in answer.text
 
 
+@pytest.mark.parametrize(
+    ("path", "more"),
+    [
+        ("v1/completions", {"prompt": "I", "extra_body": {"vllm_xargs": {"steering": "one"}}}),
+        ("v1/completions", {"prompt": "I", "extra_args": {"steering": "one"}}),
+        ("v1/messages", {"messages": [{"role": "user", "content": "I"}], "steering": "one"}),
+        (
+            "generative_scoring",
+            {"query": "I", "items": [" dog"], "label_token_ids": [5, 6]}
+            | {"vllm_xargs": {"steering": "one"}},
+        ),
+    ],
+)
+def test_what_other_ways_would_drop_is_refused(url, path, more):
+    """All four were answered, by an unsteered model."""
+    given = {"model": "embedded", "max_tokens": 3, **more}
+    answer = httpx.post(f"{url}/{path}", json=given, timeout=PATIENCE)
+    assert answer.status_code == 400 and "inside vllm_xargs" in answer.text
+
+
 def test_a_text_that_is_streamed_is_steered(bench, tokenizer, client):
     async def stream():
         parts = await client.completions.create(
