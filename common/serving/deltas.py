@@ -62,7 +62,6 @@ class Deltas:
             else:
                 chosen[place] = first[what] + np.arange(run.position, run.position + run.length)
         zero = torch.zeros_like(table[0][:1])
-        chosen[chosen < 0] = size
         return torch.cat([*table, zero])[torch.from_numpy(chosen).to(zero.device)]
 
 
