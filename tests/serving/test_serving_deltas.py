@@ -1,5 +1,7 @@
 """What is added to the rows of a step, and the files that it comes from."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,7 +11,7 @@ from safetensors.torch import save_file
 from common.serving.deltas import Deltas, add_to_output
 from common.serving.offers import ScaledRows, read_offers, save_additions
 from common.serving.requests import Steering
-from common.serving.slices import slices_of_rows, steered_runs
+from common.serving.slices import Run, slices_of_rows, steered_runs
 from common.vectors.activation_additions import ActivationAddition
 from common.vectors.files import read_additions, write_additions
 from common.vectors.steering_vector import SteeringVector
@@ -285,6 +287,33 @@ def test_a_step_in_which_nothing_changed_takes_the_matrices_of_the_one_before(ro
     # What is not steered has rows, too, as those that come to the batch.
     assert len(step((love, 7), (None, 9))) == 2
     assert len(step((love, 8), (None, 10), (None, 0), rows=3)) == 3
+
+
+LOVE, FRONT = Steering("love", 1.0, (2, 3)), Steering("front", 1.0, (2,), end=3)
+
+
+@pytest.mark.parametrize(
+    ("steering", "change"),
+    [
+        (LOVE, {"steering": replace(LOVE, name="hate")}),
+        (LOVE, {"steering": replace(LOVE, coeff=-3.0)}),
+        (LOVE, {"steering": replace(LOVE, layers=(2,))}),
+        (LOVE, {"steering": replace(LOVE, layers=(3,))}),
+        (LOVE, {"row": 1}),
+        (LOVE, {"length": 1}),
+        (FRONT, {"steering": replace(FRONT, coeff=2.0)}),
+        (FRONT, {"position": 1}),
+    ],
+)
+def test_a_step_that_differs_in_one_thing_has_its_own_matrices(rows, steering, change):
+    """Nothing of the step before is taken."""
+    deltas, run = Deltas(rows), Run("a request", steering, row=0, position=0, length=2)
+    before, changed = deltas.of_step([run], 4), run._replace(**change)
+    found, alone = deltas.of_step([changed], 4), Deltas(rows).of_step([changed], 4)
+    assert found.keys() == alone.keys()
+    assert all(torch.equal(found[layer], alone[layer]) for layer in alone)
+    same = [torch.equal(found[layer], before[layer]) for layer in found if layer in before]
+    assert found.keys() != before.keys() or not all(same)
 
 
 def test_only_the_last_rows_used_are_kept(rows):
