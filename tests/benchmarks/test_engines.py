@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from collections import namedtuple
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -275,6 +276,33 @@ def test_the_share_of_other_programs(monkeypatch):
     monkeypatch.setattr(engine_costs.os, "cpu_count", lambda: 4)
     assert engine_costs._others((100.0, 10.0), (112.0, 18.0), 10.0) == pytest.approx(0.1)
     assert engine_costs._others((100.0, 10.0), (101.0, 18.0), 10.0) == 0.0
+
+
+LINUX = "user nice system idle iowait irq softirq steal guest guest_nice"
+
+
+@pytest.mark.parametrize(
+    ("fields", "used"),
+    [(LINUX, 1 + 2 + 4 + 32 + 64 + 128), ("user nice system idle", 1 + 2 + 4)],
+    ids=["Linux", "macOS"],
+)
+def test_processors_that_wait_are_not_used(monkeypatch, fields, used):
+    """What guests use is in `user` already; programs have children, and these have others."""
+    times = namedtuple("times", fields)(*(2.0**n for n in range(len(fields.split()))))
+
+    class Process:
+        def __init__(self, user: float = 1.0, system: float = 0.5):
+            self.times = SimpleNamespace(user=user, system=system, children_user=99.0)
+
+        def cpu_times(self) -> SimpleNamespace:
+            return self.times
+
+        def children(self, recursive: bool = False) -> list["Process"]:
+            return [Process(10.0, 20.0), *([Process(100.0, 200.0)] if recursive else [])]
+
+    psutil = SimpleNamespace(cpu_times=lambda: times, Process=Process)
+    monkeypatch.setattr(engine_costs, "psutil", psutil)
+    assert engine_costs._processor_seconds() == (used, 331.5)
 
 
 def test_the_time_of_this_program_is_its_own_and_that_of_its_children():

@@ -1,5 +1,6 @@
 """What is added to the rows of a step, and the files that it comes from."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -64,6 +65,11 @@ def test_what_is_offered_is_what_the_files_hold(folder):
         ({"vectors": {}}, "expected at least one file"),
         ({"vectors": {"love": 3}}, "expected files by name"),
         ({"vectors": "love.safetensors"}, "expected files by name"),
+        ({"additions": {"garden": 3}}, "expected files by name"),
+        ({"additions": ["garden.safetensors"]}, "expected files by name"),
+        ({"vectors": {"": "love"}}, "expected files by name"),
+        ({"vectors": {"love": ""}}, "expected files by name"),
+        ({"max_coeff": -1}, "expected a positive number as max_coeff"),
         ({"vector": {}}, "expected a mapping with vectors, additions, max_coeff"),
         ({"max_coeff": 0}, "expected a positive number as max_coeff"),
         ({"max_coeff": float("nan")}, "expected a finite number as max_coeff"),
@@ -86,7 +92,14 @@ def test_what_an_engine_cannot_serve_is_refused_when_it_starts(folder, more, mes
         read(config(folder, **more))
 
 
+@pytest.mark.parametrize("given", [None, [], "love.safetensors", 3])
+def test_something_else_than_a_mapping_is_refused(given):
+    with pytest.raises(ValueError, match="expected a mapping with vectors, additions, max_coeff"):
+        read(given)
+
+
 def test_an_engine_needs_a_limit_and_files_that_exist(folder):
+    assert read(config(folder, max_coeff=0.5))[0].max_coeff == 0.5
     with pytest.raises(ValueError, match="needs max_coeff"):
         read({"vectors": {"love": str(folder / "love.safetensors")}})
     with pytest.raises(FileNotFoundError, match="none.safetensors"):
@@ -343,10 +356,12 @@ def test_rows_that_are_padding_stay_as_they_are():
         torch.zeros(4, D_MODEL),
         torch.zeros(5, D_MODEL + 1),
         torch.zeros(1, 5, D_MODEL),
+        torch.zeros(5, D_MODEL, 1),
         (torch.zeros(5, D_MODEL), None),
         (torch.zeros(5, D_MODEL),) * 3,
     ],
 )
 def test_an_output_that_is_no_stream_is_refused(output):
-    with pytest.raises(ValueError, match="expected the stream or"):
+    shape = list(output[0].shape if isinstance(output, tuple) else output.shape)
+    with pytest.raises(ValueError, match=f"expected the stream or.*got {re.escape(f'[{shape}')}"):
         add_to_output(output, torch.zeros(5, D_MODEL))
