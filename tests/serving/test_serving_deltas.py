@@ -59,6 +59,19 @@ def test_what_is_offered_is_what_the_files_hold(folder):
     assert menu.offers["love"] == offer and menu.offers["hate"].digest != offer.digest
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_numbers_of_any_dtype_are_served_in_float32(tmp_path, dtype):
+    """A coefficient multiplies them before they are rounded to the dtype of the model."""
+    path = tmp_path / "love.safetensors"
+    vector(0).to(dtype).save(path)
+    _, served = read({"vectors": {"love": str(path)}, "max_coeff": 20})
+    rows = served["love"].rows[2]
+    assert rows.dtype == torch.float32
+    assert torch.equal(rows[0], vector(0).layer_activations[2].to(dtype).float())
+    scaled = ScaledRows(served, torch.bfloat16).get("love", 0.3, 2)
+    assert torch.equal(scaled, (0.3 * rows).to(torch.bfloat16))
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
