@@ -4,6 +4,7 @@ A model whose bias holds a steering vector is written like any other: llama.cpp 
 control vector, and steers after block 0 too.
 """
 
+import itertools
 import json
 import os
 from typing import Any, NamedTuple, cast
@@ -32,6 +33,8 @@ SPLITTER = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 MERGER = {"type": ("BPE",), "dropout": (None,)}
 MERGER |= dict.fromkeys(("continuing_subword_prefix", "end_of_word_suffix"), (None, ""))
 MERGER |= dict.fromkeys(("byte_fallback", "ignore_merges"), (False,))
+# Names at which llama.cpp's src/llama-vocab.cpp lets special tokens take the spaces beside them.
+RENAMED = ("phi-3", "phi3", "modern-bert")
 
 
 def save_model_gguf(
@@ -70,7 +73,7 @@ def save_model_gguf(
 
     def write(temporary: str) -> None:
         writer = gguf.GGUFWriter(temporary, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.GPT2])
-        writer.add_name(model_name(model) or "GPT-2")
+        writer.add_name(_name(model))
         writer.add_file_type(gguf.LlamaFileType.ALL_F32)
         writer.add_context_length(config.n_positions)
         writer.add_embedding_length(config.n_embd)
@@ -89,6 +92,12 @@ def save_model_gguf(
     write_whole(path, overwrite, write)
 
 
+def _name(model: nn.Module) -> str:
+    """Return the name of a model, unless llama.cpp would read special tokens otherwise for it."""
+    name = model_name(model)
+    return name if name and not any(part in name.lower() for part in RENAMED) else "GPT-2"
+
+
 def _weights(model: nn.Module) -> dict[str, np.ndarray]:
     """Return the weights in float32 by their names in GGUF, a matrix as [out, in].
 
@@ -101,12 +110,13 @@ def _weights(model: nn.Module) -> dict[str, np.ndarray]:
     for name, weight in checked.state_dict().items():
         if weight.is_meta or not weight.is_floating_point() or weight.element_size() == 1:
             raise ValueError(f"{name} is quantised or offloaded: expected numbers in memory")
+        weight = weight.float()
         if not torch.isfinite(weight).all():
             raise ValueError(f"expected finite weights, got nan or inf in {name}")
         if isinstance(checked.get_submodule(name.rpartition(".")[0]), Conv1D) and weight.dim() == 2:
             weight = weight.T  # Conv1D keeps [in, out]
         new = cast(str, names.get_name(name, try_suffixes=(".weight", ".bias")))
-        found[new] = weight.float().cpu().contiguous().numpy()
+        found[new] = weight.cpu().contiguous().numpy()
     return found
 
 
@@ -157,6 +167,7 @@ class _Vocabulary(NamedTuple):
         merges: pairs of tokens with a space between, the most important first.
         ids: those of special tokens: "bos", "eos", "pad".
         adds: whether the tokenizer puts "bos" and "eos" around a text.
+        template: of chats, where it has one.
     """
 
     tokens: list[str]
@@ -164,6 +175,7 @@ class _Vocabulary(NamedTuple):
     merges: list[str]
     ids: dict[str, int]
     adds: dict[str, bool]
+    template: str | None
 
     def write(self, writer: gguf.GGUFWriter) -> None:
         """Add it to a file that is being written."""
@@ -177,6 +189,8 @@ class _Vocabulary(NamedTuple):
         writer.add_pad_token_id(self.ids["pad"])
         writer.add_add_bos_token(self.adds["bos"])
         writer.add_add_eos_token(self.adds["eos"])
+        if self.template:
+            writer.add_chat_template(self.template)
 
 
 def _vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> _Vocabulary:
@@ -204,12 +218,16 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> _Vocabulary:
     types = dict.fromkeys(texts, gguf.TokenType.NORMAL)
     types |= {number: kinds[token["special"]] for number, token in added.items()}
     merges = parts["model"]["merges"]
+    unused = "[PAD"
+    while any(text.startswith(unused) for text in texts.values()):
+        unused = f"[{unused}"
     return _Vocabulary(
-        tokens=[texts.get(number, f"[PAD{number}]") for number in range(size)],
+        tokens=[texts.get(number, f"{unused}{number}]") for number in range(size)],
         types=[types.get(number, gguf.TokenType.UNUSED) for number in range(size)],
         merges=[merge if isinstance(merge, str) else " ".join(merge) for merge in merges],
         ids=ids,
         adds=_adds(tokenizer),
+        template=tokenizer.get_chat_template() if tokenizer.chat_template else None,
     )
 
 
@@ -234,6 +252,25 @@ def _check_parts(parts: dict[str, Any]) -> None:
         for key in ("single_word", "lstrip", "rstrip"):
             if token[key]:
                 raise _other_tokenizer(f"{key} of {token['content']!r}", True, False)
+    if overlap := _overlap(parts["added_tokens"]):
+        raise _other_tokenizer("added tokens that overlap", overlap, None)
+
+
+def _overlap(added: list[dict[str, Any]]) -> tuple[str, str] | None:
+    """Return two added tokens of which a text may hold parts at once, or None.
+
+    llama.cpp finds the longest one first; transformers those that are not normalised, as special
+    ones are, and of these the leftmost.
+    """
+    for one, other in itertools.permutations(added, 2):
+        left, right = one["content"], other["content"]
+        shared = range(1, min(len(left), len(right)))
+        is_row = len({*left, *right}) == 1  # of one letter, which both take from the left
+        if not is_row and any(left.endswith(right[:size]) for size in shared):
+            return left, right
+        if right in left and one["normalized"] and not other["normalized"]:
+            return left, right
+    return None
 
 
 def _other_tokenizer(part: str, given: object, expected: object) -> ValueError:

@@ -292,3 +292,64 @@ def test_added_tokens_that_strip_are_refused(byte_level, tmp_path):
     tokenizer.add_tokens([AddedToken("dogs", single_word=True)])
     with pytest.raises(ValueError, match="with single_word of 'dogs': False; this one has True"):
         save_model_gguf(random_model(len(tokenizer)), tokenizer, tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize(
+    "plain, special",
+    [
+        (["dogcat", "catfish"], []),  # "dogcatfish": from the left, or the longest first?
+        (["a<x>b"], ["<x>"]),  # special tokens first, or the longest?
+        (["aab", "aa", "ba"], []),
+    ],
+)
+def test_added_tokens_that_overlap_are_refused(byte_level, tmp_path, plain, special):
+    tokenizer = copy.deepcopy(byte_level)
+    tokenizer.add_tokens(plain)
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    with pytest.raises(ValueError, match="with added tokens that overlap"):
+        save_model_gguf(random_model(len(tokenizer)), tokenizer, tmp_path / "model.gguf")
+
+
+def test_added_tokens_inside_each_other_are_written(byte_level, tmp_path):
+    """The longest is taken there and here: rows of spaces, a word and a longer one."""
+    tokenizer = copy.deepcopy(byte_level)
+    tokenizer.add_tokens(["  ", "   ", "dog", "hotdogs"])
+    save_model_gguf(random_model(len(tokenizer)), tokenizer, tmp_path / "model.gguf")
+    found = GGUFModel(tmp_path / "model.gguf")
+    for text in (*(f"a{n * ' '}b" for n in range(9)), "hotdogs hotdog"):
+        assert found.ids(text) == tokenizer(text)["input_ids"]
+
+
+def test_no_two_tokens_have_one_name(byte_level, tmp_path):
+    """llama.cpp would end the process."""
+    tokenizer = copy.deepcopy(byte_level)
+    tokenizer.add_tokens([f"[PAD{len(byte_level) + 2}]"])
+    save_model_gguf(random_model(len(tokenizer) + 3), tokenizer, tmp_path / "model.gguf")
+    tokens = GGUFModel(tmp_path / "model.gguf").field("tokenizer.ggml.tokens")
+    assert len(set(tokens)) == len(tokens) == len(tokenizer) + 3
+
+
+@pytest.mark.parametrize("name", ["my-Phi-3", "phi3", "modern-bert"])
+def test_a_name_at_which_llama_cpp_changes_the_tokenizer_is_not_written(byte_level, tmp_path, name):
+    model = random_model(len(byte_level))
+    for called, written in ((name, "GPT-2"), ("mine", "mine")):
+        model.config._name_or_path = called
+        save_model_gguf(model, byte_level, tmp_path / "model.gguf", overwrite=True)
+        assert GGUFModel(tmp_path / "model.gguf").field("general.name") == written
+
+
+def test_weights_beyond_float32_are_refused(byte_level, tmp_path):
+    model = random_model(len(byte_level)).double()
+    model.transformer.ln_f.bias.data[3] = 1e300
+    with pytest.raises(ValueError, match=r"got nan or inf in transformer\.ln_f\.bias"):
+        save_model_gguf(model, byte_level, tmp_path / "model.gguf")
+
+
+def test_the_template_of_chats_is_written(byte_level, tmp_path):
+    """Without one llama.cpp and its bindings take another, each its own."""
+    tokenizer = copy.deepcopy(byte_level)
+    for template in (None, "{% for m in messages %}{{ m.content }}{% endfor %}"):
+        tokenizer.chat_template = template
+        path = tmp_path / "model.gguf"
+        save_model_gguf(random_model(len(tokenizer)), tokenizer, path, overwrite=True)
+        assert GGUFModel(path).field("tokenizer.chat_template") == template
