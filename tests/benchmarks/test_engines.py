@@ -226,6 +226,7 @@ def test_ways_are_compared_with_their_engine_unsteered(measured):
     assert rows[steered(1)]["tokens per second"] == 64 * 10 / 5
     assert rows["llama.cpp, steered"]["tokens per second"] == SINGLE * 10 / 0.25
     assert {way for way, row in rows.items() if row["asked"]} == {steered(1)}
+    assert rows["vLLM"]["asked"] is None
     assert rows[steered(1)]["asked"] == 1.5 and rows[steered(1)]["spread"] == (1.25, 1.25)
     assert {row["model"] for row in measured.rows} == {"small"}
 
@@ -241,6 +242,7 @@ def test_table_picture_and_report_say_what_was_measured(measured, capsys):
     table = engine_costs.cost_table(results)
     compared_with = {"vLLM", "transformers", "llama.cpp"}
     assert list(table["way"]) == [way for way in WAYS if way not in compared_with]
+    assert list(table) == ["model", "way", "times unsteered", "quartiles", "asked"]
     row = table[table["way"] == steered(1)].to_numpy().tolist()
     assert row == [["small", steered(1), 1.25, "1.25–1.25", 1.5]]
     (axis,) = engine_costs.plot(results).axes
@@ -252,6 +254,16 @@ def test_table_picture_and_report_say_what_was_measured(measured, capsys):
         assert f"{way} " in said
     assert "64 prompts of 16 tokens" in said and "other programs took 3%" in said
     assert f"{'128':>10}   1.250   1.250–1.250    1.50" in said
+
+
+def test_the_share_is_that_of_the_time_it_took(measured, monkeypatch):
+    """Without the time in which engines start and end."""
+    clock = iter([1000.0, 1000.0, 1008.0, 1008.0])
+    monkeypatch.setattr(engine_costs, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(engine_costs, "interleaved", lambda *_: next(clock) and {})
+    monkeypatch.setattr(engine_costs, "_processor_seconds", lambda: (0.0, 0.0))
+    monkeypatch.setattr(engine_costs, "_others", lambda before, after, seconds: seconds)
+    assert engine_costs.measure(CASE, "cpu", 3) == ([], 8.0)
 
 
 def test_a_page_says_the_range_of_what_steers(measured):
@@ -276,6 +288,8 @@ def test_the_share_of_other_programs(monkeypatch):
     monkeypatch.setattr(engine_costs.os, "cpu_count", lambda: 4)
     assert engine_costs._others((100.0, 10.0), (112.0, 18.0), 10.0) == pytest.approx(0.1)
     assert engine_costs._others((100.0, 10.0), (101.0, 18.0), 10.0) == 0.0
+    monkeypatch.setattr(engine_costs.os, "cpu_count", lambda: None)
+    assert engine_costs._others((100.0, 10.0), (112.0, 18.0), 10.0) == pytest.approx(0.4)
 
 
 LINUX = "user nice system idle iowait irq softirq steal guest guest_nice"

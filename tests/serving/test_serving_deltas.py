@@ -105,6 +105,23 @@ def test_what_an_engine_cannot_serve_is_refused_when_it_starts(folder, more, mes
         read(config(folder, **more))
 
 
+def test_first_and_last_layer_may_be_steered(tmp_path):
+    """No number is larger, in any layer, than the one by which coefficients are limited."""
+    path = tmp_path / "love.safetensors"
+    rows = {layer: torch.full([D_MODEL], -1.0 - layer) for layer in (0, LAYERS - 1)}
+    SteeringVector(rows).save(path)
+    offer = read({"vectors": {"love": str(path)}, "max_coeff": 20})[0].offers["love"]
+    assert offer.layers == (0, LAYERS - 1) and offer.largest == LAYERS
+
+
+@pytest.mark.parametrize("layer", [-1, LAYERS])
+def test_layers_that_are_not_there_are_refused(tmp_path, layer):
+    path = tmp_path / "love.safetensors"
+    SteeringVector({layer: torch.ones(D_MODEL)}).save(path)
+    with pytest.raises(ValueError, match=f"steers layer {layer}, .* layers 0 to {LAYERS - 1}"):
+        read({"vectors": {"love": str(path)}, "max_coeff": 20})
+
+
 @pytest.mark.parametrize("given", [None, [], "love.safetensors", 3])
 def test_something_else_than_a_mapping_is_refused(given):
     with pytest.raises(ValueError, match="expected a mapping with vectors, additions, max_coeff"):
@@ -179,13 +196,13 @@ def test_what_an_addition_adds_survives_its_file(tmp_path):
     """Layers in order, of one tensor or of several, however it lies in memory."""
     path = tmp_path / "folder" / "a.safetensors"
     turned = torch.randn(D_MODEL, 3).T
-    write_additions(path, {12: turned, 3: turned, 0: torch.zeros(3, D_MODEL)})
+    write_additions(path, {12: turned, 3: turned, 0: ROWS, 1: ROWS})
     found = read_additions(path)
-    assert list(found) == [0, 3, 12] and torch.equal(found[12], turned)
-    assert torch.equal(found[3], turned) and not found[0].any()
+    assert list(found) == [0, 1, 3, 12] and torch.equal(found[12], turned)
+    assert torch.equal(found[3], turned) and torch.equal(found[0], ROWS)
     with pytest.raises(FileExistsError, match="overwrite=True"):
         write_additions(path, {1: turned})
-    assert list(read_additions(path)) == [0, 3, 12]
+    assert list(read_additions(path)) == [0, 1, 3, 12]
     write_additions(path, {1: turned}, overwrite=True)
     assert list(read_additions(path)) == [1]
 
@@ -347,6 +364,7 @@ def test_only_the_last_rows_used_are_kept(rows):
     for coeff in (1.0, 2.0, 1.0, 3.0):
         few.get("love", coeff, 2)
     assert [coeff for _, coeff, _ in few.scaled] == [1.0, 3.0]
+    assert few.get("love", 3.0, 2) is few.get("love", 3.0, 2)
 
 
 def test_the_stream_is_steered_whether_a_layer_returns_it_or_its_parts():
