@@ -315,12 +315,7 @@ def counts(model) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def figures(model) -> list[str]:
     """Every measured figure of the pages, with the words that say what it is."""
-    return [
-        *mechanism_figures(),
-        *extraction_figures(),
-        *sweep_figures(),
-        *counts(model),
-    ]
+    return [*mechanism_figures(), *extraction_figures(), *sweep_figures(), *counts(model)]
 
 
 def flat(text: str) -> str:
