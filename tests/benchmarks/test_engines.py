@@ -248,6 +248,10 @@ def test_table_picture_and_report_say_what_was_measured(measured, capsys):
     (axis,) = engine_costs.plot(results).axes
     assert isinstance(axis, Axes)
     assert [bar.get_width() for bar in axis.patches] == list(table["times unsteered"])
+    lines = [list(line.get_xdata()) for line in axis.lines]
+    assert [1.5, 1.5] in lines, "no mark at what was asked"
+    assert any(1.25 in line for line in lines), "no quartiles"
+    assert axis.get_xlabel() == "times as long as the same, unsteered"
     engine_costs.report(results)
     said = capsys.readouterr().out
     for way in WAYS:

@@ -60,6 +60,7 @@ def random_model(size: int, **options) -> GPT2LMHeadModel:
 def test_the_file_gives_the_logits_of_the_model(model, tokenizer, written):
     ids = tokenizer(TEXT)["input_ids"]
     assert written.field("general.architecture") == "gpt2"
+    assert written.field("general.name") == "embedded"
     assert written.field("gpt2.context_length") == model.config.n_positions
     torch.testing.assert_close(written.logits(ids), logits_of(model, ids), atol=1e-4, rtol=1e-4)
 
@@ -84,6 +85,7 @@ def test_any_gpt2_is_written(byte_level, tmp_path, options, dtype):
     wanted = logits_of(copy.deepcopy(model).float(), ids)
     torch.testing.assert_close(found.logits(ids), wanted, atol=1e-4, rtol=1e-4)
     assert found.weights["token_embd.weight"].dtype == torch.float32
+    assert found.field("general.name") == "GPT-2", "the model has no name of its own"
     for field, name in {  # llama.cpp expects shapes that the header says
         "context_length": "position_embd.weight",
         "feed_forward_length": "blk.1.ffn_up.weight",
