@@ -1,5 +1,6 @@
 """What `make engines` compares and stores, and what the page says of it."""
 
+import os
 import subprocess
 import sys
 import time
@@ -366,10 +367,12 @@ def test_costs_are_stored_if_the_machine_was_free(
     monkeypatch.setattr(engine_costs, "store_part", lambda *given: written.append(given))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["engine_costs", *arguments, "--rounds", "5"])
-    for name in ("VLLM_USE_V2_MODEL_RUNNER", "VLLM_NO_USAGE_STATS", "VLLM_CPU_KVCACHE_SPACE"):
+    settings = ("VLLM_USE_V2_MODEL_RUNNER", "VLLM_NO_USAGE_STATS", "VLLM_CPU_KVCACHE_SPACE")
+    for name in settings:
         monkeypatch.setenv(name, "")
     engine_costs.main()
     assert rounds == ([1] if arguments else [5, 5])
+    assert [os.environ[name] for name in settings] == ["0", "1", "1"]
     assert ("nothing is written" in capsys.readouterr().out) == (others > BUSY)
     if stored is None:
         assert not written

@@ -7,7 +7,7 @@ import odd_tokenizers
 import pytest
 import torch
 from architectures import tiny_model
-from gguf import TokenType
+from gguf import LlamaFileType, TokenType
 from gguf_reader import GGUFModel
 from hypothesis import given
 from hypothesis import strategies as st
@@ -61,6 +61,7 @@ def test_the_file_gives_the_logits_of_the_model(model, tokenizer, written):
     ids = tokenizer(TEXT)["input_ids"]
     assert written.field("general.architecture") == "gpt2"
     assert written.field("general.name") == "embedded"
+    assert written.field("general.file_type") == LlamaFileType.ALL_F32
     assert written.field("gpt2.context_length") == model.config.n_positions
     torch.testing.assert_close(written.logits(ids), logits_of(model, ids), atol=1e-4, rtol=1e-4)
 
