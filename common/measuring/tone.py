@@ -33,14 +33,16 @@ def lexicon() -> dict[str, int]:
 def tone_words(text: str) -> list[tuple[int, int]]:
     """Return where each word that carries a tone begins, and what it counts: +1 or -1.
 
-    A negation up to two words before reverses a word.
+    A negation up to two words before, in the same sentence, reverses a word.
     """
-    words = [(found.start(), found[0].lower()) for found in re.finditer("[A-Za-z]+", text)]
     counted = []
-    for index, (start, word) in enumerate(words):
-        if value := lexicon().get(word):
-            turned = any(earlier in NEGATIONS for _, earlier in words[max(0, index - 2) : index])
-            counted.append((start, -value if turned else value))
+    for sentence in re.finditer("[^.!?]+", text):
+        found = re.finditer("[A-Za-z]+", sentence[0])
+        words = [(sentence.start() + word.start(), word[0].lower()) for word in found]
+        for index, (start, word) in enumerate(words):
+            if value := lexicon().get(word):
+                before = [earlier for _, earlier in words[max(0, index - 2) : index]]
+                counted.append((start, value if NEGATIONS.isdisjoint(before) else -value))
     return counted
 
 

@@ -269,10 +269,13 @@ def test_no_words_are_refused(words):
         ("I hardly hate it", 1),
         ("No love", -1),
         ("I do not say that I love it", 1),
+        ("No, I love it", -1),
+        ("No. I love it", 1),
+        ("Is it not? Love!", 1),
     ],
 )
 def test_tone(text, expected):
-    """Words of the grammar, in any case and whole; a negation reaches two words far."""
+    """Words of the grammar, in any case and whole; a negation reaches two words of its sentence."""
     assert tone(text) == expected and tone_sign([text, "hate"]) == [expected, -1]
     assert get_sentiment_metric()([text]) == [expected]
 
@@ -285,6 +288,22 @@ def test_tone(text, expected):
 def test_a_negation_turns_the_two_words_behind_it(word, negation, between):
     text = " ".join([negation, *between, word])
     assert tone(text) == (lexicon()[word] if len(between) > 1 else -lexicon()[word])
+
+
+@given(
+    st.lists(st.sampled_from(["no", "not", "love", "hate", "door"]), min_size=1, max_size=4).map(
+        " ".join
+    ),
+    st.sampled_from([". ", "! ", "? ", ".", "... ", ".\n"]),
+    st.lists(st.sampled_from(["no", "not", "love", "hate", "door"]), min_size=1, max_size=4).map(
+        " ".join
+    ),
+)
+def test_the_tones_of_sentences_add_up(first, end, second):
+    """What one says does not change what the next one says."""
+    assert tone(first + end + second) == tone(first) + tone(second)
+    marked = mark_tone(first) + end + mark_tone(second)
+    assert mark_tone(first + end + second) == marked
 
 
 @given(
