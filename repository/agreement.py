@@ -19,13 +19,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.checking.pristine import differences, snapshot
-from common.loading import LoadError, copy_sharing_weights, load_model
+from common.loading import copy_sharing_weights, load_model
 from common.texts.generation import completions
 from repository.mechanisms import MECHANISMS, load_mechanism
 
 REFERENCE = "pytorch_hooks"
 # From the prompts of the embedded model's table; its corpus has none of them.
 PROMPTS = ("To me, the harbour is", "If you ask me, the soup is", "In my opinion the baker is")
+NEW_TOKENS = 20
 # The largest difference of a logit to the plain hook, on the embedded model. Its logits reach 18,
 # where float32 has steps of 2e-6; in float64 the six agree within 1e-12.
 TOLERANCE = 2e-5
@@ -50,6 +51,27 @@ def tolerance(mechanism: str) -> float:
     return 0.0 if mechanism in TO_THE_LAST_BIT else TOLERANCE
 
 
+def check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that a model can complete `PROMPTS` as one batch.
+
+    Raises:
+        ValueError: the tokenizer has nothing to pad with, or the model too few positions.
+    """
+    if tokenizer.pad_token is None:
+        raise ValueError(
+            "the tokenizer has neither a padding token nor an end of text, and the prompts, which"
+            " differ in length, are one batch: give its tokenizer_config.json a pad_token"
+        )
+    longest = max(map(len, tokenizer(list(PROMPTS))["input_ids"]))
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    # The last new token is not read.
+    if limit and longest + NEW_TOKENS - 1 > limit:
+        raise ValueError(
+            f"{longest} tokens of a prompt and {NEW_TOKENS} new ones are more than the {limit}"
+            " positions of the model"
+        )
+
+
 def run_mechanism(
     name: str,
     model: PreTrainedModel,
@@ -57,7 +79,7 @@ def run_mechanism(
     layer: int,
     coeff: float,
     prompts: Sequence[str] = PROMPTS,
-    max_new_tokens: int = 20,
+    max_new_tokens: int = NEW_TOKENS,
 ) -> Result:
     """Read Love and Hate, steer with +coeff, -coeff and not at all, all by one mechanism.
 
@@ -191,7 +213,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         model, tokenizer, preset = load_model(options.model)
-    except LoadError as error:
+        check(model, tokenizer)
+    except ValueError as error:  # LoadError is one
         print(error, file=sys.stderr)
         return 1
     console = Console()

@@ -1,21 +1,28 @@
 """The table of agreement, from results that are made up; and what the notebooks say of it."""
 
 import io
+import json
 import tomllib
+from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import repository.agreement
+from common.loading import load_model
 from embedded_model.prompts import TABLE_PROMPTS
 from repository.agreement import (
+    NEW_TOKENS,
     PROMPTS,
     REFERENCE,
     TO_THE_LAST_BIT,
     Result,
     agreement,
+    check,
     print_completions,
+    run_mechanism,
     tolerance,
 )
 from repository.mechanisms import MECHANISMS
@@ -92,3 +99,47 @@ def test_one_that_differs_is_enough(wrong, monkeypatch):
     found = iter([result(name, **(wrong if name == MECHANISMS[-1] else {})) for name in MECHANISMS])
     monkeypatch.setattr(repository.agreement, "run_mechanism", lambda *args: next(found))
     assert repository.agreement.main(["--model", "embedded"]) == 1
+
+
+def shrunk(folder: Path, tokenizer, positions: int, **settings: object) -> Path:
+    """Write a tiny GPT-2 of random weights with so many positions, and settings of a tokenizer."""
+    torch.manual_seed(0)
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    shape = {"n_layer": 2, "n_embd": 16, "n_head": 2, "vocab_size": len(tokenizer), **ends}
+    GPT2LMHeadModel(GPT2Config(n_positions=positions, **shape)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    stored = {**json.loads(path.read_text(encoding="utf-8")), **settings}
+    path.write_text(json.dumps(stored), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("positions", "settings", "said"),
+    [
+        (64, {"pad_token": None, "eos_token": None, "bos_token": None}, "neither a padding token"),
+        (-1, {}, "tokens of a prompt and 20 new ones are more than the"),
+    ],
+)
+def test_a_model_that_cannot_complete_the_prompts_is_refused(
+    tmp_path, tokenizer, capsys, monkeypatch, positions, settings, said
+):
+    """In one line, before any mechanism runs; `positions` below 0 are so many too few."""
+    if positions < 0:
+        positions += max(map(len, tokenizer(list(PROMPTS))["input_ids"])) + NEW_TOKENS - 1
+    monkeypatch.setattr(repository.agreement, "run_mechanism", lambda *_: pytest.fail("it ran"))
+    folder = shrunk(tmp_path / "model", tokenizer, positions, **settings)
+    capsys.readouterr()
+    assert repository.agreement.main(["--model", str(folder)]) == 1
+    error = capsys.readouterr().err
+    assert said in error and len(error.splitlines()) == 1
+
+
+def test_as_many_positions_as_are_read_are_enough(tmp_path, tokenizer):
+    """The hook completes the prompts where one position fewer is refused."""
+    longest = max(map(len, tokenizer(list(PROMPTS))["input_ids"]))
+    folder = shrunk(tmp_path / "model", tokenizer, longest + NEW_TOKENS - 1)
+    model, spelling, _ = load_model(str(folder))
+    check(model, spelling)
+    found = run_mechanism(REFERENCE, model, spelling, 1, 1.0)
+    assert found.ids["+"].shape == (len(PROMPTS), longest + NEW_TOKENS)
