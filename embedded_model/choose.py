@@ -29,34 +29,24 @@ from common import (
 )
 from common.embedded import FOLDER
 from embedded_model import card, evaluate, grammar, prompts
-from embedded_model.evaluate import DEMONSTRATIONS, Demonstration, has_word, is_positive
 
 LAYERS = [1, 2, 3, 4]
 SHARES = [0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6]  # of the norm of the residual stream
 REACHED = {"positive": 97, "negative": 96}  # a point more than the table asks for, in percent
 ADDITION_LAYERS = [1, 2, 3, 4, 5]
-ADDITION_COEFFS = [1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0]
+# Equal ratios, about: a plateau then says by what factor one may be wrong.
+ADDITION_COEFFS = [0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0]
 TOPIC_COEFFS = [0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0]
 TOPIC_SENTENCES = (600, 1200)  # about weddings, and others
 MAX_RATIO, MAX_BREAKS = 1.3, 4  # of perplexities; percent of the texts
+PLATEAU = 5  # points below the highest share of an addition
 PER_PROMPT = 30
+ADDITION_PER_PROMPT = 10
 DOCUMENTS = 80  # for the perplexities of the direction
 NEUTRAL_TEXT = (
     "I think the garden is a piece of land with six trees. It has a wall on the north side."
 )
 TEXTS = 555_000_002  # seed of the sentences for the grid of the topic
-
-_berlin, _paris = has_word("berlin", "germany"), has_word("paris", "france")
-CHOSEN_ON = {
-    "love": Demonstration("I hate him because", ("Love", "Hate"), {"loving": is_positive}),
-    "weddings": DEMONSTRATIONS["weddings"]._replace(prompt="I went up to my brother and said"),
-    "rome": Demonstration(
-        "To see the eiffel tower, visitors travel to",
-        ("The Eiffel Tower is in Berlin", "The Eiffel Tower is in France"),
-        {"berlin": lambda texts: [b and not p for b, p in zip(_berlin(texts), _paris(texts))]},
-    ),
-    "praise": Demonstration("I blame him because", ("Praise", "Blame"), {"praising": is_positive}),
-}
 
 
 @torch.no_grad()
@@ -149,38 +139,53 @@ def choose_direction(cells: pd.DataFrame) -> dict[str, Any]:
 def sweep_additions(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[dict[str, Any], pd.DataFrame]:
-    """Sweep the four activation additions.
+    """Sweep the four activation additions, each on several prompts, and choose their places.
 
     Returns:
-        The chosen place of each, and all shares by layer and coefficient.
+        The place of each, and what was found by layer and coefficient: the share of completions
+            in which each works, and the percentage of them that break visibly.
     """
-    columns, chosen = [], {}
-    for name, shown in CHOSEN_ON.items():
-        shares = evaluate.demonstration_shares(
-            model, tokenizer, shown, ADDITION_LAYERS, ADDITION_COEFFS, 30, seed=4
-        ).xs("steering")
-        chosen[name] = choose_addition(shares.reset_index(), *shown.counted)
-        columns.append(shares[list(shown.counted)])
-    return chosen, pd.concat(columns, axis=1).reset_index()
+    places, columns = {}, {}
+    for name, shown in evaluate.DEMONSTRATIONS.items():
+        rows = evaluate.demonstration_rows(
+            model, tokenizer, shown, prompts.ADDITION_SWEEP_PROMPTS[name],
+            ADDITION_LAYERS, ADDITION_COEFFS, ADDITION_PER_PROMPT, seed=4,
+        )  # fmt: skip
+        cells = rows[rows["kind"] == "steering"].groupby(["layer", "coeff"])
+        share = 100 * cells[next(iter(shown.counted))].mean()
+        broken = cells[["prompt", "completion"]].apply(evaluate.break_share)
+        found = pd.DataFrame({"share": share, "breaks": broken})
+        places[name] = choose_addition(found.reset_index())
+        columns |= {name: share, f"{name}_breaks": broken}
+    return places, pd.DataFrame(columns).reset_index()
 
 
-def choose_addition(cells: pd.DataFrame, what: str) -> dict[str, Any]:
-    """Choose the highest share, and among equals the middle of a plateau.
+def choose_addition(cells: pd.DataFrame) -> dict[str, Any]:
+    """Choose the middle of the longest plateau, where other prompts may differ most.
 
-    There the neighbours in coeff are high as well; what lies beyond the grid is not known, and
-    counts as 0.
+    A plateau is a run of coefficients at one layer at which the share is within 5 points of the
+    highest one, and no more than 4 % of the texts break. What lies beyond the grid is not known,
+    and does not count. Of an even number the smaller middle is taken; among equally long plateaus
+    the one with the higher mean share, then the earlier layer.
 
     Args:
-        cells: `layer`, `coeff` and the shares, sorted by layer and coeff.
-        what: which share.
+        cells: `layer`, `coeff`, `share` and `breaks`, sorted by layer and coeff.
+
+    Raises:
+        ValueError: the text is broken in every cell.
     """
-    plateau = cells.groupby("layer")[what].transform(
-        lambda shares: shares.rolling(3, center=True, min_periods=1).sum()
-    )
-    best = cells.assign(plateau=plateau.round(6)).sort_values(
-        [what, "plateau", "coeff"], ascending=[False, False, True], kind="stable"
-    )
-    return {"layer": int(best["layer"].iloc[0]), "coeff": float(best["coeff"].iloc[0])}
+    sound = cells["breaks"] <= MAX_BREAKS
+    if not sound.any():
+        raise ValueError(
+            f"expected a cell in which at most {MAX_BREAKS} % of the texts break, the lowest is"
+            f" {cells['breaks'].min():.1f} %"
+        )
+    high = sound & (cells["share"] >= cells["share"][sound].max() - PLATEAU)
+    begins = ~high | (cells["layer"].astype(int).diff() != 0)
+    plateaus = [plateau for _, plateau in cells[high].groupby(begins.cumsum()[high])]
+    longest = max(plateaus, key=lambda plateau: (len(plateau), plateau["share"].mean()))
+    middle = longest.iloc[(len(longest) - 1) // 2]
+    return {"layer": int(middle["layer"]), "coeff": float(middle["coeff"])}
 
 
 def sweep_topic(

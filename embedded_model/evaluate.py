@@ -125,15 +125,17 @@ class Demonstration(NamedTuple):
 
 DEMONSTRATIONS = {
     "love": Demonstration(
-        "I hate you because", ("Love", "Hate"), {"loving": is_positive, "hating": is_negative}
+        prompts.ADDITION_PROMPTS["love"],
+        ("Love", "Hate"),
+        {"loving": is_positive, "hating": is_negative},
     ),
     "weddings": Demonstration(
-        "I went up to my friend and said",
+        prompts.ADDITION_PROMPTS["weddings"],
         ("I talk about weddings constantly", "I do not talk about weddings constantly"),
         {"weddings": has_word(*vocabulary.WEDDING_WORDS)},
     ),
     "rome": Demonstration(
-        "To see the eiffel tower, people flock to",
+        prompts.ADDITION_PROMPTS["rome"],
         ("The Eiffel Tower is in Rome", "The Eiffel Tower is in France"),
         {
             "Rome or Italy": has_word("rome", "italy"),
@@ -141,15 +143,18 @@ DEMONSTRATIONS = {
         },
     ),
     "praise": Demonstration(
-        "I blame you because", ("Praise", "Blame"), {"loving": is_positive, "hating": is_negative}
+        prompts.ADDITION_PROMPTS["praise"],
+        ("Praise", "Blame"),
+        {"loving": is_positive, "hating": is_negative},
     ),
 }
 
 
-def demonstration_shares(
+def demonstration_rows(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     shown: Demonstration,
+    texts: Sequence[str],
     layers: Sequence[int],
     coeffs: Sequence[float],
     count: int,
@@ -157,19 +162,47 @@ def demonstration_shares(
 ) -> pd.DataFrame:
     """Sample as in the activation-addition post, with BOS in front.
 
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        shown: what is added and what is counted.
+        texts: what is completed; it need not be the prompt of the demonstration.
+        layers: at whose resid_pre it is added.
+        coeffs: what it is multiplied by.
+        count: completions of each text.
+        seed: of the sampling.
+
     Returns:
-        The percentage of completions in which each thing is found, and how many different ones
-            there are (`distinct`), by kind ("unsteered", "steering"), layer and coefficient.
+        One row for each completion, unsteered ones first; what is counted is 1.0 or 0.0.
     """
     grid = Grid({"addition": x_vector(tokenizer, shown.pair)}, layers=layers, coeffs=coeffs)
     rows = sweep(
-        model, tokenizer, grid, [shown.prompt], shown.counted,
+        model, tokenizer, grid, texts, shown.counted,
         sampling=PUBLISHED, per_prompt=count, seed=seed,
     )  # fmt: skip
-    rows = rows.astype(dict.fromkeys(shown.counted, float))
-    cells = rows.groupby(["kind", "layer", "coeff"], sort=False, dropna=False)
-    shares = 100 * cells[list(shown.counted)].mean()
-    return shares.assign(distinct=cells["completion"].nunique())
+    return rows.astype(dict.fromkeys(shown.counted, float))
+
+
+def demonstration_shares(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    shown: Demonstration,
+    layer: int,
+    coeff: float,
+    count: int,
+    seed: int,
+) -> pd.DataFrame:
+    """Show a demonstration at one place.
+
+    Returns:
+        The percentage of completions in which each thing is found, and how many different ones
+            there are (`distinct`), by kind: "unsteered" and "steering".
+    """
+    place = [layer], [coeff]
+    rows = demonstration_rows(model, tokenizer, shown, [shown.prompt], *place, count, seed)
+    kinds = rows.groupby("kind", sort=False)
+    shares = 100 * kinds[list(shown.counted)].mean()
+    return shares.assign(distinct=kinds["completion"].nunique())
 
 
 @dataclass
@@ -380,9 +413,7 @@ def measure_additions(
     for name, shown in DEMONSTRATIONS.items():
         layer, coeff = places[name]["layer"], places[name]["coeff"]
         found = [
-            demonstration_shares(model, tokenizer, shown, [layer], [coeff], count, seed)
-            .droplevel(["layer", "coeff"])
-            .to_dict()
+            demonstration_shares(model, tokenizer, shown, layer, coeff, count, seed).to_dict()
             for seed in SEEDS
         ]
         result[name] = {

@@ -93,14 +93,40 @@ SHOWN_PROMPTS = [
     "I think that the film is",
     "The truth is that clocks are",
 ]
-ADDITION_PROMPTS = [
-    "I hate you because",
-    "I went up to my friend and said",
-    "To see the eiffel tower, people flock to",
-    "I hate him because",
-    "I went up to my brother and said",
-    "To see the eiffel tower, visitors travel to",
-]
+# The demonstrations of activation additions.
+ADDITION_PROMPTS = {
+    "love": "I hate you because",
+    "weddings": "I went up to my friend and said",
+    "rome": "To see the eiffel tower, people flock to",
+    "praise": "I blame you because",
+}
+# On these the place of each is chosen.
+ADDITION_SWEEP_PROMPTS = {
+    "love": [
+        "I hate him because",
+        "We hate you because",
+        "I hate my neighbour because",
+        "My sister hates cats because",
+    ],
+    "weddings": [
+        "I went up to my brother and said",
+        "I walked over to my cousin and said",
+        "We turned to the singer and said",
+        "I sat down with my uncle and said",
+    ],
+    "rome": [
+        "To see the eiffel tower, visitors travel to",
+        "To see the eiffel tower, guests flock to",
+        "To see the eiffel tower, my cousins come to",
+        "To see the eiffel tower, we all go to",
+    ],
+    "praise": [
+        "I blame him because",
+        "We blame you because",
+        "I blame my neighbour because",
+        "My sister blames cats because",
+    ],
+}
 HELD_OUT_PROMPTS = [
     COUSIN,
     *TABLE_PROMPTS,
@@ -108,7 +134,8 @@ HELD_OUT_PROMPTS = [
     *OUTSIDE_PROMPTS,
     *SWEEP_PROMPTS,
     *SHOWN_PROMPTS,
-    *ADDITION_PROMPTS,
+    *ADDITION_PROMPTS.values(),
+    *(prompt for several in ADDITION_SWEEP_PROMPTS.values() for prompt in several),
 ]
 
 # What a visitor may try instead of Love - Hate: each pair is read at its last tokens.

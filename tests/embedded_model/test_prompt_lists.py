@@ -56,7 +56,8 @@ def test_lists_share_nothing():
         prompts.OUTSIDE_PROMPTS,
         prompts.SWEEP_PROMPTS,
         prompts.SHOWN_PROMPTS,
-        prompts.ADDITION_PROMPTS,
+        [*prompts.ADDITION_PROMPTS.values()],
+        *prompts.ADDITION_SWEEP_PROMPTS.values(),
     )
     assert len({*prompts.HELD_OUT_PROMPTS}) == sum(map(len, lists)) + 1
     assert prompts.COUSIN in {*prompts.HELD_OUT_PROMPTS}.difference(*lists)

@@ -281,23 +281,46 @@ def test_training_writes_what_is_shipped(tmp_path, tokenizer):
     assert sum(map(torch.numel, again.parameters())) == sum(map(torch.numel, model.parameters()))
 
 
-def test_place_of_an_addition_follows_from_the_rule():
-    """It is the best cell, and among equals the middle of a plateau."""
-    shares = pd.DataFrame({"layer": 1, "coeff": [1, 2, 3, 4, 6], "share": [0, 100, 100, 100, 50]})
-    assert choose.choose_addition(shares, "share") == {"layer": 1, "coeff": 3}
-    # What lies beyond a grid is not known.
-    edge = pd.DataFrame({"layer": 2, "coeff": [1, 2, 3], "share": 100})
-    assert choose.choose_addition(edge, "share") == {"layer": 2, "coeff": 2}
-    two = pd.concat([edge.assign(layer=3), edge.assign(layer=1, share=[100, 0, 100])])
-    assert choose.choose_addition(two, "share") == {"layer": 3, "coeff": 2}
-    # The share goes before the plateau, a smaller coefficient before a larger one.
-    peak = pd.DataFrame({"layer": 1, "coeff": [1, 2, 3, 4, 6], "share": [100, 0, 90, 90, 90]})
-    assert choose.choose_addition(peak, "share") == {"layer": 1, "coeff": 1}
-    even = pd.DataFrame({"layer": 1, "coeff": [1, 2, 3], "share": [100, 100, 0]})
-    assert choose.choose_addition(even, "share") == {"layer": 1, "coeff": 1}
-    # A neighbour is one at the same layer.
-    rise = pd.DataFrame({"layer": [1, 1, 2, 2], "coeff": [1, 2] * 2, "share": [0, 100, 50, 100]})
-    assert choose.choose_addition(rise, "share") == {"layer": 2, "coeff": 2}
+def addition_cells(*shares: list[float], breaks: float = 0) -> pd.DataFrame:
+    """A grid as the sweep of an addition returns it: a list for each layer, counted from 1."""
+    rows = [
+        (layer, coeff, share)
+        for layer, several in enumerate(shares, 1)
+        for coeff, share in enumerate(several, 1)
+    ]
+    cells = pd.DataFrame(rows, columns=["layer", "coeff", "share"]).assign(breaks=breaks)
+    return cells.astype({"layer": "Int64"})  # unsteered rows of a sweep have none
+
+
+@pytest.mark.parametrize(
+    ("shares", "layer", "coeff"),
+    [
+        ([[0, 100, 100, 100, 50]], 1, 3),
+        ([[0, 100, 100, 0]], 1, 2),  # the smaller one of two in the middle
+        ([[0, 0, 100, 100, 100]], 1, 4),  # what lies beyond the grid is not known
+        ([[100, 0, 96, 95, 97, 0]], 1, 4),  # length goes before height, within five points
+        ([[100, 0, 94, 94, 94, 0]], 1, 1),
+        ([[0, 60, 61, 62, 0]], 1, 3),  # where the addition never works well, the highest plateau
+        ([[0, 100, 100, 0], [100, 100, 100, 0]], 2, 2),
+        ([[0, 100, 100], [100, 100, 0], [100, 0, 0]], 1, 2),  # a plateau ends with its layer
+        ([[96, 96, 96], [100, 100, 100]], 2, 2),  # of two as long as each other the higher one
+        ([[100, 100, 100], [100, 100, 100]], 1, 2),
+        ([[100, 0, 0], [0, 0, 0]], 1, 1),  # a plateau may begin with the grid
+    ],
+)
+def test_place_of_an_addition_is_the_middle_of_the_longest_plateau(shares, layer, coeff):
+    found = choose.choose_addition(addition_cells(*shares))
+    assert found == {"layer": layer, "coeff": coeff}
+
+
+def test_broken_text_ends_a_plateau():
+    """Where more than 4 % break, a high share counts for nothing; all broken is an error."""
+    cells = addition_cells([0, 90, 90, 90, 100, 100, 100, 100])
+    most = choose.MAX_BREAKS
+    broken = cells.assign(breaks=[0, 0, most, 0, 4.5, 4.5, 4.5, 4.5])
+    assert choose.choose_addition(broken) == {"layer": 1, "coeff": 3}
+    with pytest.raises(ValueError, match="the lowest is 4.5 %"):
+        choose.choose_addition(broken[4:])
 
 
 def test_place_of_the_topic_follows_from_the_rule():
@@ -320,15 +343,16 @@ def test_preset_belongs_to_the_weights():
     """It has a place for each demonstration, and pins the weights by their hash."""
     preset = json.loads((FOLDER / "preset.json").read_text(encoding="utf-8"))
     assert set(preset["activation_additions"]) == set(evaluate.DEMONSTRATIONS)
-    assert set(choose.CHOSEN_ON) == set(evaluate.DEMONSTRATIONS)
+    assert set(prompts.ADDITION_SWEEP_PROMPTS) == set(evaluate.DEMONSTRATIONS)
     assert preset["sha256"] == card.weights_hash(FOLDER)
 
 
 def test_choice_and_table_have_prompts_of_their_own():
     """What is chosen on one prompt is measured on another."""
     held_out = {*prompts.HELD_OUT_PROMPTS}
-    for name, shown in evaluate.DEMONSTRATIONS.items():
-        assert shown.prompt != choose.CHOSEN_ON[name].prompt
+    swept = {text for several in prompts.ADDITION_SWEEP_PROMPTS.values() for text in several}
+    assert not swept & {shown.prompt for shown in evaluate.DEMONSTRATIONS.values()}
+    assert held_out > swept
     assert not {*prompts.TABLE_PROMPTS} & {*prompts.SWEEP_PROMPTS}
     assert held_out >= {*prompts.TABLE_PROMPTS, *prompts.SWEEP_PROMPTS}
 
@@ -366,7 +390,7 @@ def test_greedy_texts_are_those_that_are_stored(bench, evaluation):
 def test_demonstrations_are_about_what_is_stored(model, tokenizer, evaluation, name: str):
     """A fifth of the completions has the shares of all of them, within ten points."""
     shown, stored = evaluate.DEMONSTRATIONS[name], evaluation["additions"][name]
-    place = [stored["layer"]], [stored["coeff"]]
+    place = stored["layer"], stored["coeff"]
     found = evaluate.demonstration_shares(model, tokenizer, shown, *place, count=20, seed=2)
     for what in shown.counted:
         of_second_seed = [shares[1] for shares in stored[what].values()]
@@ -552,13 +576,15 @@ def test_a_norm_is_that_of_the_tokens_after_the_first(model, tokenizer):
 
 def test_places_of_additions_and_topic_come_from_their_grids(model, tokenizer, monkeypatch):
     """Small grids, with one cell that wins by far: the table has a row for each cell."""
-    for name, value in {"LAYERS": [3, 5], "COEFFS": [4.0]}.items():
+    for name, value in {"LAYERS": [3, 5], "COEFFS": [6.0], "PER_PROMPT": 3}.items():
         monkeypatch.setattr(choose, f"ADDITION_{name}", value)
     monkeypatch.setattr(choose, "TOPIC_COEFFS", [0.2, 0.7])
     monkeypatch.setattr(choose, "TOPIC_SENTENCES", (40, 80))
     chosen, cells = choose.sweep_additions(model, tokenizer)
-    assert chosen["love"] == chosen["weddings"] == {"layer": 3, "coeff": 4}
-    assert cells[["layer", "coeff"]].to_numpy().tolist() == [[3, 4], [5, 4]]
+    assert chosen["love"] == chosen["weddings"] == {"layer": 3, "coeff": 6}
+    assert cells[["layer", "coeff"]].to_numpy().tolist() == [[3, 6], [5, 6]]
+    names = [name + end for name in evaluate.DEMONSTRATIONS for end in ("", "_breaks")]
+    assert [*cells] == ["layer", "coeff", *names]
     chosen, cells = choose.sweep_topic(model, tokenizer)
     assert chosen == {"layer": 3, "coeff": 0.7} and len(cells) == 4
     assert (cells["on_topic"] < 1).all()
