@@ -347,6 +347,22 @@ def test_preset_belongs_to_the_weights():
     assert preset["sha256"] == card.weights_hash(FOLDER)
 
 
+def test_preset_follows_from_the_grids_of_the_card():
+    """The rules, applied to what the card prints, give the places that are shipped."""
+    text = (card.HERE / "README.md").read_text(encoding="utf-8")
+    grids = []
+    for lines in re.findall(r"^\| layer .*\n(?:\|.*\n)+", text, re.MULTILINE):
+        header, _, *rows = [line.strip("| ").split(" | ") for line in lines.splitlines()]
+        grids.append(pd.DataFrame(rows, columns=[name.replace(" ", "_") for name in header]))
+    direction, additions, topic = [grid.astype(float) for grid in grids]
+    preset = json.loads((FOLDER / "preset.json").read_text(encoding="utf-8"))
+    chosen = {**choose.choose_direction(direction), "topic": choose.choose_topic(topic)}
+    assert chosen == {name: preset[name] for name in chosen}
+    for name, place in preset["activation_additions"].items():
+        columns = {name: "share", f"{name}_breaks": "breaks"}
+        assert choose.choose_addition(additions.rename(columns=columns)) == place
+
+
 def test_choice_and_table_have_prompts_of_their_own():
     """What is chosen on one prompt is measured on another."""
     held_out = {*prompts.HELD_OUT_PROMPTS}
