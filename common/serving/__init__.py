@@ -12,7 +12,7 @@ vLLM, each request with its own steering:
     vllm_scheduler  a request whose count is wrong fails
     vllm_worker     the layers that add
 
-The last three are imported by vLLM and need it; the others need no engine.
+vLLM imports the last three, and they use it; the others need no engine.
 
 llama.cpp, one steering for a context:
 

@@ -11,7 +11,7 @@ from common.serving.requests import is_ours
 
 # Mappings of other interfaces: that of the OpenAI client, and that of `SamplingParams`.
 FOREIGN = ("extra_body", "extra_args")
-# Ways that read no vllm_xargs.
+# Paths that do not read vllm_xargs.
 WITHOUT = ("/generative_scoring", "/inference/v1/generate")
 
 

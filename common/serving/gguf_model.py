@@ -232,7 +232,7 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> _Vocabulary:
 
 
 def _check_parts(parts: dict[str, Any]) -> None:
-    """Refuse a tokenizer, given as the contents of its tokenizer.json, that llama.cpp has not.
+    """Refuse a tokenizer, as the contents of its tokenizer.json, that llama.cpp does not have.
 
     Raises:
         ValueError: it says which part.

@@ -17,11 +17,11 @@ NAME, COEFF = "steering", "steering_coeff"
 LAYERS, MIN_TOKEN_INDEX = "steering_layers", "steering_min_token_index"
 ARGUMENTS = (NAME, COEFF, LAYERS, MIN_TOKEN_INDEX)
 CHECKED = "steering_checked"
-SALT = "steering-"  # how salts of ours begin
+SALT = "steering-"  # the prefix of our salts
 
 
 def is_ours(key: object) -> bool:
-    """Say whether a key of what a request brings is about steering; others may be no texts."""
+    """Say whether a key of what a request brings is about steering; some keys are not strings."""
     return isinstance(key, str) and key.startswith(NAME)
 
 
@@ -141,9 +141,9 @@ class Menu:
             prompt_length: how many tokens its prompt has.
 
         Raises:
-            ValueError: an unknown argument, an unknown name, no name; a coefficient that is not
-                finite or is too large; a layer that the vector does not have; a position that is
-                no integer, or one for an addition; a prompt that is shorter than an addition.
+            ValueError: an unknown argument, an unknown name, no name; no coefficient, or one that
+                is not finite or too large; a layer that the vector does not have; a position that
+                is no integer, or one for an addition; a prompt shorter than an addition.
         """
         asked = {key: value for key, value in (extra_args or {}).items() if is_ours(key)}
         if not asked:
@@ -163,13 +163,17 @@ class Menu:
         offer = self.offers[name]
         return Steering(
             name,
-            self._coeff(name, offer, asked.get(COEFF, 1.0)),
+            self._coeff(name, offer, asked),
             _layers(name, offer, asked.get(LAYERS)),
             *_span(name, offer, asked.get(MIN_TOKEN_INDEX), prompt_length),
         )
 
-    def _coeff(self, name: str, offer: Offer, given: Any) -> float:
-        coeff = finite_number(given, COEFF)
+    def _coeff(self, name: str, offer: Offer, asked: Mapping[str, Any]) -> float:
+        if COEFF not in asked:  # under another name it would be passed over, and be 1 instead
+            raise ValueError(
+                f"expected {COEFF} beside {NAME!r}: the number that multiplies {name!r}"
+            )
+        coeff = finite_number(asked[COEFF], COEFF)
         if abs(coeff) > self.max_coeff:
             raise ValueError(
                 f"expected {COEFF} between {-self.max_coeff:g} and {self.max_coeff:g}, the limit of"

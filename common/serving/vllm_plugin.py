@@ -8,11 +8,11 @@ that are started without `steering` stay as they are, except that requests which
 refused. With it:
 
     llm = LLM("model", enforce_eager=True, async_scheduling=False, additional_config={"steering": {
-        "vectors": {"love": "love.safetensors"}, "max_coeff": 20}})
-    llm.generate(prompts, [SamplingParams(extra_args=steering_args("love", 3)), SamplingParams()])
+        "vectors": {"love": "love.safetensors"}, "max_coeff": 40}})
+    llm.generate(prompts, [SamplingParams(extra_args=steering_args("love", 15)), SamplingParams()])
 
     vllm serve model --enforce-eager --no-async-scheduling --additional-config \
-      '{"steering": {"vectors": {"love": "love.safetensors"}, "max_coeff": 20}}'
+      '{"steering": {"vectors": {"love": "love.safetensors"}, "max_coeff": 40}}'
 
 both with VLLM_USE_V2_MODEL_RUNNER=0 in the environment.
 
@@ -215,7 +215,7 @@ def _check_request(method: Callable, processor: Any, *args: Any, **kwargs: Any) 
     except ValueError as error:
         raise _refusal(error) from None
     if steering is not None:
-        # A new mapping: the caller may use that of his parameters again.
+        # A new mapping: callers may use that of their parameters again.
         others = {k: v for k, v in params.extra_args.items() if not is_ours(k)}
         params.extra_args = {**others, CHECKED: steering.to_wire()}
         request.cache_salt = steering.salt(served[steering.name].offer.digest, request.cache_salt)

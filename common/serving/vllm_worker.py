@@ -26,7 +26,7 @@ class SteeringExtension:
     """What vLLM makes a base of its worker class (`worker_extension_cls`).
 
     How it does is in `init_worker` of
-    https://docs.vllm.ai/en/v0.32.0/api/vllm/v1/worker/worker_base/.
+    https://docs.vllm.ai/en/v0.30.0/api/vllm/v1/worker/worker_base/.
 
     Its methods can be called from outside: `llm.collective_rpc("steering_report")`.
     """

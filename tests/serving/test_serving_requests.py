@@ -42,10 +42,9 @@ def test_a_request_carries_plain_values_and_nothing_more():
 
 
 def test_arguments_become_a_steering():
-    assert MENU.read(steering_args("love"), 5) == Steering("love", 1.0, (2, 3))
     asked = steering_args("love", -3, [3], 2)
     assert MENU.read(asked, 5) == Steering("love", -3.0, (3,), start=2)
-    assert MENU.read({"steering": "love"}, 5) == Steering("love", 1.0, (2, 3))
+    assert MENU.read(steering_args("love"), 5) == Steering("love", 1.0, (2, 3))
     unordered = MENU.read(steering_args("love", layers=[3, 2]), 5)
     assert unordered == Steering("love", 1.0, (2, 3)), "it shares the cache of [2, 3]"
     assert MENU.read(steering_args("wedding", 2), 5) == Steering("wedding", 2.0, (1,), end=4)
@@ -68,6 +67,7 @@ def test_negative_positions_count_from_the_end_of_the_prompt(given, start):
         ({"steering": "hate"}, "unknown steering vector 'hate'.*love, small, wedding"),
         ({"steering": ["love"]}, "unknown steering vector"),
         ({"steering_coeff": 3}, "unknown steering vector None"),
+        ({"steering": "love", "coeff": 3}, "expected steering_coeff beside 'steering'"),
         ({"steering": "love", "steering_coef": 3}, "unknown argument 'steering_coef'"),
         ({"steering": "love", CHECKED: {}}, f"unknown argument '{CHECKED}'"),
         (steering_args("love", math.nan), "finite number as steering_coeff, got nan"),
@@ -80,7 +80,7 @@ def test_negative_positions_count_from_the_end_of_the_prompt(given, start):
         (steering_args("love", layers=[2, 2]), "expected different layers"),
         (steering_args("love", layers=[]), "expected different layers"),
         (steering_args("love", layers=[2.0]), "expected an integer of 0 or more"),
-        ({"steering": "love", "steering_layers": 2}, "expected a list of layer numbers"),
+        ({**steering_args("love"), "steering_layers": 2}, "expected a list of layer numbers"),
         (steering_args("love", min_token_index=1.5), "expected an integer as"),
         (steering_args("wedding", min_token_index=1), "takes no steering_min_token_index"),
     ],

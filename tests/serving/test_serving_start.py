@@ -1,11 +1,16 @@
 """Which engines are refused, on configurations that have the entries which vLLM's have."""
 
+import re
+import subprocess
+import sys
+import tomllib
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from common.serving.vllm_plugin import check_engine, steering_config
+from repository.mechanisms import ROOT
 
 
 def config(**changes: Any) -> SimpleNamespace:
@@ -58,3 +63,23 @@ def test_what_was_not_tried_is_refused_by_name(change, message):
 @pytest.mark.parametrize("given", [None, {}, {"other": 1}, object()])
 def test_an_engine_that_is_started_without_steering(given):
     assert steering_config(given) is None
+
+
+def test_what_the_plugin_imports_is_installed_with_it():
+    """Where something is missing, vLLM logs it, starts, and answers unsteered."""
+    loaded = "import sys, common.serving.vllm_plugin as p, common.serving.vllm_worker as w; "
+    run = subprocess.run(
+        [sys.executable, "-c", f"{loaded}print(*(name.partition('.')[0] for name in sys.modules))"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    asked = re.findall(r"^([\w-]+)[><=]", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    modules = {name: name.replace("-", "_") for name in asked} | {"scikit-learn": "sklearn"}
+    needed = {name for name, module in modules.items() if module in set(run.stdout.split())}
+    brought = {"torch", "transformers", "safetensors", "tokenizers", "psutil"}  # by vLLM
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extra = [re.split("[><=]", text)[0] for text in project["optional-dependencies"]["serve"]]
+    assert {"pandas", "lazy_loader"} <= needed
+    assert needed - brought <= set(extra)

@@ -47,7 +47,8 @@ BAD: list[dict[str, Any]] = [
     {"steering": "none"},
     {"steering": "one", "steering_coeff": 9},
     {"steering": "one", "steering_coeff": "nan"},
-    {"steering": "one", "steering_layers": [2]},
+    {"steering": "one", "steering_coeff": 1, "steering_layers": [2]},
+    {"steering": "one", "coeff": 2},
     {"steering": "one", "steering_scale": 2},
     {"steering_coeff": 2},
 ]
@@ -138,7 +139,7 @@ def test_64_requests_at_once(bench, tokenizer, client):
     assert "unknown steering vector 'none': expected 'steering' to be one of all, front" in str(
         messages[0]
     )
-    assert "between -8 and 8" in messages[1] and "unknown argument" in messages[4]
+    assert "between -8 and 8" in messages[1] and "unknown argument" in messages[5]
 
 
 def test_numbers_that_are_not_finite_are_refused(url):
