@@ -163,10 +163,12 @@ def test_a_beam_search_cannot_be_steered(url, chat):
     path = f"{url}/v1/chat/completions" if chat else f"{url}/v1/completions"
     plain = httpx.post(path, json=given, timeout=PATIENCE)
     assert plain.status_code == 200 and len(plain.json()["choices"]) == 2
-    for args in ({"vllm_xargs": {"steering": "one"}}, {"steering": "one"}):
+    for args, message in (
+        ({"vllm_xargs": {"steering": "one"}}, "beam search drops what a request brings"),
+        ({"steering": "one"}, "inside vllm_xargs, not beside it"),
+    ):
         answer = httpx.post(path, json=given | args, timeout=PATIENCE)
-        assert answer.status_code == 400
-        assert "beam search drops what a request brings" in answer.text
+        assert answer.status_code == 400 and message in answer.text
 
 
 @pytest.mark.parametrize("path", ["completions", "chat/completions"])
