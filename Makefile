@@ -23,7 +23,7 @@ endif
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help run test lint notebooks lab colab embedded evaluate-embedded full-size gpt2-xl \
-  picture benchmark-extraction benchmark-sweep benchmark-mechanisms engines update clean
+  picture benchmark-extraction benchmark-sweep benchmark-mechanisms engines scale update clean
 
 help: ## list the targets
 	@awk -F ': .*## ' '/^[a-z0-9-]+: .*## / { printf "make %-22s %s\n", $$1, $$2 }' Makefile
@@ -82,6 +82,10 @@ benchmark-mechanisms: $(STAMP) $(PEERS)/.installed ## measure what the six cost 
 	$(RUN) benchmarks.abilities
 	$(RUN) benchmarks.mechanism_costs --peer $(PEERS)/bin/python
 
+scale: $(VENV)/.scale ## kill workers, nodes and drivers of the engine, and measure it (installs Ray)
+	OMP_NUM_THREADS=1 $(RUN) pytest -m "scale or not scale" tests/scaling
+	$(RUN) benchmarks.scale
+
 engines: export LLAMA_CPP_LIB_PATH := $(CURDIR)/$(LLAMA_CPP)/build/bin
 engines: $(LLAMA_CPP)/.built ## steer in vLLM and llama.cpp: check their laws, measure the cost (builds llama.cpp first)
 	PATH="$(CURDIR)/$(LLAMA_CPP)/build/bin:$$PATH" OMP_NUM_THREADS=1 \
@@ -116,6 +120,10 @@ $(STAMP): requirements.txt requirements-dev.txt constraints.txt
 	@echo "Installing into $(VENV); this takes some minutes the first time."
 	@$(RUN) pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c $(CONSTRAINTS)
 	@touch $(STAMP)
+
+$(VENV)/.scale: $(STAMP) requirements-scale.txt
+	@$(RUN) pip install --quiet --disable-pip-version-check -r requirements-scale.txt -c $(CONSTRAINTS)
+	@touch $@
 
 # The peers of the benchmarks need other versions of the same libraries.
 $(PEERS)/.installed: benchmarks/peers.txt

@@ -5,6 +5,7 @@ loaded when a name of it is asked for, not before.
 
 The folders import one way, each only from those above it:
 
+    scaling    the same work on many processes and machines
     places     where: the blocks of a model, a part of one, a token, a name
     passes     running a model: prompts to ids, padding, hooks, which rows share a batch
     vectors    what is added: read, trained, saved, or taken from a prompt

@@ -74,6 +74,8 @@ from .plots import plot_shift as plot_shift
 from .plots import plot_tones as plot_tones
 from .plots import plot_top_changed_tokens as plot_top_changed_tokens
 from .plots import token_strip as token_strip
+from .scaling.dispatch import LostRowsError as LostRowsError
+from .scaling.ray_engine import RayEngine as RayEngine
 from .serving.gguf_model import save_model_gguf as save_model_gguf
 from .serving.llama_cpp import steer_llama_cpp as steer_llama_cpp
 from .serving.offers import save_additions as save_additions
@@ -115,11 +117,11 @@ from .vectors.operators import addition_operator as addition_operator
 from .vectors.operators import (
     norm_preserving_addition_operator as norm_preserving_addition_operator,
 )
+from .vectors.pairs import SteeringVectorTrainingSample as SteeringVectorTrainingSample
 from .vectors.reading import read_activations as read_activations
 from .vectors.reading import record_activations as record_activations
 from .vectors.steering_vector import SteeringPatchHandle as SteeringPatchHandle
 from .vectors.steering_vector import SteeringVector as SteeringVector
-from .vectors.training import SteeringVectorTrainingSample as SteeringVectorTrainingSample
 from .vectors.training import aggregate_activations as aggregate_activations
 from .vectors.training import extract_activations as extract_activations
 from .vectors.training import train_steering_vector as train_steering_vector

@@ -82,6 +82,23 @@ def function_of_two(function: Any, name: str, example: str) -> Callable:
     return function
 
 
+def takes_one(function: Callable) -> bool:
+    """Say whether a function needs an argument, and one will do."""
+    try:
+        parameters = inspect.signature(function)
+    except (TypeError, ValueError):  # some built-in callables have none
+        return False
+    return not _binds(parameters) and _binds(parameters, None)
+
+
+def _binds(signature: inspect.Signature, *arguments: Any) -> bool:
+    try:
+        signature.bind(*arguments)
+    except TypeError:
+        return False
+    return True
+
+
 def finite_product(factor: float, vector: Tensor, dtype: torch.dtype, what: str) -> Tensor:
     """Return factor times vector in `dtype`.
 

@@ -8,9 +8,12 @@ prompt.
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import pandas as pd
@@ -18,16 +21,19 @@ from scipy import stats
 from scipy.special import ndtr, stdtrit
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from common.arguments import integer
+from common.arguments import integer, takes_one
+from common.passes.hooks import refuse_hooks
 from common.passes.padding import padded
 from common.passes.prompts import prompt_ids
 from common.passes.running import Steering, input_device
 from common.progress import progress_bar
+from common.scaling.units import Engine, Job, Unit, Work, run_units
 from common.texts.generation import logits
 from common.texts.likelihood import chosen_logprobs
 from common.vectors.activation_additions import ActivationAddition, apply_activation_additions
 
-Condition = str | Sequence[ActivationAddition] | Steering
+SteeringOf = Callable[[PreTrainedModel], AbstractContextManager]
+Condition = str | Sequence[ActivationAddition] | Steering | SteeringOf
 SplitMethod = Literal["sentence", "token"]
 
 
@@ -142,6 +148,7 @@ def get_stats_over_corpus(
     batch_size: int = 32,
     show_progress: bool = False,
     prepend_bos: bool | None = True,
+    engine: Engine | None = None,
 ) -> CorpusStats:
     """Measure how likely a model finds a corpus, cut into pieces that are read one by one.
 
@@ -152,9 +159,9 @@ def get_stats_over_corpus(
         tokenizer: its tokenizer.
         texts: the corpus.
         condition: how the model is steered: activation additions; a callable that makes any other
-            steering, for example `lambda: vector.apply(model)`; or a text, which is put in front of
-            each piece (prompting), after its BOS, and does not count itself. None is the model as
-            it is.
+            steering, for example `lambda model: vector.apply(model)`, or one without an argument,
+            `lambda: vector.apply(model)`; or a text, which is put in front of each piece
+            (prompting), after its BOS, and does not count itself. None is the model as it is.
         split_method: see `split_corpus`.
         mask_len: positions of each piece in front that do not count, BOS (if any) being the first:
             the length of an addition. What is predicted at these positions is left out, as in the
@@ -165,16 +172,104 @@ def get_stats_over_corpus(
         batch_size: pieces in one pass.
         show_progress: show a bar.
         prepend_bos: see `prompts.prompt_ids`; by default one BOS where the tokenizer has one.
+        engine: workers that read the pieces (`RayEngine`); without it, this process. A callable
+            then takes the model, which is another one there.
 
     Raises:
         ValueError: no texts, a piece that the model has no positions for, or that is shorter than
             an addition (then mask_len should be at least as long as this), nothing that counts, a
-            negative `mask_len` or a `batch_size` below 1.
+            negative `mask_len` or a `batch_size` below 1; with an engine, a callable that does not
+            take the model.
     """
-    mask_len, batch_size = integer(mask_len, "mask_len"), integer(batch_size, "batch_size", 1)
-    pieces, known = split_corpus(tokenizer, texts, split_method, window, stride, prepend_bos)
+    return _stats(
+        model,
+        tokenizer,
+        [(texts, condition)],
+        engine,
+        split_method=split_method,
+        mask_len=mask_len,
+        window=window,
+        stride=stride,
+        batch_size=batch_size,
+        show_progress=show_progress,
+        prepend_bos=prepend_bos,
+    )[0]
+
+
+def _stats(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    readings: Sequence[tuple[Sequence[str] | str, Condition | None]],
+    engine: Engine | None,
+    *,
+    mask_len: int,
+    batch_size: int = 32,
+    show_progress: bool = False,
+    prepend_bos: bool | None = True,
+    **cut: Any,
+) -> list[CorpusStats]:
+    """Read corpora, each under a condition; `cut` are more arguments of `split_corpus`."""
+    mask_len = integer(mask_len, "mask_len")
+    corpora = [
+        _corpus(
+            model,
+            tokenizer,
+            split_corpus(tokenizer, texts, prepend_bos=prepend_bos, **cut),
+            condition,
+            mask_len,
+        )
+        for texts, condition in readings
+    ]
+    job = _Reading(corpora)
+    units = job.units(integer(batch_size, "batch_size", 1))
+    if engine is not None:
+        refuse_hooks(model, "reading on an engine")
+        for _, condition in readings:
+            if callable(condition) and not takes_one(condition):
+                raise ValueError(
+                    "with an engine the model is another one: expected a condition that takes it,"
+                    f" such as `lambda model: vector.apply(model)`, got {condition!r}"
+                )
+    found: list[dict[int, np.ndarray]] = [{} for _ in corpora]
+    with (
+        progress_bar(sum(map(len, units)), "Reading the corpus", "piece", show_progress) as bar,
+        closing(run_units(engine, model, tokenizer, job, units, bar)) as results,
+    ):
+        for unit, logprobs in results:
+            found[unit.beside[0]].update(zip(unit.numbers, logprobs))
+    return [CorpusStats([pieces[number] for number in sorted(pieces)]) for pieces in found]
+
+
+class _Corpus(NamedTuple):
+    """Pieces as they are read under a condition.
+
+    Attributes:
+        rows: the token ids of each.
+        first: for each, the first token that counts.
+        condition: how the model is steered.
+    """
+
+    rows: list[list[int]]
+    first: list[int]
+    condition: Condition | None
+
+    @property
+    def order(self) -> list[int]:
+        """The pieces in which something counts, the shortest first."""
+        counted = [number for number, row in enumerate(self.rows) if len(row) > self.first[number]]
+        return sorted(counted, key=lambda number: len(self.rows[number]))
+
+
+def _corpus(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pieces: tuple[list[list[int]], list[int]],
+    condition: Condition | None,
+    mask_len: int,
+) -> _Corpus:
+    """Put pieces (`split_corpus`) as they are read under a condition."""
     bos, prefix = tokenizer.bos_token_id, _prefix(tokenizer, condition)
-    rows = [_put_in(prefix, piece, bos) for piece in pieces]
+    rows = [_put_in(prefix, piece, bos) for piece in pieces[0]]
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit and (longest := max(map(len, rows))) > limit:
         raise ValueError(
@@ -182,24 +277,60 @@ def get_stats_over_corpus(
             " split_method='token' and a short window"
         )
     # The first token, BOS or not, is predicted from nothing, so that it never counts.
-    first = [len(prefix) + max(mask_len + 1, seen) for seen in known]
-    order = [number for number, row in enumerate(rows) if len(row) > first[number]]
-    if not order:
+    first = [len(prefix) + max(mask_len + 1, seen) for seen in pieces[1]]
+    corpus = _Corpus(rows, first, condition)
+    if not corpus.order:
         raise ValueError(f"no piece is longer than the {mask_len} positions that are masked")
-    order.sort(key=lambda number: len(rows[number]))
-    found: dict[int, np.ndarray] = {}
-    with progress_bar(len(order), "Reading the corpus", "piece", show_progress) as bar:
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            inputs = padded([rows[number] for number in batch], side="right")
+    return corpus
+
+
+@dataclass(frozen=True)
+class _Reading(Job[list[np.ndarray]]):
+    """Reads pieces; those of all corpora are numbered in a row, and a unit is of one corpus."""
+
+    corpora: Sequence[_Corpus]
+
+    def units(self, batch_size: int) -> list[Unit]:
+        """Cut the pieces into batches, those of like length together."""
+        units = []
+        for which, corpus in enumerate(self.corpora):
+            start = self._start(which)
+            order = [start + number for number in corpus.order]
+            units += [
+                Unit(tuple(order[at : at + batch_size]), (which,))
+                for at in range(0, len(order), batch_size)
+            ]
+        return units
+
+    def on(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    ) -> Work[list[np.ndarray]]:
+        """Return what reads a batch: the log-probabilities that count, piece by piece."""
+
+        def work(unit: Unit) -> list[np.ndarray]:
+            rows, first, condition = self.corpora[unit.beside[0]]
+            start = self._start(unit.beside[0])
+            numbers = [number - start for number in unit.numbers]
+            inputs = padded([rows[number] for number in numbers], side="right")
             inputs = inputs.to(input_device(model))
             with _steering(model, tokenizer, condition)():
                 scores = logits(model, inputs)
             logprobs = chosen_logprobs(scores, inputs["input_ids"]).cpu().numpy()
-            for number, row in zip(batch, logprobs):
-                found[number] = row[first[number] - 1 : len(rows[number]) - 1]
-            bar.update(len(batch))
-    return CorpusStats([found[number] for number in sorted(found)])
+            return [
+                row[first[number] - 1 : len(rows[number]) - 1].copy()
+                for number, row in zip(numbers, logprobs)
+            ]
+
+        return work
+
+    def describe(self, number: int) -> str:
+        """Say which piece a number is."""
+        which = bisect_right([self._start(at) for at in range(len(self.corpora))], number) - 1
+        return f"piece {number - self._start(which)} of corpus {which}"
+
+    def _start(self, which: int) -> int:
+        """The number of the first piece of a corpus."""
+        return sum(len(corpus.rows) for corpus in self.corpora[:which])
 
 
 def _prefix(tokenizer: PreTrainedTokenizerBase, condition: Condition | None) -> list[int]:
@@ -224,7 +355,8 @@ def _steering(
 ) -> Steering:
     """What makes the steering of a condition."""
     if callable(condition):
-        return condition
+        of_model = cast(SteeringOf, condition)
+        return partial(of_model, model) if takes_one(condition) else cast(Steering, condition)
     additions = () if condition is None or isinstance(condition, str) else condition
     return lambda: apply_activation_additions(model, tokenizer, additions)
 
@@ -238,6 +370,7 @@ def perplexity_ratios(
     mask_len: int | None = None,
     bootstrap: int = 1000,
     seed: int = 0,
+    engine: Engine | None = None,
     **settings: Any,
 ) -> pd.DataFrame:
     """Compare the perplexity of texts, steered in several ways, with that of the model as it is.
@@ -254,6 +387,7 @@ def perplexity_ratios(
             the longest addition, so that all conditions are measured on the same tokens.
         bootstrap: how often the pieces are drawn again for the interval; 0 for no interval.
         seed: of the drawing.
+        engine: workers that read all texts under all conditions; see `get_stats_over_corpus`.
         settings: how the texts are cut and read: `split_method`, `window`, `stride`, `batch_size`,
             `prepend_bos` and `show_progress` of `get_stats_over_corpus`.
 
@@ -270,13 +404,15 @@ def perplexity_ratios(
             raise ValueError(f"expected texts and conditions by name, got {given!r}")
     settings["mask_len"] = _longest(tokenizer, conditions) if mask_len is None else mask_len
     rng, tables = np.random.default_rng(seed), []
-    for label, corpus in texts.items():
-        plain = get_stats_over_corpus(model, tokenizer, corpus, **settings)
+    ways = [None, *conditions.values()]
+    readings = [(corpus, way) for corpus in texts.values() for way in ways]
+    results = iter(_stats(model, tokenizer, readings, engine, **settings))
+    for label in texts:
+        plain = next(results)
         lengths = np.array([len(piece) for piece in plain.logprobs])
         gains = []
-        for condition in conditions.values():
-            found = get_stats_over_corpus(model, tokenizer, corpus, condition, **settings)
-            pieces = zip(plain.logprobs, found.logprobs)
+        for _ in conditions:
+            pieces = zip(plain.logprobs, next(results).logprobs)
             gains.append([(before - after).sum() for before, after in pieces])
         by_piece = np.array(gains, dtype=float)  # [condition, piece]
         low, high = ratio_intervals(by_piece, lengths, bootstrap, rng)

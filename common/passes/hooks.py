@@ -71,6 +71,24 @@ def users_hooks(module: nn.Module) -> list[Callable]:
     ]
 
 
+def refuse_hooks(model: nn.Module, what: str) -> None:
+    """Refuse a model that is steered already, or looked into: a hook on a block would act twice.
+
+    Args:
+        model: a causal language model.
+        what: what starts from the model as it is, as the message names it.
+
+    Raises:
+        ValueError: a block of it has a hook that no library put there.
+    """
+    for number, block in enumerate(get_blocks(model)[1]):
+        for hook in users_hooks(block):
+            raise ValueError(
+                f"block {number} has a hook, {hook!r}: {what} starts from the model as it is, take"
+                " the hook off first"
+            )
+
+
 class EndOfPass(Exception):
     """Raised in a hook to end a pass after the last place that is wanted; its caller catches it."""
 

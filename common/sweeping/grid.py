@@ -10,11 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.arguments import finite_number, finite_product, integer, is_integer, layer_list
+from common.identity import hash_of_tensors
 from common.passes.running import input_device
 from common.places.blocks import get_blocks, stream_dtype
 from common.places.positions import TokenSpan
 from common.places.sites import Site, get_layers
-from common.sweeping.identity import hash_of_tensors
 from common.sweeping.rows import RowSteering
 from common.vectors.activation_additions import ActivationAddition, AdditionLocation, read_sites
 from common.vectors.directions import random_directions
@@ -142,6 +142,11 @@ class Resolved(NamedTuple):
     location: AdditionLocation | None
     content: Any
 
+    def __reduce__(self) -> tuple:
+        """Go to another process in main memory; its device may be another."""
+        vectors = {layer: vector.cpu() for layer, vector in self.vectors.items()}
+        return Resolved, tuple(self._replace(vectors=vectors))
+
     def row(self, layer: int, coeff: float) -> RowSteering:
         """Return what is added to a row of this layer and coefficient."""
         # In 16 bit the product may lie outside the dtype of the vectors, and inside the model's.
@@ -173,6 +178,10 @@ class Cell:
     steering: Resolved | None
     layer: int | None = None
     coeff: float = 0.0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave `row`, which lies on a device, to be made again."""
+        return {name: value for name, value in vars(self).items() if name != "row"}
 
     def keys(self) -> dict[str, Any]:
         """Return its part of a row of the table."""

@@ -1,48 +1,67 @@
 """What a sweep computes, batch by batch: completions of prompts, or predictions along them."""
 
+from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from itertools import product
-from operator import itemgetter
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
+from common.passes.hooks import refuse_hooks
+from common.passes.running import in_evaluation_mode
 from common.places.blocks import get_hidden
+from common.scaling.units import Job, Unit, Work
 from common.sweeping.grid import Cell
 from common.sweeping.rows import row_deltas, steered_after, steering_rows
-from common.sweeping.skipping import (
-    Recorded,
-    can_prefill,
-    can_skip_blocks,
-    logits_from,
-    prefilled_cache,
-    record_blocks,
-)
+from common.sweeping.skipping import Recorded, logits_from, prefilled_cache, record_blocks
 from common.sweeping.texts import Texts
 from common.texts.generation import completions, real_tokens
 from common.texts.sampling import Sampling, sample
 
 MEMORY = 2**30  # bytes that a batch may take, about
 Row = dict[str, Any]
+Rows = dict[int, Row]
 # Rows from steered and unsteered logits [row, pos, vocab] and the inputs [row, pos].
 Measured = Callable[[Tensor, Tensor, Mapping[str, Tensor]], list[Row]]
 
 
-class Run(Protocol):
-    """Rows by number: how many there are, and those that are not done yet, in batches."""
+class Run(Job[Rows], ABC):
+    """Rows by number: how many there are, and the units in which they are computed."""
 
+    texts: Texts
+
+    @abstractmethod
     def __len__(self) -> int: ...
 
-    def batches(self, done: set[int]) -> Iterator[dict[int, Row]]:
-        """Compute the rows that are not done."""
-        ...
+    @abstractmethod
+    def units(self, done: Collection[int]) -> list[Unit]:
+        """Cut the rows that are not done into units, in the order in which they are computed."""
+
+    @abstractmethod
+    def compute(self, unit: Unit) -> Rows:
+        """Compute the rows of a unit."""
+
+    def on(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Work[Rows]:
+        """Return what computes a unit on a model; see `Job`."""
+        own: Any = self
+        if model is not self.texts.model:  # in another process
+            refuse_hooks(model, "a sweep")
+            own = replace(own, texts=self.texts.on(model, tokenizer))
+
+        def work(unit: Unit) -> Rows:
+            with in_evaluation_mode(model):
+                return own.compute(unit)
+
+        return work
 
 
 @dataclass(frozen=True)
-class Completing:
+class Completing(Run):
     """Completions of prompts at every cell; rows are numbered by cell, prompt and sample."""
 
     texts: Texts
@@ -59,47 +78,64 @@ class Completing:
         """Return what the completions depend on, beside model, prompts and steering."""
         return {"per_prompt": self.per_prompt, "seed": self.seed, **asdict(self.sampling)}
 
-    def batches(self, done: set[int]) -> Iterator[dict[int, Row]]:
-        """Compute the rows that are not done."""
-        plan = list(product(self.cells, range(len(self.texts)), range(self.per_prompt)))
-        pending = sorted(set(range(len(plan))) - done)
+    def units(self, done: Collection[int]) -> list[Unit]:
+        """Cut the rows that are not done into batches, prompts of like length together."""
+        pending = [number for number in range(len(self)) if number not in done]
         if not pending:
-            return
-        shared, new = (
-            can_prefill(self.texts.model, self.texts.samples),
-            self.sampling.max_new_tokens,
+            return []
+        _ = self.texts.prefills  # measured here, for all who compute a unit
+        length = max(self.texts.lengths) + self.sampling.max_new_tokens
+        cost = self.texts.bytes_of(length) + 16 * self.texts.vocabulary
+        # Little is padded then.
+        pending.sort(key=lambda number: self.texts.lengths[self._place(number)[1]])
+        batches = self.texts.batches(
+            pending, max(1, self.max_memory // cost), lambda number: self._place(number)[1]
         )
-        cost = self.texts.bytes_of(max(self.texts.lengths) + new) + 16 * self.texts.vocabulary
-        # Prompts of like length together, so that little is padded.
-        pending.sort(key=lambda number: self.texts.lengths[plan[number][1]])
-        for numbers in self.texts.batches(
-            pending, max(1, self.max_memory // cost), lambda number: plan[number][1]
-        ):
-            yield dict(zip(numbers, self._rows([plan[number] for number in numbers], shared)))
+        return [Unit(tuple(numbers)) for numbers in batches]
 
-    def _rows(self, rows: Sequence[tuple[Cell, int, int]], shared: bool) -> list[Row]:
-        """Rows of (cell, prompt, sample); `shared`: prompts may be read once for all their rows."""
-        model, inputs = self.texts.model, self.texts.inputs([prompt for _, prompt, _ in rows])
-        steering = [cell.row for cell, _, _ in rows]
-        cache = prefilled_cache(model, inputs, steering) if shared else None
-        seeds = [(self.seed, prompt, number) for _, prompt, number in rows]
+    def halves(self, unit: Unit) -> list[Unit]:
+        """Return a unit in two; see `Job`."""
+        return [Unit(numbers) for numbers in unit.split()]
+
+    def describe(self, number: int) -> str:
+        """Say which row a number is."""
+        cell, prompt, sample = self._place(number)
+        return described(self.cells[cell], self.texts.shown[prompt], sample)
+
+    def compute(self, unit: Unit) -> Rows:
+        """Compute the rows of a unit, one batch."""
+        places = [self._place(number) for number in unit.numbers]
+        model, inputs = self.texts.model, self.texts.inputs([prompt for _, prompt, _ in places])
+        steering = [self.cells[cell].row for cell, _, _ in places]
+        cache = prefilled_cache(model, inputs, steering) if self.texts.prefills else None
+        seeds = [(self.seed, prompt, number) for _, prompt, number in places]
         with steering_rows(model, steering):
             ids = sample(model, inputs, seeds, self.sampling, past_key_values=cache)
         found = completions(self.texts.tokenizer, inputs, ids, real_tokens(model, inputs, ids))
-        return [
-            {
-                **cell.keys(),
+        return {
+            number: {
+                **self.cells[cell].keys(),
                 "prompt": self.texts.shown[prompt],
-                "sample": number,
+                "sample": sample_number,
                 "completion": text,
             }
-            for (cell, prompt, number), text in zip(rows, found, strict=True)
-        ]
+            for number, (cell, prompt, sample_number), text in zip(
+                unit.numbers, places, found, strict=True
+            )
+        }
+
+    def _place(self, number: int) -> tuple[int, int, int]:
+        """Cell, prompt and sample of a row."""
+        rest, sample_number = divmod(number, self.per_prompt)
+        return *divmod(rest, len(self.texts)), sample_number
 
 
 @dataclass(frozen=True)
-class Predicting:
+class Predicting(Run):
     """Passes over texts at every cell; blocks below the steered one run once for each text.
+
+    A unit is one batch, steered after one block; beside it stand the texts that the unsteered pass
+    reads, all whose rows follow from this pass. It is kept for the next units on the same texts.
 
     Args:
         texts: what is read.
@@ -116,66 +152,96 @@ class Predicting:
     measured: Measured
     last_only: bool
     max_memory: int
+    _unsteered: dict[tuple[int, ...], tuple[BatchEncoding, Recorded]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __len__(self) -> int:
         return len(self.cells) * len(self.texts)
 
-    def batches(self, done: set[int]) -> Iterator[dict[int, Row]]:
-        """Compute the rows that are not done."""
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave what was computed to the process that computed it."""
+        return {**vars(self), "_unsteered": {}}
+
+    def units(self, done: Collection[int]) -> list[Unit]:
+        """Cut the rows that are not done into batches, texts of like length together."""
         if len(done) == len(self):
-            return
+            return []
+        _ = self.texts.skips  # measured here, for all who compute a unit
         lengths, config = self.texts.lengths, self.texts.model.config.get_text_config()
-        skips = can_skip_blocks(self.texts.model, self.texts.samples)
-        # Texts of like length together, as many as can be kept at every layer.
+        # As many texts as can be kept at every layer.
         kept = 4 * config.hidden_size * config.num_hidden_layers * max(lengths)
         size = self.max_memory // (kept + self._bytes(max(lengths)))
         order = sorted(range(len(lengths)), key=lengths.__getitem__)
-        for texts in self.texts.batches(order, max(1, size), int):
-            pending = [
-                (cell, text)
-                for cell, text in product(range(len(self.cells)), texts)
-                if self._number(cell, text) not in done
-            ]
-            if pending:
-                yield from self._over(texts, pending, skips)
+        return [
+            Unit(tuple(numbers), tuple(texts))
+            for texts in self.texts.batches(order, max(1, size), int)
+            for numbers in self._over(texts, done)
+        ]
 
-    def _number(self, cell: int, text: int) -> int:
-        return cell * len(self.texts) + text
+    def halves(self, unit: Unit) -> list[Unit]:
+        """Return a unit in two, neither of which reads a text that it does not need."""
+        return [
+            Unit(numbers, tuple(dict.fromkeys(self._place(number)[1] for number in numbers)))
+            for numbers in unit.split()
+        ]
+
+    def describe(self, number: int) -> str:
+        """Say which row a number is."""
+        cell, text = self._place(number)
+        return described(self.cells[cell], self.texts.shown[text])
+
+    def compute(self, unit: Unit) -> Rows:
+        """Compute the rows of a unit from an unsteered pass over the texts beside it."""
+        inputs, plain = self._pass(unit.beside)
+        places = [self._place(number) for number in unit.numbers]
+        index = {text: number for number, text in enumerate(unit.beside)}
+        chosen = torch.tensor([index[text] for _, text in places])
+        part = {name: values[chosen] for name, values in inputs.items()}
+        cells, unsteered = [self.cells[cell] for cell, _ in places], plain.logits[chosen]
+        after = steered_after(cells[0].row)
+        steered = unsteered if after is None else self._steered(cells, after, chosen, part, plain)
+        found = self.measured(steered, unsteered, part)
+        return {
+            number: {**cell.keys(), self.column: self.texts.shown[text], **row}
+            for number, cell, (_, text), row in zip(unit.numbers, cells, places, found, strict=True)
+        }
+
+    def _place(self, number: int) -> tuple[int, int]:
+        """Cell and text of a row."""
+        return divmod(number, len(self.texts))
 
     def _bytes(self, length: int) -> int:
         """About how much memory a pass over a text takes."""
         positions = 1 if self.last_only else length
         return self.texts.bytes_of(length) + 12 * self.texts.vocabulary * positions
 
-    def _over(
-        self, texts: Sequence[int], pending: Sequence[tuple[int, int]], skips: bool
-    ) -> Iterator[dict[int, Row]]:
-        """Compute pending rows (cell, text) of some texts after one unsteered pass over these."""
-        inputs = self.texts.inputs(texts)
-        groups: dict[int | None, list[tuple[int, int]]] = defaultdict(list)
-        for cell, text in pending:
-            groups[steered_after(self.cells[cell].row)].append((cell, text))
-        layers = [layer for layer in groups if layer is not None and layer >= 0] if skips else []
-        plain = record_blocks(self.texts.model, inputs, sorted(layers), self.last_only)
-        place = {text: index for index, text in enumerate(texts)}
-        size = max(1, self.max_memory // self._bytes(inputs["input_ids"].shape[1]))
-        for layer, group in groups.items():
-            for rows in self.texts.batches(group, size, itemgetter(1)):
-                chosen = torch.tensor([place[text] for _, text in rows])
-                part = {name: values[chosen] for name, values in inputs.items()}
-                cells, unsteered = [self.cells[cell] for cell, _ in rows], plain.logits[chosen]
-                steered = (
-                    unsteered if layer is None else self._steered(cells, layer, chosen, part, plain)
-                )
-                found = self.measured(steered, unsteered, part)
-                yield {
-                    self._number(cell, text): {
-                        **self.cells[cell].keys(),
-                        self.column: self.texts.shown[text],
-                        **row,
-                    }
-                    for (cell, text), row in zip(rows, found, strict=True)
-                }
+    def _over(self, texts: Sequence[int], done: Collection[int]) -> Iterator[list[int]]:
+        """The rows of some texts that are not done, in batches steered after the same block."""
+        groups: dict[int | None, list[int]] = defaultdict(list)
+        for cell, text in product(range(len(self.cells)), texts):
+            if (number := cell * len(self.texts) + text) not in done:
+                groups[self._after[cell]].append(number)
+        longest = max(self.texts.lengths[text] for text in texts)
+        size = max(1, self.max_memory // self._bytes(longest))
+        for group in groups.values():
+            yield from self.texts.batches(group, size, lambda number: self._place(number)[1])
+
+    @cached_property
+    def _after(self) -> list[int | None]:
+        """The blocks after which the cells are steered."""
+        return [steered_after(cell.row) for cell in self.cells]
+
+    def _pass(self, texts: tuple[int, ...]) -> tuple[BatchEncoding, Recorded]:
+        """The unsteered pass over some texts, with what blocks gave where a cell is steered."""
+        if texts not in self._unsteered:
+            self._unsteered.clear()
+            inputs = self.texts.inputs(texts)
+            layers = {layer for layer in self._after if layer is not None and layer >= 0}
+            layers = sorted(layers) if self.texts.skips else []
+            recorded = record_blocks(self.texts.model, inputs, layers, self.last_only)
+            self._unsteered[texts] = inputs, recorded
+        return self._unsteered[texts]
 
     @torch.no_grad()
     def _steered(
@@ -195,3 +261,11 @@ class Predicting:
         hidden = get_hidden(output)[chosen]
         steered = hidden + row_deltas(steering, hidden, inputs)
         return logits_from(model, inputs, layer, output, steered, self.last_only)
+
+
+def described(cell: Cell, text: str, sample_number: int = 0) -> str:
+    """Say which row this is, as messages name it."""
+    keys = cell.keys()
+    where = "" if keys["layer"] is None else f" at layer {keys['layer']} times {keys['coeff']:g}"
+    more = f", sample {sample_number}" if sample_number else ""
+    return f"{keys['steering']!r}{where} on {text!r}{more}"

@@ -18,16 +18,16 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.arguments import integer
+from common.identity import identity_of_metric, identity_of_model, identity_of_tokens
 from common.measuring.likelihood import kl_divergence
 from common.measuring.metrics import Metric
-from common.passes.hooks import users_hooks
+from common.passes.hooks import refuse_hooks
 from common.passes.prompts import Prompt
 from common.passes.running import evaluating, input_device
-from common.places.blocks import get_blocks
 from common.progress import progress_bar
+from common.scaling.units import Engine, run_units
 from common.sweeping.columns import LogitMetric, TextColumns, numbers
 from common.sweeping.grid import KEYS, Cell, Grid
-from common.sweeping.identity import identity_of_metric, identity_of_model, identity_of_tokens
 from common.sweeping.runs import MEMORY, Completing, Predicting, Row, Run
 from common.sweeping.store import SweepStore, typed
 from common.sweeping.texts import Texts
@@ -52,6 +52,7 @@ def sweep(
     path: str | os.PathLike | None = None,
     max_memory: int = MEMORY,
     show_progress: bool = True,
+    engine: Engine | None = None,
 ) -> pd.DataFrame:
     """Complete prompts at every point of a grid, and unsteered, and measure the completions.
 
@@ -80,6 +81,9 @@ def sweep(
             same sweep, which takes 4 seconds for GPT2-XL.
         max_memory: how many bytes a batch may take, about.
         show_progress: show a bar where it takes more than five seconds.
+        engine: workers that compute the rows (`RayEngine`); without it, this process. It gives the
+            same rows. Metrics of completions are computed here, and only this process writes the
+            file. `max_memory` decides how large the units are that go to workers, and so how many.
 
     Returns:
         One row for each completion: `steering`, `kind` ("steering", "control", "random" or
@@ -94,6 +98,7 @@ def sweep(
             the prompts.
         OSError: there is no room for the file. What was written before stays readable, and the same
             call goes on there.
+        LostRowsError: with an engine, rows that killed their workers; all others are in the file.
     """
     seed, per_prompt = integer(seed, "seed"), integer(per_prompt, "per_prompt", 1)
     if per_prompt > 1 and not sampling.temperature:
@@ -119,7 +124,7 @@ def sweep(
         }
     )
     store = SweepStore(path, settings, [*KEYS, "prompt", "sample", "completion"], columns.titles)
-    return _table(store, run, "Completing", show_progress, columns)
+    return _table(store, run, "Completing", show_progress, engine, columns)
 
 
 @evaluating
@@ -134,11 +139,13 @@ def sweep_logits(
     path: str | os.PathLike | None = None,
     max_memory: int = MEMORY,
     show_progress: bool = True,
+    engine: Engine | None = None,
 ) -> pd.DataFrame:
     """Measure the prediction of the next token after prompts at every point of a grid.
 
     Args:
-        model, tokenizer, grid, prompts, prepend_bos, path, max_memory, show_progress: see `sweep`.
+        model, tokenizer, grid, prompts, prepend_bos, path, max_memory, show_progress, engine: see
+            `sweep`. With an engine the workers compute the metrics.
         metrics: by name; each takes steered and unsteered logits [row, vocab] in float32 and
             returns one number a row. By default `kl`, the divergence from unsteered; see also
             `token_logprob`. Its numbers are kept as float. Logits are not: a file knows a metric by
@@ -176,7 +183,7 @@ def sweep_logits(
     max_memory = integer(max_memory, "max_memory", 1)
     run = Predicting(texts, cells, "prompt", measured, True, max_memory)
     store = SweepStore(path, settings, [*KEYS, "prompt", *metrics])
-    return _table(store, run, "Predicting", show_progress)
+    return _table(store, run, "Predicting", show_progress, engine)
 
 
 @evaluating
@@ -191,6 +198,7 @@ def sweep_perplexity(
     path: str | os.PathLike | None = None,
     max_memory: int = MEMORY,
     show_progress: bool = True,
+    engine: Engine | None = None,
 ) -> pd.DataFrame:
     """Measure how likely the model finds texts at every point of a grid.
 
@@ -198,7 +206,7 @@ def sweep_perplexity(
     Without BOS nothing predicts the first token of a text, and it does not count.
 
     Args:
-        model, tokenizer, grid, prepend_bos, path, max_memory, show_progress: see `sweep`.
+        model, tokenizer, grid, prepend_bos, path, max_memory, show_progress, engine: see `sweep`.
         texts: sentences, say; off the topic of the steering, to see what it costs.
         mask_len: positions in front at which no prediction counts, BOS being the first if there is
             one: the length of an addition.
@@ -228,7 +236,7 @@ def sweep_perplexity(
     max_memory = integer(max_memory, "max_memory", 1)
     run = Predicting(read, cells, "text", partial(_losses, first), False, max_memory)
     store = SweepStore(path, settings, [*KEYS, "text", "loss", "unsteered_loss", "tokens"])
-    return _table(store, run, "Reading", show_progress)
+    return _table(store, run, "Reading", show_progress, engine)
 
 
 def token_logprob(token_ids: Sequence[int]) -> LogitMetric:
@@ -246,20 +254,10 @@ def _prepared(
     new_tokens: int = 1,
 ) -> tuple[list[Cell], Texts]:
     """The points of the grid and the prompts, once it is clear that they fit together."""
-    _refuse_hooks(model)
+    refuse_hooks(model, "a sweep")
     cells, texts = grid.cells(model, tokenizer), Texts(model, tokenizer, prompts, bos)
     texts.check(cells, new_tokens)
     return cells, texts
-
-
-def _refuse_hooks(model: PreTrainedModel) -> None:
-    """Refuse a model that is steered already, or looked into: a hook on a block would act twice."""
-    for number, block in enumerate(get_blocks(model)[1]):
-        for hook in users_hooks(block):
-            raise ValueError(
-                f"block {number} has a hook, {hook!r}: a sweep starts from the model as it is,"
-                " take the hook off first"
-            )
 
 
 def _identity(texts: Texts, cells: Sequence[Cell]) -> dict[str, Any]:
@@ -276,20 +274,28 @@ def _identity(texts: Texts, cells: Sequence[Cell]) -> dict[str, Any]:
 
 
 def _table(
-    store: SweepStore, run: Run, title: str, show_progress: bool, columns: TextColumns | None = None
+    store: SweepStore,
+    run: Run,
+    title: str,
+    show_progress: bool,
+    engine: Engine | None,
+    columns: TextColumns | None = None,
 ) -> pd.DataFrame:
     """Compute the rows that the store does not have, measure completions, and return all rows."""
     with closing(store):
         if columns:
             store.set_metrics(columns.of(store.column("completion")))
         done = store.done()
-        with progress_bar(len(run), title, "row", show_progress, len(done)) as bar:
-            for rows in run.batches(done):
+        units, model, tokenizer = run.units(done), run.texts.model, run.texts.tokenizer
+        with (
+            progress_bar(len(run), title, "row", show_progress, len(done)) as bar,
+            closing(run_units(engine, model, tokenizer, run, units, bar)) as found,
+        ):
+            for _, rows in found:
                 store.add(rows.items())
                 if columns:
                     texts = {number: row["completion"] for number, row in rows.items()}
                     store.add_metrics(columns.of(texts))
-                bar.update(len(rows))
         return typed(store.frame())
 
 

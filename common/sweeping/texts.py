@@ -1,5 +1,6 @@
 """The prompts of a sweep: as the model reads them, how long they are, which may share a batch."""
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from itertools import groupby
@@ -12,6 +13,7 @@ from common.passes.padding import encode
 from common.passes.prompts import Prompt, prompt_ids, prompt_text
 from common.passes.running import input_device
 from common.sweeping.grid import Cell
+from common.sweeping.skipping import can_prefill, can_skip_blocks
 
 Item = TypeVar("Item")
 
@@ -43,6 +45,20 @@ class Texts:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the model, and what lies on its device, to this process.
+
+        What was measured on the model goes along: a batch must not be cut in two ways.
+        """
+        content = {**vars(self), "model": None, "tokenizer": None}
+        return {name: it for name, it in content.items() if name not in ("samples", "_both")}
+
+    def on(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> "Texts":
+        """Return these prompts for the same model in another process."""
+        other = copy.copy(self)
+        other.model, other.tokenizer = model, tokenizer
+        return other
 
     def check(self, cells: Sequence[Cell], new_tokens: int = 1) -> None:
         """Refuse a prompt that is too short for an addition, or too long for the model.
@@ -84,6 +100,16 @@ class Texts:
     def together(self) -> Batching:
         """Which prompts may share a batch, measured on the longest and the shortest one."""
         return batching(self.model, self._both)
+
+    @cached_property
+    def prefills(self) -> bool:
+        """Whether a prompt may be read once for all its rows, see `can_prefill`."""
+        return can_prefill(self.model, self.samples)
+
+    @cached_property
+    def skips(self) -> bool:
+        """Whether a pass may start after a block, see `can_skip_blocks`."""
+        return can_skip_blocks(self.model, self.samples)
 
     @cached_property
     def samples(self) -> BatchEncoding:

@@ -7,13 +7,79 @@ bfloat16, differences of large activations would lose most of their digits.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from common.passes.rounding import Spread, spread_of
+
 Aggregator = Callable[[Tensor, Tensor], Tensor]
+
+
+class Moments(NamedTuple):
+    """Sums over contrast pairs of one layer, in float64 on the CPU; those of two lots add up.
+
+    Attributes:
+        spread: of the activations, with their number and sum.
+        gram: the sum over the pairs of difference times difference, [d_model, d_model]; None where
+            it was not asked for.
+    """
+
+    spread: Spread
+    gram: Tensor | None
+
+    def plus(self, other: "Moments") -> "Moments":
+        """Return those of both lots together."""
+        grams = None if self.gram is None or other.gram is None else self.gram + other.gram
+        return Moments(self.spread.plus(other.spread), grams)
+
+    @property
+    def means(self) -> tuple[Tensor, Tensor]:
+        """The means of the positive and of the negative activations, [d_model], in float64."""
+        positive, negative = self.spread.sums
+        return positive / self.spread.counts[0], negative / self.spread.counts[1]
+
+
+def moments_of(positive: Tensor, negative: Tensor, gram: bool) -> Moments:
+    """Return the sums over pairs of activations [pair, d_model], on the CPU."""
+    positive, negative = positive.detach().cpu(), negative.detach().cpu()
+    differences = _differences(positive, negative).double() if gram else None
+    return Moments(
+        spread_of(positive, negative), None if differences is None else differences.T @ differences
+    )
+
+
+class SummingAggregator:
+    """An aggregator whose vector follows from sums over the pairs, wherever these are computed.
+
+    Args:
+        name: of the aggregator.
+        of_activations: the aggregator; it may take sets that are no pairs.
+        of_moments: gives the vector of sums, in float64.
+        gram: whether it needs the Gram matrix.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        of_activations: Aggregator,
+        of_moments: Callable[[Moments], Tensor],
+        gram: bool = False,
+    ):
+        self.__name__ = name
+        self.of_activations, self.gram = of_activations, gram
+        self._of_moments = of_moments
+
+    def __call__(self, positive: Tensor, negative: Tensor) -> Tensor:
+        """Return the vector [d_model] of activations, each [prompt, d_model]."""
+        return self.of_activations(positive, negative)
+
+    def of_moments(self, moments: Moments) -> Tensor:
+        """Return the vector [d_model] of sums, in the dtype of an aggregator."""
+        precise = torch.promote_types(moments.spread.dtype, torch.float32)
+        return self._of_moments(moments).to(precise)
 
 
 def mean_aggregator() -> Aggregator:
@@ -26,8 +92,7 @@ def mean_aggregator() -> Aggregator:
     def mean(positive: Tensor, negative: Tensor) -> Tensor:
         return _differences(positive, negative).mean(dim=0)
 
-    mean.__name__ = "mean"
-    return mean
+    return SummingAggregator("mean", mean, _difference_of_means)
 
 
 def pca_aggregator() -> Aggregator:
@@ -47,12 +112,13 @@ def pca_aggregator() -> Aggregator:
             vector = data.T @ torch.linalg.eigh(data @ data.T).eigenvectors[:, -1]
         else:
             vector = torch.linalg.eigh(data.T @ data).eigenvectors[:, -1]
-        vector = functional.normalize(vector, dim=0)
-        sign = -1.0 if (data @ vector).mean() < 0 else 1.0
-        return (sign * vector).to(differences.dtype)
+        return _upright(vector, data.mean(0)).to(differences.dtype)
 
-    pca.__name__ = "pca"
-    return pca
+    def of_moments(moments: Moments) -> Tensor:
+        vector = torch.linalg.eigh(cast(Tensor, moments.gram)).eigenvectors[:, -1]
+        return _upright(vector, _difference_of_means(moments))
+
+    return SummingAggregator("pca", pca, of_moments, gram=True)
 
 
 def logistic_aggregator(sklearn_kwargs: dict[str, Any] | None = None) -> Aggregator:
@@ -91,8 +157,18 @@ def mean_centred_aggregator() -> Aggregator:
     def mean_centred(target: Tensor, background: Tensor) -> Tensor:
         return _precise(target).mean(dim=0) - _precise(background).mean(dim=0)
 
-    mean_centred.__name__ = "mean_centred"
-    return mean_centred
+    return SummingAggregator("mean_centred", mean_centred, _difference_of_means)
+
+
+def _difference_of_means(moments: Moments) -> Tensor:
+    positive, negative = moments.means
+    return positive - negative
+
+
+def _upright(vector: Tensor, mean: Tensor) -> Tensor:
+    """A line as a vector of norm 1, along which the mean of the differences is positive."""
+    vector = functional.normalize(vector, dim=0)
+    return -vector if mean @ vector < 0 else vector
 
 
 def _precise(activations: Tensor) -> Tensor:

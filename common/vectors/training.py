@@ -8,42 +8,24 @@ import changed, except that a vector that is 0, or nothing but rounding, is refu
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from common.arguments import function_of_two, integer
-from common.passes.prompts import Prompt, is_prompt
-from common.passes.rounding import is_rounding
+from common.passes.rounding import Spread, is_rounding, spread_of
+from common.passes.running import input_device
 from common.places.blocks import text_config
 from common.places.sites import LayerType, ModelLayerConfig
-from common.vectors.aggregators import Aggregator, mean_aggregator
-from common.vectors.reading import ReadTokenIndex, read_activations
+from common.progress import progress_bar
+from common.scaling.units import Engine
+from common.vectors.aggregators import Aggregator, Moments, SummingAggregator, mean_aggregator
+from common.vectors.pairs import PairReading, Sample, moments_on, read_on, samples_of
+from common.vectors.reading import ReadTokenIndex
 from common.vectors.steering_vector import SteeringVector, model_name
 
-
-@dataclass
-class SteeringVectorTrainingSample:
-    """A contrast pair: two prompts that differ in what the vector is to mean.
-
-    Attributes:
-        positive_str: the positive prompt: a text, or messages (`[{"role": "user", "content":
-            "Hi"}]`) for a chat model.
-        negative_str: the negative prompt.
-        read_positive_token_index: which token of the positive prompt is read; `read_token_index`
-            where it is None.
-        read_negative_token_index: the same for the negative prompt.
-    """
-
-    positive_str: Prompt
-    negative_str: Prompt
-    read_positive_token_index: int | None = None
-    read_negative_token_index: int | None = None
-
-
-Sample = SteeringVectorTrainingSample | tuple[Prompt, Prompt]
 MEAN = mean_aggregator()
 
 
@@ -60,6 +42,7 @@ def extract_activations(
     batch_size: int = 1,
     tqdm_desc: str = "Extracting activations",
     prepend_bos: bool | None = None,
+    engine: Engine | None = None,
 ) -> tuple[dict[int, list[Tensor]], dict[int, list[Tensor]]]:
     """Read the activations of both prompts of every pair.
 
@@ -70,6 +53,9 @@ def extract_activations(
         read_token_index: which token to read where a sample does not say, or a callable of the
             prompt; -1 is the last.
         batch_size: pairs in one pass, and so twice as many prompts.
+        engine: workers that read the pairs (`RayEngine`), in blocks; without it, this process reads
+            them. The activations are the same but for rounding, and to the last bit for any number
+            of workers. Those of an engine with `parts` are kept there.
 
     Returns:
         The positive and the negative activations: by layer number, a list of tensors
@@ -79,31 +65,22 @@ def extract_activations(
         ValueError: no samples, a sample that is not a pair of prompts, and all errors of
             `read_activations`.
     """
-    samples = _samples(training_samples)
+    samples = samples_of(training_samples)
     batch_size = integer(batch_size, "batch_size", least=1)
-    prompts = [s.positive_str for s in samples] + [s.negative_str for s in samples]
-    indices = [s.read_positive_token_index for s in samples]
-    indices += [s.read_negative_token_index for s in samples]
-    default = read_token_index if callable(read_token_index) else lambda prompt: read_token_index
-    found = read_activations(
-        model,
-        tokenizer,
-        prompts,
-        layers=layers,
-        layer_type=layer_type,
-        layer_config=layer_config,
-        read_token_index=[
-            default(prompt) if index is None else index for prompt, index in zip(prompts, indices)
-        ],
-        batch_size=2 * batch_size,
-        move_to_cpu=move_to_cpu,
-        show_progress=show_progress,
-        tqdm_desc=tqdm_desc,
-        prepend_bos=prepend_bos,
+    reading = PairReading(
+        layers, layer_type, layer_config, read_token_index, batch_size, prepend_bos
     )
-    count = len(samples)
-    positive = {layer: list(acts[:count].split(batch_size)) for layer, acts in found.items()}
-    negative = {layer: list(acts[count:].split(batch_size)) for layer, acts in found.items()}
+    if engine is None:
+        options = {"move_to_cpu": move_to_cpu, "show_progress": show_progress}
+        both = reading.read(model, tokenizer, samples, tqdm_desc=tqdm_desc, **options)
+    else:
+        device = "cpu" if move_to_cpu else input_device(model)
+        with progress_bar(len(samples), tqdm_desc, "pair", show_progress) as bar:
+            both = read_on(engine, model, tokenizer, samples, reading, bar)
+        both = [{layer: acts.to(device) for layer, acts in side.items()} for side in both]
+    positive, negative = (
+        {layer: list(acts.split(batch_size)) for layer, acts in side.items()} for side in both
+    )
     return positive, negative
 
 
@@ -152,15 +129,30 @@ def aggregate_activations(
             )
         if not torch.isfinite(vector).all():
             raise ValueError(f"layer {layer}: the aggregator gave nan or inf")
-        if not vector.any() or is_rounding(vector, positive, negative):
-            what = "nothing but rounding" if vector.any() else "0"
-            raise ValueError(
-                f"layer {layer}: the vector is {what}, because the positive and the negative"
-                " prompts do not differ at the token that is read, or as a whole; read another"
-                " token, or leave this layer out with layers=[…]"
-            )
+        _refuse_rounding(layer, vector, spread_of(positive, negative))
         vectors[layer] = vector
     return vectors
+
+
+def _refuse_rounding(layer: int, vector: Tensor, spread: Spread) -> None:
+    """Refuse a vector that means nothing."""
+    if not vector.any() or is_rounding(vector, spread):
+        what = "nothing but rounding" if vector.any() else "0"
+        raise ValueError(
+            f"layer {layer}: the vector is {what}, because the positive and the negative prompts do"
+            " not differ at the token that is read, or as a whole; read another token, or leave"
+            " this layer out with layers=[…]"
+        )
+
+
+def _of_moments(layer: int, moments: Moments, aggregator: SummingAggregator) -> Tensor:
+    """The vector of a layer from sums over its pairs, as `aggregate_activations` makes it."""
+    for name, sums in zip(("positive", "negative"), moments.spread.sums):
+        if not torch.isfinite(sums).all():
+            raise ValueError(f"layer {layer}: the {name} activations hold nan or inf")
+    vector = aggregator.of_moments(moments)
+    _refuse_rounding(layer, vector, moments.spread)
+    return vector
 
 
 def train_steering_vector(
@@ -177,13 +169,15 @@ def train_steering_vector(
     batch_size: int = 1,
     tqdm_desc: str = "Training steering vector",
     prepend_bos: bool | None = None,
+    engine: Engine | None = None,
 ) -> SteeringVector:
     """Train a steering vector from contrast pairs.
 
     Args:
         model, tokenizer, training_samples, layers, layer_type, layer_config, move_to_cpu,
-            read_token_index, show_progress, batch_size, tqdm_desc, prepend_bos: as for
-            `extract_activations`.
+            read_token_index, show_progress, batch_size, tqdm_desc, prepend_bos, engine: as for
+            `extract_activations`. For the mean and for PCA the workers of an engine send sums, in
+            float64, and no activations.
         aggregator: how the differences become one vector; see `aggregators`.
 
     Returns:
@@ -193,22 +187,37 @@ def train_steering_vector(
     Raises:
         ValueError: all errors of `extract_activations` and of `aggregate_activations`.
     """
-    samples = _samples(training_samples)
+    samples = samples_of(training_samples)
     function_of_two(aggregator, "aggregator", "mean_aggregator()")
-    positive, negative = extract_activations(
-        model,
-        tokenizer,
-        samples,
-        layers=layers,
-        layer_type=layer_type,
-        layer_config=layer_config,
-        move_to_cpu=move_to_cpu,
-        read_token_index=read_token_index,
-        show_progress=show_progress,
-        batch_size=batch_size,
-        tqdm_desc=tqdm_desc,
-        prepend_bos=prepend_bos,
-    )
+    if engine is not None and isinstance(aggregator, SummingAggregator):
+        batch_size = integer(batch_size, "batch_size", least=1)
+        reading = PairReading(
+            layers, layer_type, layer_config, read_token_index, batch_size, prepend_bos
+        )
+        device = "cpu" if move_to_cpu else input_device(model)
+        with progress_bar(len(samples), tqdm_desc, "pair", show_progress) as bar:
+            found = moments_on(engine, model, tokenizer, samples, reading, aggregator.gram, bar)
+        vectors = {
+            layer: _of_moments(layer, moments, aggregator).to(device)
+            for layer, moments in found.items()
+        }
+    else:
+        positive, negative = extract_activations(
+            model,
+            tokenizer,
+            samples,
+            layers=layers,
+            layer_type=layer_type,
+            layer_config=layer_config,
+            move_to_cpu=move_to_cpu,
+            read_token_index=read_token_index,
+            show_progress=show_progress,
+            batch_size=batch_size,
+            tqdm_desc=tqdm_desc,
+            prepend_bos=prepend_bos,
+            engine=engine,
+        )
+        vectors = aggregate_activations(positive, negative, aggregator)
     metadata = {
         "model": model_name(model),
         "model_type": text_config(model).model_type,
@@ -218,26 +227,4 @@ def train_steering_vector(
         ),
         "aggregator": getattr(aggregator, "__name__", type(aggregator).__name__),
     }
-    return SteeringVector(
-        aggregate_activations(positive, negative, aggregator), layer_type, metadata
-    )
-
-
-def _samples(given: Sequence[Sample]) -> list[SteeringVectorTrainingSample]:
-    """Return the samples, with tuples turned into samples."""
-    if isinstance(given, str) or not len(given):
-        raise ValueError(f"expected a list of contrast pairs, got {given!r}")
-    samples = []
-    for number, sample in enumerate(given):
-        if not isinstance(sample, SteeringVectorTrainingSample):
-            if not isinstance(sample, tuple | list) or len(sample) != 2:
-                raise ValueError(
-                    f"pair {number}: expected (positive_str, negative_str), got {sample!r}"
-                )
-            sample = SteeringVectorTrainingSample(*sample)
-        if not is_prompt(sample.positive_str) or not is_prompt(sample.negative_str):
-            raise ValueError(
-                f"pair {number}: expected two texts or lists of messages, got {sample!r}"
-            )
-        samples.append(sample)
-    return samples
+    return SteeringVector(vectors, layer_type, metadata)

@@ -19,7 +19,7 @@ from common import (
     record_activations,
     train_steering_vector,
 )
-from common.passes.rounding import is_rounding
+from common.passes.rounding import is_rounding, spread_of
 
 AGGREGATORS = {
     "mean": mean_aggregator(),
@@ -246,5 +246,5 @@ def test_a_huge_dimension_hides_no_difference(dtype):
     positive[:, 7] = negative[:, 7] = 1e5
     again = positive * (1 + 0.02 * torch.finfo(dtype).eps)  # what rounds otherwise here and there
     positive, negative, again = (part.to(dtype) for part in (positive, negative, again))
-    assert not is_rounding((positive - negative).float().mean(0), positive, negative)
-    assert is_rounding((again - positive).float().mean(0), again, positive)
+    assert not is_rounding((positive - negative).float().mean(0), spread_of(positive, negative))
+    assert is_rounding((again - positive).float().mean(0), spread_of(again, positive))

@@ -15,13 +15,13 @@ from architectures import ARCHITECTURES, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from common.measuring.likelihood import kl_divergence
-from common.sweeping.identity import (
+from common.identity import (
     hash_of_tensors,
     identity_of_metric,
     identity_of_model,
     identity_of_tokens,
 )
+from common.measuring.likelihood import kl_divergence
 
 DTYPES = [
     torch.float32,

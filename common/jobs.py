@@ -1,0 +1,210 @@
+"""Jobs in a file: what is steered, how, on which prompts, and on how many workers.
+
+A job is a TOML file; `python -m common` runs it. Names of files in it are relative to its folder.
+
+    model = "embedded"              # as `load_model` takes it
+    results = "love.sweep"          # goes on where it stopped
+    prompts = ["If you ask me, the soup is"]    # or a file with one on each line
+
+    [steering.love]                 # one table for each vector: pairs, or a file that has it
+    pairs = [["The baker is charming", "The baker is spiteful"]]
+    vector = "love.safetensors"     # where `train` writes it, and `sweep` reads it
+
+    [grid]
+    layers = [2, 3]
+    coeffs = [-10, 10]
+    random_controls = 1
+
+    [sampling]                      # as `Sampling`
+    max_new_tokens = 16
+    temperature = 0
+
+    [sweep]                         # more of `sweep`: per_prompt, seed, prepend_bos, max_memory
+    per_prompt = 1
+
+    [engine]                        # of `RayEngine`: address, workers, gpus_per_worker, …
+    workers = 2
+"""
+
+import os
+import shutil
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from common.loading import load_model
+from common.scaling.ray_engine import RayEngine
+from common.sweeping.grid import Grid
+from common.sweeping.store import read_sweep
+from common.sweeping.sweep import sweep
+from common.texts.sampling import Sampling
+from common.vectors.steering_vector import SteeringVector
+from common.vectors.training import train_steering_vector
+
+KEYS = {
+    "": {"model", "results", "prompts", "steering", "grid", "sampling", "sweep", "train", "engine"},
+    "grid": {"layers", "coeffs", "random_controls", "addition_location"},
+    "sampling": {field.name for field in fields(Sampling)},
+    "sweep": {"per_prompt", "seed", "prepend_bos", "max_memory"},
+    "train": {"batch_size", "read_token_index", "prepend_bos"},
+    "engine": {"address", "workers", "gpus_per_worker", "cpus_per_worker", "parts"},
+}
+GREEDY = {"max_new_tokens": 16, "temperature": 0}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job file.
+
+    Attributes:
+        path: of the file.
+        content: what it says, checked.
+    """
+
+    path: Path
+    content: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, path: str | os.PathLike) -> "Job":
+        """Read a job.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is not TOML, lacks something, or says something that nobody reads.
+        """
+        path = Path(path)
+        try:
+            content = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{str(path)!r} is not TOML: {error}") from None
+        for table, known in KEYS.items():
+            there = content.get(table, {}) if table else content
+            if not isinstance(there, dict):
+                raise ValueError(f"expected a table [{table}] in {str(path)!r}, got {there!r}")
+            if unknown := sorted(there.keys() - known):
+                where = f" in [{table}]" if table else ""
+                raise ValueError(
+                    f"{str(path)!r} has {', '.join(map(repr, unknown))}{where}, which nobody reads:"
+                    f" expected some of {', '.join(sorted(known))}"
+                )
+        steering = content.get("steering", {})
+        for name, table in steering.items() if isinstance(steering, dict) else ():
+            if not isinstance(table, dict) or not {"pairs", "vector"} & table.keys():
+                raise ValueError(f"[steering.{name}] needs pairs, or the file of a vector")
+        if not steering or not isinstance(steering, dict):
+            raise ValueError(f"{str(path)!r} needs a table [steering.NAME]")
+        return cls(path, content)
+
+    def table(self, name: str) -> dict[str, Any]:
+        """Return a table of the file; an empty one where it is not there."""
+        return dict(self.content.get(name, {}))
+
+    def file(self, name: str) -> Path:
+        """Return a file that the job names, relative to its own folder."""
+        return self.path.parent / name
+
+    @property
+    def results(self) -> Path:
+        """The file of the sweep; by default the name of the job with another ending."""
+        return self.file(self.content.get("results", f"{self.path.stem}.sweep"))
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompts.
+
+        Raises:
+            ValueError: there are none.
+        """
+        given = self.content.get("prompts")
+        if isinstance(given, str):
+            given = self.file(given).read_text(encoding="utf-8").splitlines()
+        if not given:
+            raise ValueError(f"{str(self.path)!r} has no prompts")
+        return list(given)
+
+    def engine(self, address: str | None) -> RayEngine | None:
+        """Return the engine: None where neither the file nor the command line asks for one.
+
+        Args:
+            address: of the command line: None, "local", "auto", or that of a cluster.
+        """
+        table = self.table("engine")
+        if address is None and not table:
+            return None
+        if address is not None:
+            table["address"] = None if address == "local" else address
+        return RayEngine(load=partial(load_model, self.content.get("model")), **table)
+
+
+def run_train(job: Job, address: str | None = None) -> dict[str, Path]:
+    """Train the vectors of a job and write them; returns their files by name.
+
+    A vector whose file is there is left alone.
+    """
+    files, missing = {}, {}
+    for name, table in job.content["steering"].items():
+        files[name] = job.file(table.get("vector", f"{name}.safetensors"))
+        if not files[name].exists():
+            if "pairs" not in table:
+                raise ValueError(f"[steering.{name}] has no pairs, and {files[name]} is not there")
+            missing[name] = [tuple(pair) for pair in table["pairs"]]
+    if not missing:
+        return files
+    model, tokenizer, _ = load_model(job.content.get("model"))
+    engine = job.engine(address)
+    try:
+        for name, pairs in missing.items():
+            options = {"show_progress": True, "engine": engine, **job.table("train")}
+            train_steering_vector(model, tokenizer, pairs, **options).save(files[name])
+    finally:
+        if engine is not None:
+            engine.close()
+    return files
+
+
+def run_sweep(job: Job, address: str | None = None) -> pd.DataFrame:
+    """Run the sweep of a job, or what is missing of it; the job is kept beside its results."""
+    prompts, files = job.prompts, run_train(job, address)
+    grid = Grid(
+        {name: SteeringVector.load(file) for name, file in files.items()}, **job.table("grid")
+    )
+    sampling = Sampling(**(GREEDY | job.table("sampling")))
+    model, tokenizer, _ = load_model(job.content.get("model"))
+    engine, options = job.engine(address), job.table("sweep")
+    job.results.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(job.path, f"{job.results}.toml")
+    try:
+        return sweep(
+            model,
+            tokenizer,
+            grid,
+            prompts,
+            sampling=sampling,
+            path=job.results,
+            engine=engine,
+            **options,
+        )
+    finally:
+        if engine is not None:
+            engine.close()
+
+
+def status(path: str | os.PathLike) -> dict[str, Any]:
+    """Return how far the sweep in a file has come: rows by kind, layers, coefficients.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not the file of a sweep, or one is running on it right now.
+    """
+    frame = read_sweep(path)
+    return {
+        "rows": len(frame),
+        "by kind": frame["kind"].value_counts().to_dict(),
+        "layers": sorted(frame["layer"].dropna().unique().tolist()),
+        "coeffs": sorted(frame["coeff"].unique().tolist()),
+    }

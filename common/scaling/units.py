@@ -1,0 +1,116 @@
+"""Work in units: cut once, before anybody knows who does it, here or on an engine's workers."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is computed together.
+
+    Attributes:
+        numbers: of rows, pairs or pieces; a job says which.
+        beside: what is read in the same pass and gives no row of its own.
+    """
+
+    numbers: tuple[int, ...]
+    beside: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def split(self) -> list[tuple[int, ...]]:
+        """Return the numbers in two halves."""
+        middle = len(self) // 2
+        return [self.numbers[:middle], self.numbers[middle:]]
+
+
+Work = Callable[[Unit], Result]
+
+
+class Job(ABC, Generic[Result]):
+    """What is done with each unit. It can be pickled, and takes no model along."""
+
+    @abstractmethod
+    def on(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Work[Result]:
+        """Return what computes a unit on a model, here or in another process."""
+
+    @abstractmethod
+    def describe(self, number: int) -> str:
+        """Say what a number in a unit stands for."""
+
+    def halves(self, unit: Unit) -> list[Unit]:
+        """Return a unit in two, in the order of its numbers."""
+        return [Unit(numbers, unit.beside) for numbers in unit.split()]
+
+
+class Engine(Protocol):
+    """What computes units elsewhere.
+
+    Attributes:
+        parts: where results are kept that are too large to be sent; None if nowhere.
+    """
+
+    parts: str | None
+
+    def run(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        job: Job[Result],
+        units: Sequence[Unit],
+        bar: tqdm,
+    ) -> Iterator[tuple[Unit, Result]]:
+        """Yield units with their results, in any order, a unit perhaps in parts.
+
+        Each number comes once. Where some cannot be computed, the others come first.
+        """
+        ...
+
+
+def run_units(
+    engine: Engine | None,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    job: Job[Result],
+    units: Sequence[Unit],
+    bar: tqdm,
+) -> Generator[tuple[Unit, Result], None, None]:
+    """Compute units, in this process or on an engine; a unit may come in parts, in any order.
+
+    Args:
+        engine: None for this process.
+        model: a causal language model. An engine has its own, and compares it with this one.
+        tokenizer: its tokenizer.
+        job: what is done.
+        units: the work.
+        bar: moved on by the length of each unit.
+    """
+    if engine is None:
+        work = job.on(model, tokenizer)
+        found: Any = ((unit, work(unit)) for unit in units)
+    else:
+        found = engine.run(model, tokenizer, job, units, bar)
+    with closing(found):  # an engine stops its workers where the caller stops
+        for unit, result in found:
+            yield unit, result
+            bar.update(len(unit))
+
+
+def in_order(found: Iterator[tuple[Unit, Result]], first: int = 0) -> Iterator[tuple[Unit, Result]]:
+    """Yield units of consecutive numbers in the order of these, however they come."""
+    waiting: dict[int, tuple[Unit, Result]] = {}
+    for unit, result in found:
+        waiting[unit.numbers[0]] = unit, result
+        while first in waiting:
+            ready = waiting.pop(first)
+            first += len(ready[0])
+            yield ready

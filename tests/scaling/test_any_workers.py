@@ -1,0 +1,381 @@
+"""Whoever computes the units, in whatever order and however often it is lost: the same results."""
+
+from contextlib import suppress
+from itertools import pairwise
+
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from played import PlayedEngine
+
+from common import (
+    ActivationAddition,
+    Grid,
+    Sampling,
+    SteeringVector,
+    extract_activations,
+    logistic_aggregator,
+    mean_aggregator,
+    mean_centred_aggregator,
+    pca_aggregator,
+    perplexity_ratios,
+    read_sweep,
+    sweep,
+    sweep_logits,
+    sweep_perplexity,
+    token_logprob,
+    train_steering_vector,
+)
+from common.passes.rounding import is_rounding
+from common.scaling.dispatch import LostRowsError
+from common.vectors import pairs as pairs_module
+from common.vectors.aggregators import moments_of
+
+PROMPTS = ["I think dogs are", "My neighbour", "The old library is on the"]
+TEXTS = ["The old library is on the hill.", "My neighbour is in the garden.", "I love you so much."]
+TOPICS = {"on": "I love dogs. The dogs are charming. We see dogs.", "off": " ".join(TEXTS)}
+PAIRS = [
+    (f"I love {what} and {who}", f"I hate {what} and {who}")
+    for what in ("dogs", "the garden", "you", "the old library")
+    for who in ("you", "the captain", "my neighbour")
+]
+MEMORY = [1, 1_000_000, 2**30]  # three cuts
+
+
+@pytest.fixture(scope="module")
+def vector(model) -> SteeringVector:
+    generator = torch.Generator().manual_seed(0)
+    shape = model.config.num_hidden_layers, model.config.hidden_size
+    return SteeringVector(dict(enumerate(0.5 * torch.randn(shape, generator=generator))))
+
+
+def grid(vector) -> Grid:
+    additions = [ActivationAddition(1.0, 0, "Love")]
+    return Grid({"v": vector, "a": additions}, [0, 4], [1.5], random_controls=1)
+
+
+SAMPLING = Sampling(max_new_tokens=3, temperature=1.0, top_p=0.9)
+SWEEPS = {
+    "completions": lambda model, tokenizer, vector, **options: sweep(
+        model,
+        tokenizer,
+        grid(vector),
+        PROMPTS,
+        {"words": lambda texts: [len(text.split()) for text in texts]},
+        sampling=SAMPLING,
+        per_prompt=2,
+        **options,
+    ),
+    "logits": lambda model, tokenizer, vector, **options: sweep_logits(
+        model, tokenizer, grid(vector), PROMPTS, {"p": token_logprob([5, 7])}, **options
+    ),
+    "perplexity": lambda model, tokenizer, vector, **options: sweep_perplexity(
+        model, tokenizer, grid(vector), TEXTS, **options
+    ),
+}
+ROWS = {"completions": 9 * 3 * 2, "logits": 9 * 3, "perplexity": 9 * 3}
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("kind", SWEEPS)
+def test_a_sweep_is_the_same_for_any_number_of_workers(model, tokenizer, vector, kind, memory):
+    """To the last bit, in whatever order the units are done, where the cut is the same."""
+    expected = SWEEPS[kind](model, tokenizer, vector, max_memory=memory)
+    assert len(expected) == ROWS[kind]
+    for size in (1, 2, 3):
+        engine = PlayedEngine(size, seed=size)
+        found = SWEEPS[kind](model, tokenizer, vector, max_memory=memory, engine=engine)
+        pd.testing.assert_frame_equal(found, expected, check_exact=True)
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    size=st.integers(1, 3),
+    risk=st.sampled_from([0.1, 0.5]),
+    late=st.booleans(),
+    kind=st.sampled_from(sorted(SWEEPS)),
+)
+def test_a_sweep_is_the_same_whatever_dies(model, tokenizer, vector, seed, size, risk, late, kind):
+    """Where a unit was halved, numbers are the same but for rounding."""
+    engine = PlayedEngine(size, seed=seed, risk=risk, deaths=4, late=late)
+    # Four deaths do not name a row: it takes two in halves, and three by itself.
+    found = SWEEPS[kind](model, tokenizer, vector, max_memory=1_000_000, engine=engine)
+    expected = SWEEPS[kind](model, tokenizer, vector)
+    pd.testing.assert_frame_equal(found, expected, rtol=1e-3, atol=1e-5)
+
+
+@given(
+    deadly=st.sets(st.integers(0, 26), min_size=1, max_size=2), kind=st.sampled_from(sorted(SWEEPS))
+)
+def test_a_row_that_kills_is_named_and_computed_once_it_can_be(
+    model, tokenizer, vector, tmp_path_factory, deadly, kind
+):
+    """All others are in the file; the same call computes what is missing, here or there."""
+    path = tmp_path_factory.mktemp("deadly") / "a.sweep"
+    options = {"path": path, "max_memory": 1_000_000}
+    with pytest.raises(LostRowsError, match="killed") as error:
+        SWEEPS[kind](model, tokenizer, vector, engine=PlayedEngine(deadly=deadly), **options)
+    part = read_sweep(path)
+    assert set(error.value.numbers) == deadly and len(part) == ROWS[kind] - len(deadly)
+    found = SWEEPS[kind](model, tokenizer, vector, **options)
+    expected = SWEEPS[kind](model, tokenizer, vector)
+    pd.testing.assert_frame_equal(found, expected, rtol=1e-3, atol=1e-5)
+    for number in deadly:  # the message says which row it is
+        row = expected.iloc[number]
+        where = (
+            "" if row["kind"] == "unsteered" else f" at layer {row['layer']} times {row['coeff']:g}"
+        )
+        text = row["prompt"] if "prompt" in row else row["text"]
+        assert f"{row['steering']!r}{where} on {text!r}" in str(error.value)
+
+
+def test_a_sweep_goes_on_here_or_there(model, tokenizer, vector, tmp_path):
+    """A file does not know who computed its rows."""
+    path, expected = tmp_path / "a.sweep", SWEEPS["completions"](model, tokenizer, vector)
+
+    class Stopped(Exception):
+        pass
+
+    def failing(texts):
+        if list(texts) != PROMPTS and len(read := [*reads, texts]) > 3:
+            raise Stopped(read)
+        reads.append(texts)
+        return [len(text.split()) for text in texts]
+
+    for engine in (PlayedEngine(3, seed=1), None):
+        reads: list = []
+        with suppress(Stopped):
+            sweep(
+                model,
+                tokenizer,
+                grid(vector),
+                PROMPTS,
+                {"words": failing},
+                sampling=SAMPLING,
+                per_prompt=2,
+                path=path,
+                max_memory=1_000_000,
+                engine=engine,
+            )
+    assert 0 < len(read_sweep(path)) < len(expected)
+    found = SWEEPS["completions"](
+        model, tokenizer, vector, path=path, max_memory=1_000_000, engine=PlayedEngine(2)
+    )
+    pd.testing.assert_frame_equal(found, expected)
+
+
+def test_what_goes_to_workers_is_small(model, tokenizer, vector):
+    """Vectors and prompts, and never a model or what it computed here."""
+    sizes = []
+
+    class Weighing(PlayedEngine):
+        def run(self, model, tokenizer, job, units, bar):
+            import cloudpickle
+
+            job.on(model, tokenizer)(units[0])
+            sizes.append(len(cloudpickle.dumps(job)))
+            return super().run(model, tokenizer, job, units, bar)
+
+    for kind in SWEEPS.values():
+        kind(model, tokenizer, vector, engine=Weighing())
+    train_steering_vector(model, tokenizer, PAIRS, engine=Weighing())
+    steered = {"v": lambda model: vector.apply(model)}
+    perplexity_ratios(model, tokenizer, TOPICS, steered, engine=Weighing(), bootstrap=0)
+    vectors = sum(acts.nbytes for acts in vector.layer_activations.values())
+    assert max(sizes) < 10 * vectors < 100_000
+
+
+# --- training ---
+
+
+SUMMING = {
+    "mean": mean_aggregator(),
+    "pca": pca_aggregator(),
+    "mean_centred": mean_centred_aggregator(),
+}
+AGGREGATORS = {
+    **SUMMING,
+    "logistic": logistic_aggregator(),
+    "own": lambda positive, negative: (positive - negative).median(0).values,
+}
+
+
+@pytest.fixture
+def small_units(monkeypatch):
+    """Five pairs in a unit, so that there are three."""
+    monkeypatch.setattr(pairs_module, "PAIRS", 5)
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+def test_training_is_the_same_for_any_number_of_workers(model, tokenizer, small_units, name):
+    """To the last bit; and but for rounding what this process gives."""
+    options = {"layers": [1, 4], "aggregator": AGGREGATORS[name], "batch_size": 2}
+    expected = train_steering_vector(model, tokenizer, PAIRS, **options)
+    found = [
+        train_steering_vector(
+            model, tokenizer, PAIRS, engine=PlayedEngine(size, seed=size), **options
+        )
+        for size in (1, 2, 3)
+    ]
+    for one in found:
+        assert one.metadata == expected.metadata
+        for layer, vector in expected.layer_activations.items():
+            own = one.layer_activations[layer]
+            torch.testing.assert_close(own, vector, rtol=1e-3, atol=1e-4)
+            assert torch.equal(own, found[0].layer_activations[layer])
+
+
+@pytest.mark.parametrize("index", [-1, 1, lambda prompt: len(prompt) % 3])
+def test_activations_are_the_same_for_any_number_of_workers(model, tokenizer, small_units, index):
+    options = {"layers": [2], "read_token_index": index, "batch_size": 2}
+    expected = extract_activations(model, tokenizer, PAIRS, **options)
+    found = [
+        extract_activations(model, tokenizer, PAIRS, engine=PlayedEngine(size), **options)
+        for size in (1, 3)
+    ]
+    for one in found:
+        for side in (0, 1):
+            assert [acts.shape for acts in one[side][2]] == [
+                acts.shape for acts in expected[side][2]
+            ]
+            torch.testing.assert_close(one[side][2], expected[side][2], rtol=1e-4, atol=1e-4)
+            assert all(map(torch.equal, one[side][2], found[0][side][2]))
+
+
+def test_parts_that_are_there_are_done(model, tokenizer, small_units, tmp_path):
+    """The model reads nothing twice; other pairs, another layer or batch size is another part."""
+    engine = PlayedEngine(2, parts=tmp_path / "parts")
+    read, seen = pairs_module.PairReading.read, []
+
+    def noting(self, model, tokenizer, samples, **options):
+        seen.append(len(samples))
+        return read(self, model, tokenizer, samples, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pairs_module.PairReading, "read", noting)
+        options = {"layers": [1, 10 % 6], "aggregator": logistic_aggregator(), "engine": engine}
+        first = train_steering_vector(model, tokenizer, PAIRS, **options)
+        assert sorted(seen) == [2, 5, 5] and len(list((tmp_path / "parts").iterdir())) == 3
+        again = train_steering_vector(model, tokenizer, PAIRS, **options)
+        assert sum(seen) == len(PAIRS)
+        train_steering_vector(model, tokenizer, PAIRS[:6], **options)  # the first five are there
+        assert sum(seen) == len(PAIRS) + 1
+        for change in ({"layers": [2]}, {"batch_size": 2}, {"prepend_bos": True}):
+            before = sum(seen)
+            train_steering_vector(model, tokenizer, PAIRS, **options | change)
+            assert sum(seen) == before + len(PAIRS)
+    plain = train_steering_vector(
+        model, tokenizer, PAIRS, layers=[1, 4], aggregator=logistic_aggregator()
+    )
+    for layer in (1, 4):
+        assert torch.equal(first.layer_activations[layer], again.layer_activations[layer])
+        torch.testing.assert_close(
+            first.layer_activations[layer], plain.layer_activations[layer], rtol=1e-3, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("name", SUMMING)
+def test_a_vector_of_rounding_is_refused_there_too(model, tokenizer, small_units, name):
+    """Pairs of one prompt; and the same prompts on both sides, in another order."""
+    turned = [one for one, _ in PAIRS[1:]] + [PAIRS[0][0]]
+    for same in ([(one, one) for one, _ in PAIRS], list(zip([one for one, _ in PAIRS], turned))):
+        for engine in (None, PlayedEngine()):
+            if name == "pca" and same[0][0] != same[0][1]:
+                continue  # it has a component
+            with pytest.raises(
+                ValueError, match=r"layer 2: the vector is (0|nothing but rounding)"
+            ):
+                train_steering_vector(
+                    model, tokenizer, same, [2], aggregator=SUMMING[name], engine=engine
+                )
+
+
+whole = st.integers(-9, 9)
+
+
+@given(
+    st.lists(st.tuples(*[whole] * 6), min_size=1, max_size=12),
+    st.lists(st.integers(1, 11), max_size=4),
+    st.randoms(),
+)
+def test_sums_over_any_partition_are_the_sums_over_all(rows, cuts, chance):
+    """Of whole numbers, so that no rounding hides what is lost."""
+    acts = torch.tensor(rows, dtype=torch.float32)
+    positive, negative = acts[:, :3], acts[:, 3:]
+    bounds = sorted({0, len(rows), *(cut for cut in cuts if cut < len(rows))})
+    parts = [
+        moments_of(positive[start:end], negative[start:end], True)
+        for start, end in pairwise(bounds)
+    ]
+    chance.shuffle(parts)
+    total, *others = parts
+    for part in others:
+        total = total.plus(part)
+    expected = moments_of(positive, negative, True)
+    assert torch.equal(total.gram, expected.gram)
+    for one, other in zip(total.spread, expected.spread):
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+    vector = mean_aggregator()(positive, negative)
+    torch.testing.assert_close(mean_aggregator().of_moments(total), vector)
+    assert is_rounding(vector, total.spread) == is_rounding(vector, expected.spread)
+    if (positive != negative).any():
+        own, other = pca_aggregator().of_moments(total), pca_aggregator()(positive, negative)
+        differences = (positive - negative).double()
+        # Of two components that are as strong, either will do.
+        assert (differences @ own.double()).norm() == pytest.approx(
+            (differences @ other.double()).norm().item(), rel=1e-5
+        )
+
+
+# --- perplexity ---
+
+
+def test_perplexity_is_the_same_for_any_number_of_workers(model, tokenizer, vector):
+    """For texts in front, additions, and steering of the worker's own model."""
+    conditions = {
+        "prompted": "I love",
+        "added": [ActivationAddition(3.0, 2, "Love")],
+        "steered": lambda model: vector.apply(model, multiplier=0.2),
+    }
+    options = {"batch_size": 2, "bootstrap": 50}
+    expected = perplexity_ratios(model, tokenizer, TOPICS, conditions, **options)
+    assert expected["ratio"].nunique() == 6
+    for size in (1, 2, 3):
+        engine = PlayedEngine(size, seed=size)
+        found = perplexity_ratios(model, tokenizer, TOPICS, conditions, engine=engine, **options)
+        pd.testing.assert_frame_equal(found, expected, check_exact=True)
+    here = {**conditions, "steered": lambda: vector.apply(model, multiplier=0.2)}
+    found = perplexity_ratios(model, tokenizer, TOPICS, here, **options)
+    pd.testing.assert_frame_equal(found, expected)
+
+
+def test_a_piece_that_kills_is_named(model, tokenizer):
+    with pytest.raises(LostRowsError, match="piece 1 of corpus 3") as error:
+        perplexity_ratios(
+            model, tokenizer, TOPICS, {"c": "I love"}, engine=PlayedEngine(deadly=[10])
+        )
+    assert error.value.numbers == [10]
+
+
+# --- what is refused ---
+
+
+def test_steering_that_is_only_here_is_refused(model, tokenizer, vector):
+    """A worker has a model of its own: hooks on this one, or a callable for it, mean nothing."""
+    engine = PlayedEngine()
+    with pytest.raises(ValueError, match="lambda model"):
+        perplexity_ratios(
+            model, tokenizer, TOPICS, {"v": lambda: vector.apply(model)}, engine=engine
+        )
+    with vector.apply(model):
+        for call in (
+            lambda: extract_activations(model, tokenizer, PAIRS, engine=engine),
+            lambda: train_steering_vector(model, tokenizer, PAIRS, engine=engine),
+            lambda: perplexity_ratios(model, tokenizer, TOPICS, {"c": "I"}, engine=engine),
+            lambda: SWEEPS["logits"](model, tokenizer, vector, engine=engine),
+        ):
+            with pytest.raises(ValueError, match="has a hook"):
+                call()
+    assert not hasattr(engine, "workers")

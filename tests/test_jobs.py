@@ -1,0 +1,96 @@
+"""Jobs in a file: what they say is done, and goes on; what nobody reads is refused."""
+
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from common import Grid, Sampling, SteeringVector, read_sweep, sweep
+from common.__main__ import app
+from common.jobs import Job
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
+(PRINTED,) = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
+HERE = PRINTED.split("[engine]")[0]  # in one process
+
+
+@pytest.fixture
+def job(tmp_path) -> Path:
+    path = tmp_path / "job.toml"
+    path.write_text(HERE, encoding="utf-8")
+    return path
+
+
+def call(*arguments) -> tuple[int, str]:
+    found = CliRunner().invoke(app, list(map(str, arguments)))
+    assert found.exception is None or isinstance(found.exception, SystemExit), found.exception
+    return found.exit_code, found.output
+
+
+def test_the_job_of_the_page_is_the_sweep_that_it_describes(job, model, tokenizer):
+    """Trained first; a second call finds everything, and the job lies beside its results."""
+    code, said = call("sweep", job)
+    results, vector = job.parent / "love.sweep", job.parent / "love.safetensors"
+    assert code == 0 and f"{3 * (1 + 2 * 2)} rows in {results}" in said
+    assert Path(f"{results}.toml").read_text(encoding="utf-8") == HERE
+    content = Job.read(job).content
+    expected = sweep(
+        model,
+        tokenizer,
+        Grid({"love": SteeringVector.load(vector)}, [2, 3], [-2, 2]),
+        content["prompts"],
+        sampling=Sampling(max_new_tokens=16, temperature=0.0),
+    )
+    pd.testing.assert_frame_equal(read_sweep(results), expected)
+    before = [path.read_bytes() for path in (results, vector)]
+    assert call("sweep", job)[0] == 0
+    assert before == [path.read_bytes() for path in (results, vector)]
+    code, said = call("status", results)
+    assert code == 0 and "rows: 15" in said and "layers: [2, 3]" in said
+
+
+def test_training_alone(job):
+    """What is there is left alone."""
+    (job.parent / "prompts.txt").write_text("I think\nMy neighbour\n", encoding="utf-8")
+    job.write_text(re.sub(r"prompts = .*", 'prompts = "prompts.txt"', HERE), encoding="utf-8")
+    assert Job.read(job).prompts == ["I think", "My neighbour"]
+    code, said = call("train", job)
+    path = job.parent / "love.safetensors"
+    before = path.read_bytes()
+    assert code == 0 and f"love: {path}" in said and not (job.parent / "love.sweep").exists()
+    assert call("train", job)[0] == 0 and path.read_bytes() == before
+    assert len(SteeringVector.load(path).layer_activations) > 2
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("[", "is not TOML"),
+        ("", "needs a table"),
+        ("steering = 3", "needs a table"),
+        ("sampling = 3", "expected a table"),
+        ("[steering.a]\nlayers = [1]", "needs pairs, or the file of a vector"),
+        (HERE.replace("results", "result"), "'result', which nobody reads"),
+        (HERE + "[grid2]\n", "'grid2', which nobody reads"),
+        (HERE.replace("coeffs", "coeff"), r"'coeff' in \[grid\], which nobody reads"),
+        (HERE + "[sampling]\ntemperature = -1\n", "expected a temperature"),
+        (HERE.replace("[2, 3]", "[99]"), "expected layers from 0 to|has no vector for layer 99"),
+        (re.sub(r"prompts = .*", "", HERE), "has no prompts"),
+        (re.sub(r"pairs = .*", "", HERE), "has no pairs, and"),
+    ],
+)
+def test_a_job_that_means_something_else_is_refused(job, text, says):
+    """In one sentence, and before there are results."""
+    job.write_text(text, encoding="utf-8")
+    code, said = call("sweep", job)
+    assert code == 1 and re.search(says, said) and "Traceback" not in said
+    assert not (job.parent / "love.sweep").exists()
+
+
+def test_files_that_are_not_there(tmp_path):
+    for command in ("sweep", "train", "status"):
+        code, said = call(command, tmp_path / "none.toml")
+        assert code == 1 and "none.toml" in said
