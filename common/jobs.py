@@ -30,6 +30,7 @@ import os
 import shutil
 import tomllib
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -145,7 +146,38 @@ def run_train(job: Job, address: str | None = None) -> dict[str, Path]:
     """Train the vectors of a job and write them; returns their files by name.
 
     A vector whose file is there is left alone.
+
+    Raises:
+        ValueError: a vector without pairs whose file is not there; what training and the model
+            refuse.
     """
+    with _open(job, address) as engine:
+        return _train(job, engine)
+
+
+def run_sweep(job: Job, address: str | None = None) -> pd.DataFrame:
+    """Run the sweep of a job, or what is missing of it; the job is kept beside its results.
+
+    Raises:
+        ValueError: what `run_train` and `sweep` refuse.
+    """
+    prompts, sampling = job.prompts, Sampling(**(GREEDY | job.table("sampling")))
+    with _open(job, address) as engine:
+        vectors = {name: SteeringVector.load(file) for name, file in _train(job, engine).items()}
+        grid = Grid(vectors, **job.table("grid"))
+        model, tokenizer, _ = load_model(job.content.get("model"))
+        job.results.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(job.path, f"{job.results}.toml")
+        options = {"path": job.results, "engine": engine, **job.table("sweep")}
+        return sweep(model, tokenizer, grid, prompts, sampling=sampling, **options)
+
+
+def _open(job: Job, address: str | None) -> AbstractContextManager[RayEngine | None]:
+    return job.engine(address) or nullcontext()
+
+
+def _train(job: Job, engine: RayEngine | None) -> dict[str, Path]:
+    """Train the vectors that are not there; returns the files of all."""
     files, missing = {}, {}
     for name, table in job.content["steering"].items():
         files[name] = job.file(table.get("vector", f"{name}.safetensors"))
@@ -153,45 +185,12 @@ def run_train(job: Job, address: str | None = None) -> dict[str, Path]:
             if "pairs" not in table:
                 raise ValueError(f"[steering.{name}] has no pairs, and {files[name]} is not there")
             missing[name] = [tuple(pair) for pair in table["pairs"]]
-    if not missing:
-        return files
-    model, tokenizer, _ = load_model(job.content.get("model"))
-    engine = job.engine(address)
-    try:
+    if missing:
+        model, tokenizer, _ = load_model(job.content.get("model"))
+        options = {"show_progress": True, "engine": engine, **job.table("train")}
         for name, pairs in missing.items():
-            options = {"show_progress": True, "engine": engine, **job.table("train")}
             train_steering_vector(model, tokenizer, pairs, **options).save(files[name])
-    finally:
-        if engine is not None:
-            engine.close()
     return files
-
-
-def run_sweep(job: Job, address: str | None = None) -> pd.DataFrame:
-    """Run the sweep of a job, or what is missing of it; the job is kept beside its results."""
-    prompts, files = job.prompts, run_train(job, address)
-    grid = Grid(
-        {name: SteeringVector.load(file) for name, file in files.items()}, **job.table("grid")
-    )
-    sampling = Sampling(**(GREEDY | job.table("sampling")))
-    model, tokenizer, _ = load_model(job.content.get("model"))
-    engine, options = job.engine(address), job.table("sweep")
-    job.results.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(job.path, f"{job.results}.toml")
-    try:
-        return sweep(
-            model,
-            tokenizer,
-            grid,
-            prompts,
-            sampling=sampling,
-            path=job.results,
-            engine=engine,
-            **options,
-        )
-    finally:
-        if engine is not None:
-            engine.close()
 
 
 def status(path: str | os.PathLike) -> dict[str, Any]:

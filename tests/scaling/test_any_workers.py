@@ -6,7 +6,7 @@ from itertools import pairwise
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from played import PlayedEngine
 
@@ -78,6 +78,12 @@ SWEEPS = {
 ROWS = {"completions": 9 * 3 * 2, "logits": 9 * 3, "perplexity": 9 * 3}
 
 
+@pytest.fixture(scope="module")
+def expected(model, tokenizer, vector):
+    """The frames of this process, by kind."""
+    return {kind: run(model, tokenizer, vector) for kind, run in SWEEPS.items()}
+
+
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("kind", SWEEPS)
 def test_a_sweep_is_the_same_for_any_number_of_workers(model, tokenizer, vector, kind, memory):
@@ -90,6 +96,7 @@ def test_a_sweep_is_the_same_for_any_number_of_workers(model, tokenizer, vector,
         pd.testing.assert_frame_equal(found, expected, check_exact=True)
 
 
+@settings(max_examples=6)
 @given(
     seed=st.integers(0, 10**6),
     size=st.integers(1, 3),
@@ -97,20 +104,22 @@ def test_a_sweep_is_the_same_for_any_number_of_workers(model, tokenizer, vector,
     late=st.booleans(),
     kind=st.sampled_from(sorted(SWEEPS)),
 )
-def test_a_sweep_is_the_same_whatever_dies(model, tokenizer, vector, seed, size, risk, late, kind):
+def test_a_sweep_is_the_same_whatever_dies(
+    model, tokenizer, vector, expected, seed, size, risk, late, kind
+):
     """Where a unit was halved, numbers are the same but for rounding."""
     engine = PlayedEngine(size, seed=seed, risk=risk, deaths=4, late=late)
     # Four deaths do not name a row: it takes two in halves, and three by itself.
     found = SWEEPS[kind](model, tokenizer, vector, max_memory=1_000_000, engine=engine)
-    expected = SWEEPS[kind](model, tokenizer, vector)
-    pd.testing.assert_frame_equal(found, expected, rtol=1e-3, atol=1e-5)
+    pd.testing.assert_frame_equal(found, expected[kind], rtol=1e-3, atol=1e-5)
 
 
+@settings(max_examples=4)
 @given(
     deadly=st.sets(st.integers(0, 26), min_size=1, max_size=2), kind=st.sampled_from(sorted(SWEEPS))
 )
 def test_a_row_that_kills_is_named_and_computed_once_it_can_be(
-    model, tokenizer, vector, tmp_path_factory, deadly, kind
+    model, tokenizer, vector, expected, tmp_path_factory, deadly, kind
 ):
     """All others are in the file; the same call computes what is missing, here or there."""
     path = tmp_path_factory.mktemp("deadly") / "a.sweep"
@@ -120,10 +129,9 @@ def test_a_row_that_kills_is_named_and_computed_once_it_can_be(
     part = read_sweep(path)
     assert set(error.value.numbers) == deadly and len(part) == ROWS[kind] - len(deadly)
     found = SWEEPS[kind](model, tokenizer, vector, **options)
-    expected = SWEEPS[kind](model, tokenizer, vector)
-    pd.testing.assert_frame_equal(found, expected, rtol=1e-3, atol=1e-5)
+    pd.testing.assert_frame_equal(found, expected[kind], rtol=1e-3, atol=1e-5)
     for number in deadly:  # the message says which row it is
-        row = expected.iloc[number]
+        row = expected[kind].iloc[number]
         where = (
             "" if row["kind"] == "unsteered" else f" at layer {row['layer']} times {row['coeff']:g}"
         )
@@ -131,9 +139,9 @@ def test_a_row_that_kills_is_named_and_computed_once_it_can_be(
         assert f"{row['steering']!r}{where} on {text!r}" in str(error.value)
 
 
-def test_a_sweep_goes_on_here_or_there(model, tokenizer, vector, tmp_path):
+def test_a_sweep_goes_on_here_or_there(model, tokenizer, vector, expected, tmp_path):
     """A file does not know who computed its rows."""
-    path, expected = tmp_path / "a.sweep", SWEEPS["completions"](model, tokenizer, vector)
+    path, whole = tmp_path / "a.sweep", expected["completions"]
 
     class Stopped(Exception):
         pass
@@ -159,11 +167,11 @@ def test_a_sweep_goes_on_here_or_there(model, tokenizer, vector, tmp_path):
                 max_memory=1_000_000,
                 engine=engine,
             )
-    assert 0 < len(read_sweep(path)) < len(expected)
+    assert 0 < len(read_sweep(path)) < len(whole)
     found = SWEEPS["completions"](
         model, tokenizer, vector, path=path, max_memory=1_000_000, engine=PlayedEngine(2)
     )
-    pd.testing.assert_frame_equal(found, expected)
+    pd.testing.assert_frame_equal(found, whole)
 
 
 def test_what_goes_to_workers_is_small(model, tokenizer, vector):
