@@ -41,7 +41,7 @@ import pandas as pd
 from common.loading import load_model
 from common.scaling.ray_engine import RayEngine
 from common.sweeping.grid import Grid
-from common.sweeping.store import read_sweep
+from common.sweeping.store import progress, read_sweep
 from common.sweeping.sweep import sweep
 from common.texts.sampling import Sampling
 from common.vectors.steering_vector import SteeringVector
@@ -167,9 +167,13 @@ def run_sweep(job: Job, address: str | None = None) -> pd.DataFrame:
         grid = Grid(vectors, **job.table("grid"))
         model, tokenizer, _ = load_model(job.content.get("model"))
         job.results.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(job.path, f"{job.results}.toml")
         options = {"path": job.results, "engine": engine, **job.table("sweep")}
-        return sweep(model, tokenizer, grid, prompts, sampling=sampling, **options)
+        kept = Path(f"{job.results}.toml")
+        if not job.results.exists():  # those of an earlier sweep may be of other settings
+            shutil.copyfile(job.path, kept)
+        frame = sweep(model, tokenizer, grid, prompts, sampling=sampling, **options)
+        shutil.copyfile(job.path, kept)
+        return frame
 
 
 def _open(job: Job, address: str | None) -> AbstractContextManager[RayEngine | None]:
@@ -194,15 +198,24 @@ def _train(job: Job, engine: RayEngine | None) -> dict[str, Path]:
 
 
 def status(path: str | os.PathLike) -> dict[str, Any]:
-    """Return how far the sweep in a file has come: rows by kind, layers, coefficients.
+    """Return how far the sweep in a file has come, also while it runs.
+
+    Returns:
+        `rows`, as "120 of 164"; `running`, whether a process writes to it right now; and, unless
+            it runs, the rows `by kind`, the `layers` and the `coeffs` that are there.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not the file of a sweep, or one is running on it right now.
+        ValueError: it is not the file of a sweep.
     """
+    found = progress(path)
+    rows = f"{found.rows}" + ("" if found.expected is None else f" of {found.expected}")
+    if found.running:
+        return {"rows": rows, "running": True}
     frame = read_sweep(path)
     return {
-        "rows": len(frame),
+        "rows": rows,
+        "running": False,
         "by kind": frame["kind"].value_counts().to_dict(),
         "layers": sorted(frame["layer"].dropna().unique().tolist()),
         "coeffs": sorted(frame["coeff"].unique().tolist()),

@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 
 from common import Grid, Sampling, SteeringVector, read_sweep, sweep
 from common.__main__ import app
-from common.jobs import Job
+from common.jobs import Job, run_sweep, status
+from common.sweeping.store import SweepStore
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
@@ -49,7 +50,36 @@ def test_the_job_of_the_page_is_the_sweep_that_it_describes(job, model, tokenize
     assert call("sweep", job)[0] == 0
     assert before == [path.read_bytes() for path in (results, vector)]
     code, said = call("status", results)
-    assert code == 0 and "rows: 15" in said and "layers: [2, 3]" in said
+    assert code == 0 and "rows: 15 of 15" in said and "layers: [2, 3]" in said
+    # Other settings are refused, and what lies beside the results is still their job.
+    job.write_text(HERE.replace("[-2, 2]", "[-2, 4]"), encoding="utf-8")
+    code, said = call("sweep", job)
+    assert code == 1 and "holds a sweep with other settings" in said
+    assert Path(f"{results}.toml").read_text(encoding="utf-8") == HERE
+
+
+def test_the_status_of_a_sweep_that_runs(job, monkeypatch):
+    """It says how far it is, and disturbs nothing; stopped, the rest is missing."""
+    seen = []
+
+    def add(self, rows):
+        written(self, rows)
+        seen.append(status(job.parent / "love.sweep"))
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    written = SweepStore.add
+    monkeypatch.setattr(SweepStore, "add", add)
+    job.write_text(HERE.replace("10_000_000", "1"), encoding="utf-8")
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(Job.read(job))
+    rows = [int(one["rows"].split(" of ")[0]) for one in seen]
+    assert 0 < rows[0] < rows[1] < 15
+    assert seen[1] == {"rows": f"{rows[1]} of 15", "running": True}
+    found = status(job.parent / "love.sweep")
+    assert found["rows"] == f"{rows[1]} of 15" and not found["running"]
+    monkeypatch.undo()
+    assert len(run_sweep(Job.read(job))) == 15
 
 
 def test_training_alone(job):

@@ -9,10 +9,11 @@ import json
 import math
 import os
 import sqlite3
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -77,6 +78,13 @@ class SweepStore:
                 else:
                     _check(_name(path), _settings(self.connection), settings)
             stack.pop_all()
+
+    def expect(self, rows: int) -> None:
+        """Note how many rows there will be, for `progress`."""
+        with _explained(self.path), self.connection:
+            if _expected(self.connection) != rows:
+                # A number in the header of the file, which SQLite leaves to its users.
+                self.connection.execute(f"PRAGMA user_version = {rows}")
 
     def done(self) -> set[int]:
         """Return the numbers of the rows that are there."""
@@ -165,6 +173,55 @@ def read_sweep(path: str | os.PathLike) -> pd.DataFrame:
     with _explained(path), closing(sqlite3.connect(path, timeout=1)) as connection:
         _settings(connection)
         return typed(_frame(connection))
+
+
+class Progress(NamedTuple):
+    """How far a sweep has come.
+
+    Attributes:
+        rows: how many are in the file.
+        expected: how many there will be; None in files of earlier versions.
+        running: whether a process writes to the file right now.
+    """
+
+    rows: int
+    expected: int | None
+    running: bool
+
+
+def progress(path: str | os.PathLike) -> Progress:
+    """Return how far the sweep in a file has come, also while it runs.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not the file of a sweep.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no file {os.fspath(path)!r}")
+    with _explained(path):
+        try:
+            return _progress(path, running=False)
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+                raise
+        for _ in range(5):
+            # Reading past the lock of whoever writes may meet a page that is half written.
+            with suppress(sqlite3.DatabaseError, KeyError, TypeError, json.JSONDecodeError):
+                return _progress(path, running=True)
+            time.sleep(0.1)
+        return _progress(path, running=True)
+
+
+def _progress(path: str | os.PathLike, running: bool) -> Progress:
+    uri = f"{Path(path).absolute().as_uri()}?{'immutable=1' if running else 'mode=rw'}"
+    with closing(sqlite3.connect(uri, uri=True, timeout=0.1)) as connection:
+        _settings(connection)
+        (rows,) = connection.execute("SELECT COUNT(*) FROM rows").fetchone()
+        return Progress(rows, _expected(connection) or None, running)
+
+
+def _expected(connection: sqlite3.Connection) -> int:
+    return connection.execute("PRAGMA user_version").fetchone()[0]
 
 
 def typed(frame: pd.DataFrame) -> pd.DataFrame:

@@ -283,6 +283,7 @@ def _table(
 ) -> pd.DataFrame:
     """Compute the rows that the store does not have, measure completions, and return all rows."""
     with closing(store):
+        store.expect(len(run))
         if columns:
             store.set_metrics(columns.of(store.column("completion")))
         done = store.done()

@@ -138,8 +138,11 @@ def driver(path: Path, *limit: str) -> tuple[subprocess.Popen, list[int]]:
     raise AssertionError(process.stderr.read())
 
 
-def gone(pids: list[int], seconds: float = 30) -> bool:
-    """Whether processes are gone, now or soon; a zombie is gone."""
+def gone(pids: list[int], seconds: float = 120) -> bool:
+    """Whether processes are gone, now or soon; a zombie is gone.
+
+    Two agents of Ray notice only after some 50 s that the driver was killed.
+    """
     deadline = time.monotonic() + seconds
 
     def alive(pid: int) -> bool:
