@@ -30,7 +30,7 @@ from common.sweeping.store import SweepStore
 from common.sweeping.sweep import sweep
 from common.texts.sampling import Sampling
 from common.vectors.training import train_steering_vector
-from embedded_model import grammar
+from embedded_model.prompts import SWEEP_PROMPTS, TABLE_PROMPTS
 
 COEFFS = [-4.0, -3.0, -2.0, -1.0, 1.0, 2.0, 3.0, 4.0]
 SAMPLING = Sampling(max_new_tokens=16, temperature=1.0, top_p=0.9)
@@ -47,7 +47,7 @@ class Case:
         self.model, self.tokenizer, _ = load_embedded()
         vector = train_steering_vector(self.model, self.tokenizer, [("Love", "Hate")]).unit()
         self.grid = Grid({"v": vector}, coeffs=COEFFS[:2] if quick else COEFFS)
-        prompts = [*grammar.TABLE_PROMPTS, *grammar.SWEEP_PROMPTS]
+        prompts = [*TABLE_PROMPTS, *SWEEP_PROMPTS]
         self.prompts = list(dict.fromkeys(prompts))[: 4 if quick else 17]
         config = self.model.config
         bytes_of_row = 4 * 32 * config.n_embd * (2 * config.n_layer + 12) + 16 * config.vocab_size

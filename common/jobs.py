@@ -29,16 +29,16 @@ A job is a TOML file; `python -m common` runs it. Names of files in it are relat
 import os
 import shutil
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from common.loading import load_model
+from common.loading import Loaded, load_model
 from common.scaling.ray_engine import RayEngine
 from common.sweeping.grid import Grid
 from common.sweeping.store import progress, read_sweep
@@ -128,6 +128,13 @@ class Job:
             raise ValueError(f"{str(self.path)!r} has no prompts")
         return list(given)
 
+    @property
+    def load(self) -> partial:
+        """What loads the model, here and in the workers: a folder beside the job comes first."""
+        name = self.content.get("model")
+        folder = self.file(name) if isinstance(name, str) else None
+        return partial(load_model, str(folder.absolute()) if folder and folder.is_dir() else name)
+
     def engine(self, address: str | None) -> RayEngine | None:
         """Return the engine: None where neither the file nor the command line asks for one.
 
@@ -139,7 +146,7 @@ class Job:
             return None
         if address is not None:
             table["address"] = None if address == "local" else address
-        return RayEngine(load=partial(load_model, self.content.get("model")), **table)
+        return RayEngine(load=self.load, **table)
 
 
 def run_train(job: Job, address: str | None = None) -> dict[str, Path]:
@@ -152,7 +159,7 @@ def run_train(job: Job, address: str | None = None) -> dict[str, Path]:
             refuse.
     """
     with _open(job, address) as engine:
-        return _train(job, engine)
+        return _train(job, engine, cache(job.load))
 
 
 def run_sweep(job: Job, address: str | None = None) -> pd.DataFrame:
@@ -162,10 +169,12 @@ def run_sweep(job: Job, address: str | None = None) -> pd.DataFrame:
         ValueError: what `run_train` and `sweep` refuse.
     """
     prompts, sampling = job.prompts, Sampling(**(GREEDY | job.table("sampling")))
+    load = cache(job.load)
     with _open(job, address) as engine:
-        vectors = {name: SteeringVector.load(file) for name, file in _train(job, engine).items()}
+        files = _train(job, engine, load)
+        vectors = {name: SteeringVector.load(file) for name, file in files.items()}
         grid = Grid(vectors, **job.table("grid"))
-        model, tokenizer, _ = load_model(job.content.get("model"))
+        model, tokenizer, _ = load()
         job.results.parent.mkdir(parents=True, exist_ok=True)
         options = {"path": job.results, "engine": engine, **job.table("sweep")}
         kept = Path(f"{job.results}.toml")
@@ -180,7 +189,7 @@ def _open(job: Job, address: str | None) -> AbstractContextManager[RayEngine | N
     return job.engine(address) or nullcontext()
 
 
-def _train(job: Job, engine: RayEngine | None) -> dict[str, Path]:
+def _train(job: Job, engine: RayEngine | None, load: Callable[[], Loaded]) -> dict[str, Path]:
     """Train the vectors that are not there; returns the files of all."""
     files, missing = {}, {}
     for name, table in job.content["steering"].items():
@@ -190,7 +199,7 @@ def _train(job: Job, engine: RayEngine | None) -> dict[str, Path]:
                 raise ValueError(f"[steering.{name}] has no pairs, and {files[name]} is not there")
             missing[name] = [tuple(pair) for pair in table["pairs"]]
     if missing:
-        model, tokenizer, _ = load_model(job.content.get("model"))
+        model, tokenizer, _ = load()
         options = {"show_progress": True, "engine": engine, **job.table("train")}
         for name, pairs in missing.items():
             train_steering_vector(model, tokenizer, pairs, **options).save(files[name])

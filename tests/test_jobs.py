@@ -95,6 +95,14 @@ def test_training_alone(job):
     assert len(SteeringVector.load(path).layer_activations) > 2
 
 
+def test_a_model_in_a_folder_beside_the_job(job, model, tokenizer):
+    """Wherever the command is called."""
+    for part in (model, tokenizer):
+        part.save_pretrained(job.parent / "mine")
+    job.write_text(HERE.replace('"embedded"', '"mine"'), encoding="utf-8")
+    assert call("train", job)[0] == 0
+
+
 @pytest.mark.parametrize(
     "text, says",
     [

@@ -124,7 +124,9 @@ class RayEngine:
             return
 
         def report(alive: int, lost: int) -> None:
-            bar.set_postfix_str(f"{alive} workers, {lost} units lost", refresh=False)
+            workers = "1 worker" if alive == 1 else f"{alive} workers"
+            units = "1 unit lost" if lost == 1 else f"{lost} units lost"
+            bar.set_postfix_str(f"{workers}, {units}", refresh=False)
 
         finished = False
         try:
