@@ -32,7 +32,7 @@ run: $(STAMP) ## steer by all six mechanisms and compare (MODEL=gpt2-xl: the rea
 	$(RUN) repository.agreement
 
 # A worker for each core. The cells of a notebook depend on each other, so a file stays with one.
-test: lint ## lint, then run the tests and every notebook
+test: lint $(VENV)/.scale ## lint, then run the tests and every notebook
 	$(RUN) pytest --nbval --numprocesses logical --maxprocesses 8 --dist loadfile \
 	  --no-loadscope-reorder
 
@@ -97,7 +97,8 @@ engines: $(LLAMA_CPP)/.built ## steer in vLLM and llama.cpp: check their laws, m
 # machine offers; what a CUDA build brings is pinned by torch itself.
 update: ## put the newest versions into constraints.txt (PYTHON=python3.11)
 	@$(PYTHON) -m venv --clear .venv-update
-	.venv-update/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	.venv-update/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt \
+	  -r requirements-scale.txt
 	.venv-update/bin/python -m pip freeze --all > .venv-update/frozen
 	grep '^#' constraints.txt > .venv-update/constraints.txt
 	sed -E '/^(pip|nvidia-.*|cuda-.*|triton)==/d; s/\+.*//' .venv-update/frozen \

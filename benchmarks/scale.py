@@ -3,11 +3,13 @@
     python -m benchmarks.scale [--quick]
 
 prints a table and writes `results/scale.json`. The same sweep of the embedded model runs in this
-process, on one worker, and on two, one thread each, in turns; how long an engine takes to start is
-measured by itself. It needs `requirements-scale.txt`.
+process, on one worker, and on two, one thread each, in turns; and, as a control, in two processes
+that know nothing of each other: more than these gain, no engine can gain on this machine. How long
+an engine takes to start is measured by itself. It needs `requirements-scale.txt`.
 """
 
 import argparse
+import multiprocessing
 import pickle
 import statistics
 import tempfile
@@ -26,8 +28,10 @@ from common.loading import load_model
 from common.scaling.ray_engine import RayEngine
 from common.scaling.units import Engine
 from common.sweeping.grid import Grid
+from common.sweeping.runs import MEMORY, Completing
 from common.sweeping.store import SweepStore
 from common.sweeping.sweep import sweep
+from common.sweeping.texts import Texts
 from common.texts.sampling import Sampling
 from common.vectors.training import train_steering_vector
 from embedded_model.prompts import SWEEP_PROMPTS, TABLE_PROMPTS
@@ -35,6 +39,9 @@ from embedded_model.prompts import SWEEP_PROMPTS, TABLE_PROMPTS
 COEFFS = [-4.0, -3.0, -2.0, -1.0, 1.0, 2.0, 3.0, 4.0]
 SAMPLING = Sampling(max_new_tokens=16, temperature=1.0, top_p=0.9)
 ROWS_IN_A_UNIT = 100  # about
+CONTROL = "two processes without an engine"
+LARGE_SWEEP = 1920  # cells of a sweep that is only cut into units
+SAMPLES = 6  # of each prompt
 ASKED = {"one worker, of none": 1.05, "two workers, of one": 1.8}
 
 load_embedded = partial(load_model, "embedded", device="cpu")
@@ -63,7 +70,7 @@ class Case:
                 self.grid,
                 self.prompts,
                 sampling=SAMPLING,
-                per_prompt=6,
+                per_prompt=SAMPLES,
                 path=Path(folder) / "a.sweep",
                 max_memory=self.unit,
                 show_progress=False,
@@ -71,9 +78,23 @@ class Case:
             )
 
 
-def measure_engine(case: Case, rounds: int) -> dict[str, Any]:
-    """Time the sweep without an engine, on one worker, and on two."""
+_alone: list[Case] = []  # in each process of the control
+
+
+def _begin(quick: bool) -> None:
+    torch.set_num_threads(1)
+    _alone.append(Case(quick))
+
+
+def _sweep_alone(name: str) -> None:
+    _alone[0].run(name)
+
+
+def measure_engine(case: Case, quick: bool, rounds: int) -> dict[str, Any]:
+    """Time the sweep without an engine, on one worker, on two, and twice at once."""
     with ExitStack() as stack:
+        processes = multiprocessing.get_context("spawn").Pool(2, _begin, [quick])
+        stack.enter_context(processes)
         started = time.perf_counter()
         engines = [RayEngine(workers=count, load=load_embedded, num_cpus=3) for count in (2, 1)]
         for engine in engines:  # the first starts the cluster, for both
@@ -81,27 +102,28 @@ def measure_engine(case: Case, rounds: int) -> dict[str, Any]:
         ways = {"two workers": engines[0], "one worker": engines[1], "none": None}
         case.run("two workers", engines[0])
         first = time.perf_counter() - started
-        seconds = interleaved(
-            {name: partial(case.run, name, engine) for name, engine in ways.items()},
-            rounds,
-            "sweeping",
-        )
+        runs = {name: partial(case.run, name, engine) for name, engine in ways.items()}
+        both = partial(processes.map, _sweep_alone, ["none", "none"], 1)
+        seconds = interleaved(runs | {CONTROL: lambda: both() and None}, rounds, "sweeping")
     rows = len(case.frames["none"])
     same = all(case.frames["none"].equals(case.frames[name]) for name in ways)
     return {
         "rows": rows,
         "same rows": same,
         "rows per second": {
-            name: rows / statistics.median(found) for name, found in seconds.items()
+            name: rows * (2 if name == CONTROL else 1) / statistics.median(found)
+            for name, found in seconds.items()
         },
         "one worker, of none": summary(seconds["one worker"], seconds["none"]),
         "two workers, of one": summary(seconds["one worker"], seconds["two workers"]),
+        "two processes, of one": summary([2 * s for s in seconds["none"]], seconds[CONTROL]),
         "start of cluster and two workers, s": first - statistics.median(seconds["two workers"]),
     }
 
 
-def measure_driver(frame: pd.DataFrame, rounds: int) -> dict[str, Any]:
-    """Measure how large a row is on its way, and how many a second the driver's file takes."""
+def measure_driver(case: Case, rounds: int) -> dict[str, Any]:
+    """Measure how large a row is on its way, and how many a second the driver cuts and writes."""
+    frame = case.frames["none"]
     rows = [
         {name: None if pd.isna(value) else value for name, value in row.items()}
         for row in frame.to_dict("records")
@@ -119,10 +141,19 @@ def measure_driver(frame: pd.DataFrame, rounds: int) -> dict[str, Any]:
             sweep_store.close()
         return seconds
 
-    seconds = interleaved({"store": write}, rounds, "writing")["store"]
+    cells = case.grid.cells(case.model, case.tokenizer)
+    cells = (cells * LARGE_SWEEP)[:LARGE_SWEEP]
+    texts = Texts(case.model, case.tokenizer, case.prompts, None)
+    large = Completing(texts, cells, SAMPLING, SAMPLES, 0, MEMORY)
+
+    def cut() -> None:
+        large.units(())
+
+    seconds = interleaved({"store": write, "cut": cut}, rounds, "writing and cutting")
     return {
         "bytes per row": size,
-        "rows per second into the file": len(rows) / statistics.median(seconds),
+        "rows per second into the file": len(rows) / statistics.median(seconds["store"]),
+        "rows per second cut": len(large) / statistics.median(seconds["cut"]),
         "rows in a transaction": ROWS_IN_A_UNIT,
     }
 
@@ -139,10 +170,16 @@ def report(results: dict[str, Any]) -> None:
             f"{name}: {found['median']:.3f} ({found['low']:.3f} to {found['high']:.3f}),"
             f" asked for {sign} {ASKED[name]}"
         )
+    found = engine["two processes, of one"]
+    print(
+        f"{CONTROL}, of one: {found['median']:.3f} ({found['low']:.3f} to {found['high']:.3f}),"
+        " what this machine can gain"
+    )
     print(f"start: {engine['start of cluster and two workers, s']:.1f} s")
     print(
         f"driver: {driver['bytes per row']:.0f} bytes per row,"
-        f" {driver['rows per second into the file']:.0f} rows per second into the file\n"
+        f" {driver['rows per second into the file']:.0f} rows per second into the file,"
+        f" {driver['rows per second cut']:.0f} rows per second cut into units\n"
     )
     print(machine_line(results))
 
@@ -159,8 +196,8 @@ def main() -> None:
     torch.set_num_threads(1)
     case = Case(options.quick)
     results: dict[str, Any] = {"machine": machine("ray"), "rounds": rounds}
-    results["engine"] = measure_engine(case, rounds)
-    results["driver"] = measure_driver(case.frames["none"], rounds)
+    results["engine"] = measure_engine(case, options.quick, rounds)
+    results["driver"] = measure_driver(case, rounds)
     report(results)
     if not options.quick:
         store(results, {}, "scale")
