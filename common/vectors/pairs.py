@@ -127,14 +127,11 @@ class PairReading:
                 return own
             return index(prompt) if callable(index) else index
 
+        positive = [of(s.read_positive_token_index, s.positive_str) for s in samples]
+        negative = [of(s.read_negative_token_index, s.negative_str) for s in samples]
         return [
-            SteeringVectorTrainingSample(
-                s.positive_str,
-                s.negative_str,
-                of(s.read_positive_token_index, s.positive_str),
-                of(s.read_negative_token_index, s.negative_str),
-            )
-            for s in samples
+            replace(s, read_positive_token_index=one, read_negative_token_index=other)
+            for s, one, other in zip(samples, positive, negative)
         ]
 
 
