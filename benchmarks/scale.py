@@ -94,7 +94,8 @@ def measure_engine(case: Case, quick: bool, rounds: int) -> dict[str, Any]:
     """Time the sweep without an engine, on one worker, on two, and twice at once."""
     with ExitStack() as stack:
         processes = multiprocessing.get_context("spawn").Pool(2, _begin, [quick])
-        stack.enter_context(processes)
+        stack.callback(processes.join)
+        stack.callback(processes.close)
         started = time.perf_counter()
         engines = [RayEngine(workers=count, load=load_embedded, num_cpus=3) for count in (2, 1)]
         for engine in engines:  # the first starts the cluster, for both

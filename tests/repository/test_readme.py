@@ -286,6 +286,32 @@ def sweep_figures() -> Iterator[str]:
     yield "between {:.1f}× and {:.1f}×, and between {:.0f}× and {:.0f}×".format(*each[0], *each[1])
 
 
+def scale_figures() -> Iterator[str]:
+    """An engine beside none, and a sweep on paper."""
+    found = stored("benchmarks/results/scale.json")
+    engine, driver = found["engine"], found["driver"]
+    assert engine["same rows"] and found["machine"]["threads"] == "1"
+    yield f"{engine['rows']:,} completions of the embedded model"
+    yield f"takes {engine['one worker, of none']['median']:.2f} times as long as no engine"
+    yield f"two are {engine['two workers, of one']['median']:.2f} times as fast as one"
+    yield f"are {engine['two processes, of one']['median']:.2f} times as fast"
+    yield f"takes {driver['bytes per row']:.0f} bytes"
+    per_second = driver["rows per second into the file"]
+    yield f"writes {per_second:,.0f}"[:-3] + "000 rows a second"
+    yield f"cuts {driver['rows per second cut'] / 1e6:.1f} million a second"
+    rows = (1 + 3) * 48 * 20 * 200 * 10 + 200 * 10
+    yield f"{rows / 1e6:.1f} million"
+    most = int(per_second // 1000)
+    for gpus in (1, 8, 64, most):
+        minutes = 1 + rows / 1000 / gpus / 60
+        hours = gpus * minutes / 60
+        time = f"{minutes / 60:.0f} h {minutes % 60:.0f} min" if gpus == 1 else f"{minutes:.0f} min"
+        if gpus == most:
+            yield f"| more than {most} | about {time} | more than {hours:.1f} |"
+        else:
+            yield f"| {gpus} | {time} | {hours:.1f} |"
+
+
 def test_the_embedded_model_of_the_stored_figures_is_as_wide_as_that_of_today(model):
     costs = stored("benchmarks/results/mechanisms.json")["models"]["embedded"]
     training = stored("benchmarks/results/extraction.json")
@@ -315,7 +341,13 @@ def counts(model) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def figures(model) -> list[str]:
     """Every measured figure of the pages, with the words that say what it is."""
-    return [*mechanism_figures(), *extraction_figures(), *sweep_figures(), *counts(model)]
+    return [
+        *mechanism_figures(),
+        *extraction_figures(),
+        *sweep_figures(),
+        *scale_figures(),
+        *counts(model),
+    ]
 
 
 def flat(text: str) -> str:
