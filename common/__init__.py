@@ -15,8 +15,8 @@ The folders import one way, each only from those above it:
     sweeping   layers x coefficients x prompts in one batch, kept in a file
     checking   what is wrong with a steering, and what it left behind
 
-`loading` brings a model, `embedded` is the one that comes with the project, `plots` draws what
-`measuring` and `sweeping` found.
+`loading` brings a model, `embedded` is the one that comes with the project, `tensor_parallel` knows
+models that are split over processes, `plots` draws what `measuring` and `sweeping` found.
 """
 
 import lazy_loader

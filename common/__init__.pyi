@@ -86,6 +86,8 @@ from .sweeping.sweep import sweep as sweep
 from .sweeping.sweep import sweep_logits as sweep_logits
 from .sweeping.sweep import sweep_perplexity as sweep_perplexity
 from .sweeping.sweep import token_logprob as token_logprob
+from .tensor_parallel import bias_beside as bias_beside
+from .tensor_parallel import refuse_split as refuse_split
 from .texts.completions import complete as complete
 from .texts.completions import gen_normal_and_modified as gen_normal_and_modified
 from .texts.completions import gen_using_activation_additions as gen_using_activation_additions

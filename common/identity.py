@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from common.tensor_parallel import whole
+
 # Where a model came from, with which version it was written, and what saving it adds: none changes
 # what it computes. The dtype is that of the weights.
 NO_PART = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype"}
@@ -50,9 +52,10 @@ def identity_of_model(model: PreTrainedModel) -> dict[str, Any]:
 
     All bytes are hashed (SHA-256), whatever the dtype, shared weights once: the 6.2 GB of GPT2-XL
     in float32 take about 4 seconds on one core. Weights that were offloaded are read from where
-    they lie. Of modules of other libraries (adapters) the attributes count, too: which one is
-    switched on, and how strongly. What is set by hand on a module of torch or transformers, and is
-    neither in its weights nor in the config (another `eps`, a hook), is not seen.
+    they lie; those that are split over processes are put together, so each process has to ask.
+    Of modules of other libraries (adapters) the attributes count, too: which one is switched on,
+    and how strongly. What is set by hand on a module of torch or transformers, and is neither in
+    its weights nor in the config (another `eps`, a hook), is not seen.
 
     Returns:
         `weights`, a hash; `modules`, a hash of their names, classes and switches; `config`, without
@@ -155,7 +158,7 @@ def _hash_of_state(model: nn.Module) -> str:
             )
         try:
             if id(tensor) not in known:  # shared weights have several names
-                known[id(tensor)] = hash_of_tensors([_loaded(model, name, tensor)])
+                known[id(tensor)] = hash_of_tensors([whole(_loaded(model, name, tensor))])
         except (RuntimeError, NotImplementedError, TypeError) as error:
             raise ValueError(f"the weight {name} cannot be read ({error}): give no path") from None
         found.append([name, known[id(tensor)]])

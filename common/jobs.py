@@ -53,7 +53,10 @@ KEYS = {
     "sampling": {field.name for field in fields(Sampling)},
     "sweep": {"per_prompt", "seed", "prepend_bos", "max_memory"},
     "train": {"batch_size", "read_token_index", "prepend_bos"},
-    "engine": {"address", "workers", "gpus_per_worker", "cpus_per_worker", "parts"},
+    "engine": {
+        *("address", "workers", "tensor_parallel", "gpus_per_worker", "cpus_per_worker"),
+        *("parts", "runner"),
+    },
 }
 GREEDY = {"max_new_tokens": 16, "temperature": 0}
 
@@ -130,10 +133,17 @@ class Job:
 
     @property
     def load(self) -> partial:
-        """What loads the model, here and in the workers: a folder beside the job comes first."""
-        name = self.content.get("model")
+        """What loads the model, here and in the workers: a folder beside the job comes first.
+
+        A model that needs several GPUs is spread, in the workers over theirs, and here over all
+        that this machine has.
+        """
+        name, table = self.content.get("model"), self.table("engine")
         folder = self.file(name) if isinstance(name, str) else None
-        return partial(load_model, str(folder.absolute()) if folder and folder.is_dir() else name)
+        load = partial(load_model, str(folder.absolute()) if folder and folder.is_dir() else name)
+        needs = table.get("gpus_per_worker", 0), table.get("tensor_parallel", 1)
+        several = any(isinstance(number, int | float) and number > 1 for number in needs)
+        return partial(load, device="auto") if several else load
 
     def engine(self, address: str | None) -> RayEngine | None:
         """Return the engine: None where neither the file nor the command line asks for one.
@@ -146,7 +156,10 @@ class Job:
             return None
         if address is not None:
             table["address"] = None if address == "local" else address
-        return RayEngine(load=self.load, **table)
+        load = self.load
+        if table.get("tensor_parallel", 1) != 1:
+            load = partial(load, device=None, tensor_parallel=True)
+        return RayEngine(load=load, **table)
 
 
 def run_train(job: Job, address: str | None = None) -> dict[str, Path]:

@@ -22,6 +22,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from common import embedded
+from common.tensor_parallel import own_forwards, processes_for
 
 EMBEDDED = "embedded"
 VARIABLE = "STEERING_MODEL"
@@ -57,6 +58,7 @@ def load_model(
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device | None = None,
+    tensor_parallel: bool = False,
 ) -> Loaded:
     """Load a causal language model for steering and say which.
 
@@ -65,30 +67,79 @@ def load_model(
             it: the environment variable `STEERING_MODEL`, else `gpt2-xl` on Colab, else the
             embedded model.
         dtype: of the weights. fp32 also on a GPU, because the published figures are in fp32.
-        device: where the model goes; by default the GPU where there is one, else the CPU.
+        device: where the model goes; by default the GPU where there is one, else the CPU. "auto"
+            spreads a model that is larger than one GPU over all that are there, then the CPU's
+            memory, then the disk (accelerate's device_map).
+        tensor_parallel: split every large matrix over the processes of a group. Each of them, one
+            for each device, makes this call and all that follow: `torchrun` starts them, or
+            `RayEngine(tensor_parallel=…)`.
 
     Returns:
         The model in evaluation mode, its tokenizer (padding on the left, with the end of text), and
         the preset.
 
     Raises:
-        LoadError: unknown name, no network, no causal language model, or too little memory; nothing
-            was loaded.
+        LoadError: unknown name, no network, no causal language model, or too little memory; an
+            architecture that transformers cannot split, heads that so many processes cannot share,
+            or no group of processes; nothing was loaded.
+        ValueError: both tensor_parallel and a device.
     """
+    if tensor_parallel and device is not None:
+        raise ValueError(
+            f"expected tensor_parallel or device, got both (device={str(device)!r}): each process"
+            " of the group has a device of its own"
+        )
     name = name or os.environ.get(VARIABLE) or ("gpt2-xl" if on_colab() else EMBEDDED)
     source = _find(name)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     config = _read_config(name, source)
-    size = _check_memory(name, config, dtype, device)
-    model, tokenizer = _load(name, source, dtype, device, show_progress=size > LARGE)
+    where = _place(name, config, device, tensor_parallel)
+    size = _check_memory(name, config, dtype, where)
+    model, tokenizer = _load(name, source, dtype, where, show_progress=size > LARGE)
     blocks, width = config.get_text_config().num_hidden_layers, config.get_text_config().hidden_size
     other = "gpt2-xl" if name == EMBEDDED else EMBEDDED
     print(
         f"Loaded {'the embedded model' if name == EMBEDDED else name}: {type(model).__name__},"
-        f" {blocks} blocks x {width}, {str(dtype).removeprefix('torch.')} on {device.type}.\n"
+        f" {blocks} blocks x {width}, {str(dtype).removeprefix('torch.')} on {where}.\n"
         f"Another one: load_model({other!r}), or {VARIABLE}={other}"
     )
     return Loaded(model, tokenizer, preset_for(name, blocks))
+
+
+class _Where(NamedTuple):
+    """Where a model goes: to a device, to several, or in parts to a group of processes."""
+
+    device: torch.device
+    spread: bool = False
+    processes: int = 1
+
+    def __str__(self) -> str:
+        if self.processes > 1:
+            return f"{self.device.type}, split over {self.processes} processes"
+        return "the devices that are there" if self.spread else self.device.type
+
+    def options(self) -> dict[str, Any]:
+        """What `from_pretrained` takes for it."""
+        if self.processes > 1:
+            from transformers.distributed.configuration_utils import DistributedConfig
+
+            return {"distributed_config": DistributedConfig(tp_size=self.processes, tp_plan="auto")}
+        return {"device_map": "auto"} if self.spread else {}
+
+
+def _place(
+    name: str,
+    config: transformers.PretrainedConfig,
+    device: str | torch.device | None,
+    tensor_parallel: bool,
+) -> _Where:
+    """Return where a model goes; refuse to split what cannot be split."""
+    best = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if tensor_parallel:
+        try:
+            return _Where(best, processes=processes_for(config))
+        except ValueError as error:
+            raise LoadError(f"{name!r} cannot be split: {error}") from None
+    return _Where(best, spread=True) if device == "auto" else _Where(torch.device(device or best))
 
 
 def preset_for(name: str, blocks: int) -> Preset:
@@ -131,8 +182,15 @@ def copy_sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
     model without a second copy in memory. Changing a weight in place changes it in both; replacing
     a parameter does not.
     """
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, shared)
+    shared: dict[int, Any] = {
+        id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())
+    }
+    for made in ("_device_mesh", "_mesh_manager"):  # groups of processes, which there are once
+        if (found := vars(model).get(made)) is not None:
+            shared[id(found)] = found
+    copied = copy.deepcopy(model, shared)
+    own_forwards(copied)  # where the model is split over processes
+    return copied
 
 
 def on_colab() -> bool:
@@ -223,18 +281,20 @@ def _read_config(name: str, source: str) -> transformers.PretrainedConfig:
 
 
 def _check_memory(
-    name: str, config: transformers.PretrainedConfig, dtype: torch.dtype, device: torch.device
+    name: str, config: transformers.PretrainedConfig, dtype: torch.dtype, where: _Where
 ) -> int:
     """Return the bytes that the weights need; refuse if they are more than what is free."""
+    device = where.device
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    need = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+    need = sum(p.numel() for p in model.parameters()) * dtype.itemsize // where.processes
     free = free_memory(device)
-    if need > free:
+    if need > free and not where.spread:
         raise LoadError(
             f"{name!r} needs {need / 1e9:.1f} GB of memory for its weights in"
             f" {str(dtype).removeprefix('torch.')}, and {free / 1e9:.1f} GB are free on"
-            f" {device.type}: take a smaller model or dtype=torch.bfloat16"
+            f" {device.type}: take a smaller model, dtype=torch.bfloat16, or device='auto', which"
+            " spreads it"
         )
     return need
 
@@ -249,7 +309,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def _load(
-    name: str, source: str, dtype: torch.dtype, device: torch.device, show_progress: bool
+    name: str, source: str, dtype: torch.dtype, where: _Where, show_progress: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load weights and tokenizer, with the progress bar of transformers only where asked for."""
     bars = transformers.utils.logging
@@ -259,10 +319,14 @@ def _load(
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, output_loading_info=True
+            source,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            **(how := where.options()),
         )
         model, loading = loaded
-        model = model.to(device).eval()
+        model = (model if how else model.to(where.device)).eval()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise LoadError(
             f"{name!r} cannot be loaded: {' '.join(str(error).split())[:300]}"

@@ -3,8 +3,9 @@
 `snapshot` notes every module, hook and parameter; `assert_pristine` fails on any hook, wrapper,
 replaced `forward`, changed parameter or nnsight edit that was not there before. Parameters are
 noted as a hash of their bytes, so that a snapshot of a large model takes seconds and almost no
-memory. It also fails on a model that was copied while it was steered: the copy's steering ends with
-no block, whatever a snapshot says that was taken of the copy.
+memory; of a model that is split over processes each sees its own part. It also fails on a model
+that was copied while it was steered: the copy's steering ends with no block, whatever a snapshot
+says that was taken of the copy.
 """
 
 import hashlib
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from common.passes.hooks import LIBRARY_HOOKS, SteeringHook
+from common.tensor_parallel import own_part
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -135,7 +137,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _fingerprint(tensor: Tensor) -> tuple:
     """Shape, dtype, device, whether it is trained, and a hash of the bytes."""
-    contents = tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy()
+    contents = own_part(tensor).detach().contiguous().view(-1).view(torch.uint8).cpu().numpy()
     digest = hashlib.blake2b(contents.data, digest_size=16).hexdigest()
     return tuple(tensor.shape), tensor.dtype, str(tensor.device), tensor.requires_grad, digest
 

@@ -11,7 +11,7 @@ A `Site` is a place in a numbered block, as TransformerLens names it ("blocks.6.
 
 import inspect
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Literal, NamedTuple, cast
 
@@ -19,6 +19,7 @@ from torch import nn
 
 from common.arguments import is_integer, layer_list
 from common.places.blocks import get_blocks
+from common.tensor_parallel import is_split, refuse_parts
 
 LayerType = Literal[
     "decoder_block", "self_attn", "mlp", "input_layernorm", "post_attention_layernorm"
@@ -181,7 +182,8 @@ def get_layers(
 
     Raises:
         ValueError: an unknown layer type, a part or a layer that the model does not have, a layer
-            that is given twice, or layers that are not a list.
+            that is given twice, layers that are not a list, or, of a model that is split over
+            processes, a module of which each process sees a part only.
     """
     layers = None if layers is None else layer_list(layers)
     config = guess_and_enhance_layer_config(model, layer_config, layer_type)
@@ -200,7 +202,7 @@ def get_layers(
             f" {_some_names(model)}"
         )
     if layers is None:
-        return {layer: model.get_submodule(path) for layer, path in found.items()}
+        return _whole_outputs(model, found)
     count = max(found) + 1
     numbers: list[int] = []
     for layer in layers:
@@ -213,7 +215,19 @@ def get_layers(
         if number in numbers:
             raise ValueError(f"layer {number} is given twice: {layers}")
         numbers.append(number)
-    return {number: model.get_submodule(found[number]) for number in numbers}
+    return _whole_outputs(model, {number: found[number] for number in numbers})
+
+
+def _whole_outputs(model: nn.Module, paths: Mapping[int, str]) -> dict[int, nn.Module]:
+    """Return modules by layer number; of a split model only those whose output is whole."""
+    modules = {number: model.get_submodule(path) for number, path in paths.items()}
+    if is_split(model):
+        path_of_blocks, blocks = get_blocks(model)
+        for number, path in paths.items():
+            if path.startswith(f"{path_of_blocks}."):
+                block = path.removeprefix(f"{path_of_blocks}.").partition(".")[0]
+                refuse_parts(blocks[int(block)], modules[number], path)
+    return modules
 
 
 def _matching_layers(model: nn.Module, layer_matcher: LayerMatcher) -> dict[int, str]:

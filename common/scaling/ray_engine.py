@@ -9,15 +9,19 @@ import logging
 import os
 import platform
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
+import torch.distributed
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -26,12 +30,15 @@ from common.identity import identity_of_model, identity_of_tokens
 from common.loading import load_model
 from common.scaling.dispatch import Dispatch, Done, Lost, Outcome, Raised
 from common.scaling.units import Job, Unit
+from common.tensor_parallel import is_split
 
 Result = TypeVar("Result")
 Load = Callable[[], Any]  # gives a model, its tokenizer, and perhaps more
 PACKAGES = "torch", "transformers", "tokenizers"
+RUNNERS = ("transformers",)
 WAIT = 1.0  # seconds until the driver looks after everything else
 WARN_AFTER = 60.0  # seconds without any worker
+MEET = timedelta(hours=2)  # the slowest process of a group may read its weights so long
 LIBRARY = Path(__file__).resolve().parents[1]
 
 
@@ -58,8 +65,13 @@ class RayEngine:
         address: None starts a cluster on this machine; "auto" joins the one that runs here
             (`ray start`, SLURM, Kubernetes), "host:port" another one. If Ray is initialised in this
             process already, that cluster is used, and left running.
-        workers: how many processes.
-        gpus_per_worker: how many GPUs each needs.
+        workers: how many processes, or groups of processes.
+        tensor_parallel: over how many processes, on one machine, each model is split. They compute
+            every unit together, and are lost together; what is said of a worker's GPUs and CPUs
+            holds for each of them. `load` has to split the model over its group, as
+            `partial(load_model, name, tensor_parallel=True)` does.
+        gpus_per_worker: how many GPUs each needs. Over several, `load` has to spread the model, as
+            `partial(load_model, name, device="auto")` does.
         cpus_per_worker: how many CPUs each needs; also the threads of torch in it, so that the last
             bits do not depend on the machine's cores.
         load: called in every worker; returns the model and its tokenizer (`load_model` does). Hooks
@@ -67,11 +79,12 @@ class RayEngine:
         parts: a folder, or the address of one (s3://…, any of fsspec), that all workers reach.
             Activations that have to be kept pair by pair are written there, and not read again from
             the model when the same work is done again.
+        runner: what computes in a worker; "transformers" is the only one so far.
         options: more for `ray.init`, such as `runtime_env`.
 
     Raises:
         ModuleNotFoundError: Ray is not installed.
-        ValueError: numbers that mean nothing, or a `load` that cannot be called.
+        ValueError: numbers that mean nothing, a `load` that cannot be called, or another runner.
     """
 
     def __init__(
@@ -79,14 +92,19 @@ class RayEngine:
         address: str | None = None,
         *,
         workers: int = 2,
+        tensor_parallel: int = 1,
         gpus_per_worker: float = 0,
         cpus_per_worker: int = 1,
         load: Load = load_model,
         parts: str | os.PathLike | None = None,
+        runner: str = "transformers",
         **options: Any,
     ):
+        if runner not in RUNNERS:
+            raise ValueError(f"there is no runner {runner!r}: expected one of {', '.join(RUNNERS)}")
         self.ray = _ray()
         self.address, self.workers = address, integer(workers, "workers", 1)
+        self.processes = integer(tensor_parallel, "tensor_parallel", 1)
         self.cpus, self.gpus = integer(cpus_per_worker, "cpus_per_worker", 1), gpus_per_worker
         if not callable(load):
             raise ValueError(
@@ -140,33 +158,50 @@ class RayEngine:
                 self.close()
 
     def workers_alive(self) -> list[int]:
-        """Return the process ids of the workers that have loaded the model."""
+        """Return the process ids of the workers that are ready; of each group the first."""
         return [loaded["pid"] for loaded in self._actors.values() if loaded]
 
     def close(self) -> None:
         """End the workers, and the cluster if it was started here."""
-        for actor in list(self._actors):
-            self.end(actor)
+        for worker in list(self._actors):
+            self.end(worker)
         if self._owns_cluster:
             self._owns_cluster = False
             self.ray.shutdown()
 
-    def begin(self) -> tuple[Any, Any]:
-        """Start a worker, and return it with the promise of what it has loaded."""
-        actor = (
-            self.ray.remote(_Worker)
-            # Ray would hide a loss, and try a row that kills its worker for ever.
-            .options(num_cpus=self.cpus, num_gpus=self.gpus, max_restarts=0, max_task_retries=0)
-            .remote()
-        )
-        self._actors[actor] = {}
-        return actor, actor.load.remote(self.load, self.cpus)
+    def begin(self) -> tuple["_Group", list[Any]]:
+        """Start a worker, and return it with the promises of what its processes have loaded."""
+        # Ray would hide a loss, and try a row that kills its worker for ever.
+        options: dict[str, Any] = {"max_restarts": 0, "max_task_retries": 0}
+        options |= {"num_cpus": self.cpus, "num_gpus": self.gpus}
+        make, count, placement = self.ray.remote(_Worker), self.processes, None
+        if count == 1:
+            actors = [make.options(**options).remote()]
+        else:
+            util, bundle = self.ray.util, {"CPU": self.cpus, "GPU": self.gpus}
+            bundle = {name: number for name, number in bundle.items() if number}
+            placement = util.placement_group([bundle] * count, strategy="STRICT_PACK")
+            where = util.scheduling_strategies.PlacementGroupSchedulingStrategy
+            actors = [
+                make.options(**options, scheduling_strategy=where(placement, rank)).remote()
+                for rank in range(count)
+            ]
+        worker, name = _Group(tuple(actors), placement), os.urandom(8).hex()
+        self._actors[worker] = {}
+        return worker, [
+            actor.load.remote(self.load, self.cpus, _Seat(rank, count, name))
+            for rank, actor in enumerate(actors)
+        ]
 
-    def end(self, actor: Any) -> None:
+    def end(self, worker: "_Group") -> None:
         """Make sure that a worker is gone."""
-        self._actors.pop(actor, None)
-        with suppress(Exception):  # it is gone, or the cluster is
-            self.ray.kill(actor)
+        self._actors.pop(worker, None)
+        for actor in worker.actors:
+            with suppress(Exception):  # it is gone, or the cluster is
+                self.ray.kill(actor)
+        if worker.placement is not None:
+            with suppress(Exception):
+                self.ray.util.remove_placement_group(worker.placement)
 
     def _connect(self) -> None:
         """Start or join the cluster, quietly."""
@@ -175,7 +210,7 @@ class RayEngine:
         self._actors.clear()
         quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
         if self.address is None:
-            quiet["num_cpus"] = max(self.workers * self.cpus, os.cpu_count() or 1)
+            quiet["num_cpus"] = max(self.workers * self.processes * self.cpus, os.cpu_count() or 1)
             quiet["include_dashboard"] = False
         # The processes of a cluster that begins here inherit the environment.
         path = os.pathsep.join([str(LIBRARY.parent), *filter(None, sys.path)])
@@ -187,6 +222,22 @@ class RayEngine:
         self._owns_cluster = True
 
 
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """A worker: a process, or all that hold one model, and the place that Ray keeps for them."""
+
+    actors: tuple[Any, ...]
+    placement: Any = None
+
+
+class _Seat(NamedTuple):
+    """Which process of a worker this is, of how many, and the name under which they meet."""
+
+    rank: int
+    count: int
+    group: str
+
+
 class _RayPool:
     """The workers of an engine, at one job; see `Pool`."""
 
@@ -194,6 +245,8 @@ class _RayPool:
         self.engine, self.ray, self.identity = engine, engine.ray, identity
         self.key, self.job = os.urandom(8).hex(), engine.ray.put(job)
         self.loading: dict[Any, Any] = {}
+        # What the other processes of a group promise, with the promise of the first.
+        self.beside: dict[Any, Any] = {}
         self.since = time.monotonic()
         for loaded in engine._actors.values():
             check_identity(loaded, identity)
@@ -202,24 +255,40 @@ class _RayPool:
         return list(self.engine._actors)
 
     def start(self) -> tuple[Any, Any]:
-        actor, ticket = self.engine.begin()
-        self.loading[ticket] = actor
-        return actor, ticket
+        worker, promises = self.engine.begin()
+        ticket = self._first(promises)
+        self.loading[ticket] = worker
+        return worker, ticket
 
     def send(self, worker: Any, unit: Unit) -> Any:
         # In a list, so that Ray does not bring the job along with every unit.
-        return worker.work.remote(self.key, [self.job], unit)
+        return self._first(
+            [actor.work.remote(self.key, [self.job], unit) for actor in worker.actors]
+        )
+
+    def _first(self, promises: Sequence[Any]) -> Any:
+        self.beside |= dict.fromkeys(promises[1:], promises[0])
+        return promises[0]
 
     def stop(self, worker: Any) -> None:
         self.engine.end(worker)
 
     def wait(self, tickets: Sequence[Any]) -> list[tuple[Any, Outcome]]:
-        tickets = list(tickets)
-        if not self.ray.wait(tickets, num_returns=1, timeout=WAIT)[0]:
+        wanted = set(tickets)
+        self.beside = {one: first for one, first in self.beside.items() if first in wanted}
+        promises = [*tickets, *self.beside]
+        if not self.ray.wait(promises, num_returns=1, timeout=WAIT)[0]:
             self._warn()
             return []
-        ready = self.ray.wait(tickets, num_returns=len(tickets), timeout=0)[0]
-        return [(ticket, self._outcome(ticket)) for ticket in ready]
+        ready = self.ray.wait(promises, num_returns=len(promises), timeout=0)[0]
+        outcomes = [(self.beside.pop(one, one), one, self._outcome(one)) for one in ready]
+        # Of the other processes of a group only what went wrong counts: the first may wait for them
+        # for ever.
+        return [
+            (first, outcome)
+            for first, one, outcome in outcomes
+            if one == first or not isinstance(outcome, Done)
+        ]
 
     def _outcome(self, ticket: Any) -> Outcome:
         errors = self.ray.exceptions
@@ -231,10 +300,10 @@ class _RayPool:
             return Lost(_first_line(error))
         if ticket not in self.loading:
             return found
-        actor = self.loading.pop(ticket)
+        worker = self.loading.pop(ticket)
         if isinstance(found, Done):
             check_identity(found.result, self.identity)
-            self.engine._actors[actor] = found.result
+            self.engine._actors[worker] = found.result
         return found
 
     def _warn(self) -> None:
@@ -243,11 +312,13 @@ class _RayPool:
             return
         if time.monotonic() - self.since > WARN_AFTER:
             self.since = 0.0
-            there = self.ray.cluster_resources()
+            there, engine = self.ray.cluster_resources(), self.engine
+            count = engine.processes
+            where = " on one machine" if count > 1 else ""
             warnings.warn(
-                f"no worker is ready after {WARN_AFTER:.0f} s: each needs {self.engine.cpus} CPUs"
-                f" and {self.engine.gpus} GPUs, and the cluster has {there.get('CPU', 0):g} and"
-                f" {there.get('GPU', 0):g}; still waiting",
+                f"no worker is ready after {WARN_AFTER:.0f} s: each needs"
+                f" {count * engine.cpus} CPUs and {count * engine.gpus} GPUs{where}, and the"
+                f" cluster has {there.get('CPU', 0):g} and {there.get('GPU', 0):g}; still waiting",
                 stacklevel=2,
             )
 
@@ -255,21 +326,44 @@ class _RayPool:
 class _Worker:
     """What runs in a process of the cluster."""
 
-    def load(self, load: Load, threads: int) -> Outcome:
+    def load(self, load: Load, threads: int, seat: _Seat) -> Outcome:
         """Load the model, and return what identifies it."""
         torch.set_num_threads(threads)
-        return _survived(lambda: self._load(load))
+        self.first = seat.rank == 0
+        return self._of_the_group(lambda: self._load(load, seat))
 
     def work(self, key: str, job: list[Any], unit: Unit) -> Outcome:
         """Compute a unit of a job, whose reference is in `job`."""
         if key != getattr(self, "key", None):
             self.compute = _ray().get(job[0]).on(self.model, self.tokenizer)
             self.key = key
-        return _survived(lambda: self.compute(unit))
+        return self._of_the_group(lambda: self.compute(unit))
 
-    def _load(self, load: Load) -> dict[str, Any]:
+    def _of_the_group(self, work: Callable[[], Any]) -> Outcome:
+        """Do work; all processes of a group have its result, and the first one sends it."""
+        found = _survived(work)
+        return found if self.first or not isinstance(found, Done) else Done(None)
+
+    def _load(self, load: Load, seat: _Seat) -> dict[str, Any]:
+        if seat.count > 1:
+            _meet(seat)
         self.model, self.tokenizer = load()[:2]
+        if seat.count > 1 and not is_split(self.model):
+            raise ValueError(
+                f"load gave each of {seat.count} processes a whole model: expected one that is"
+                " split over them, as partial(load_model, name, tensor_parallel=True) gives"
+            )
         return {**identity_here(self.model, self.tokenizer), "pid": os.getpid()}
+
+
+def _meet(seat: _Seat) -> None:
+    """Join the other processes of a group, which are on this machine."""
+    # Ray shows each process its own GPUs only, so that the first that it sees is its own.
+    os.environ.update(RANK=str(seat.rank), LOCAL_RANK="0", WORLD_SIZE=str(seat.count))
+    file = Path(tempfile.gettempdir(), f"steering-{seat.group}")
+    torch.distributed.init_process_group(
+        init_method=file.as_uri(), rank=seat.rank, world_size=seat.count, timeout=MEET
+    )
 
 
 def _survived(work: Callable[[], Any]) -> Outcome:
@@ -279,7 +373,9 @@ def _survived(work: Callable[[], Any]) -> Outcome:
     except (MemoryError, torch.OutOfMemoryError) as error:
         return Lost(f"out of memory: {_first_line(error)}")
     except RuntimeError as error:
-        if any(sign in str(error) for sign in ("can't allocate memory", "CUDA error")):
+        # The last two: another process of the group is gone.
+        signs = "can't allocate memory", "CUDA error", "gloo", "NCCL"
+        if isinstance(error, torch.distributed.DistError) or any(s in str(error) for s in signs):
             return Lost(_first_line(error))
         raise
 

@@ -31,6 +31,7 @@ from common.sweeping.grid import KEYS, Cell, Grid
 from common.sweeping.runs import MEMORY, Completing, Predicting, Row, Run
 from common.sweeping.store import SweepStore, typed
 from common.sweeping.texts import Texts
+from common.tensor_parallel import is_split
 from common.texts.likelihood import mean_losses
 from common.texts.sampling import Sampling
 
@@ -261,7 +262,16 @@ def _prepared(
 
 
 def _identity(texts: Texts, cells: Sequence[Cell]) -> dict[str, Any]:
-    """What decides the rows of every sweep."""
+    """What decides the rows of every sweep that is kept in a file.
+
+    Raises:
+        ValueError: the model is split over processes, all of which would write the file.
+    """
+    if is_split(texts.model):
+        raise ValueError(
+            "the model is split over processes, each of which would write to path: leave it out, or"
+            " sweep with RayEngine(tensor_parallel=…), whose calling process alone writes"
+        )
     steered = [(cell.steering, cell.layer, cell.coeff) for cell in cells if cell.steering]
     return {
         **identity_of_model(texts.model),
