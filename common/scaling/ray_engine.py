@@ -245,8 +245,10 @@ class _RayPool:
         self.engine, self.ray, self.identity = engine, engine.ray, identity
         self.key, self.job = os.urandom(8).hex(), engine.ray.put(job)
         self.loading: dict[Any, Any] = {}
-        # What the other processes of a group promise, with the promise of the first.
-        self.beside: dict[Any, Any] = {}
+        # What the processes of a worker still promise, by the promise of the first, which is the
+        # ticket; and what the first has given meanwhile.
+        self.open: dict[Any, list[Any]] = {}
+        self.results: dict[Any, Outcome] = {}
         self.since = time.monotonic()
         for loaded in engine._actors.values():
             check_identity(loaded, identity)
@@ -267,28 +269,31 @@ class _RayPool:
         )
 
     def _first(self, promises: Sequence[Any]) -> Any:
-        self.beside |= dict.fromkeys(promises[1:], promises[0])
+        self.open[promises[0]] = list(promises)
         return promises[0]
 
     def stop(self, worker: Any) -> None:
         self.engine.end(worker)
 
     def wait(self, tickets: Sequence[Any]) -> list[tuple[Any, Outcome]]:
-        wanted = set(tickets)
-        self.beside = {one: first for one, first in self.beside.items() if first in wanted}
-        promises = [*tickets, *self.beside]
-        if not self.ray.wait(promises, num_returns=1, timeout=WAIT)[0]:
+        # What is over, or was given up, is in the way of nothing.
+        self.open = {ticket: self.open[ticket] for ticket in tickets}
+        of = {one: ticket for ticket, promises in self.open.items() for one in promises}
+        if not self.ray.wait(list(of), num_returns=1, timeout=WAIT)[0]:
             self._warn()
             return []
-        ready = self.ray.wait(promises, num_returns=len(promises), timeout=0)[0]
-        outcomes = [(self.beside.pop(one, one), one, self._outcome(one)) for one in ready]
-        # Of the other processes of a group only what went wrong counts: the first may wait for them
-        # for ever.
-        return [
-            (first, outcome)
-            for first, one, outcome in outcomes
-            if one == first or not isinstance(outcome, Done)
-        ]
+        finished = []
+        for one in self.ray.wait(list(of), num_returns=len(of), timeout=0)[0]:
+            ticket, outcome = of[one], self._outcome(one)
+            self.open[ticket].remove(one)
+            if isinstance(outcome, Done) and one == ticket:
+                self.results[ticket] = outcome
+            # What went wrong in one process counts at once: the others may wait for it for ever.
+            if not isinstance(outcome, Done):
+                finished.append((ticket, outcome))
+            elif not self.open[ticket]:
+                finished.append((ticket, self.results.pop(ticket)))
+        return finished
 
     def _outcome(self, ticket: Any) -> Outcome:
         errors = self.ray.exceptions

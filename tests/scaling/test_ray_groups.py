@@ -115,20 +115,14 @@ def test_a_group_that_loses_a_process_is_replaced(llama, engine, folder, tmp_pat
 
 
 def broken(steered, plain):
-    if steered.abs().max() > 0 and torch.distributed.get_rank() == 1:  # not at the trial
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() == 1:
         raise KeyError("a bug in the metric")
     return [0.0] * len(steered)
 
 
-def broken_here(steered, plain):
-    return (
-        [0.0] * len(steered) if not torch.distributed.is_initialized() else broken(steered, plain)
-    )
-
-
 def test_an_exception_of_any_process_ends_the_work(llama, engine, folder):
     with pytest.raises(KeyError, match="a bug in the metric"):
-        sweep_logits(*llama, GRID, PROMPTS, {"m": broken_here}, engine=engine)
+        sweep_logits(*llama, GRID, PROMPTS, {"m": broken}, engine=engine)
     deadline = time.monotonic() + 10
     while processes(folder) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -140,4 +134,4 @@ def test_a_group_that_loads_whole_models_is_refused(model, tokenizer):
         RayEngine(workers=1, tensor_parallel=2, load=load_embedded, num_cpus=4) as engine,
         pytest.raises(ValueError, match="each of 2 processes a whole model: expected .*split"),
     ):
-        sweep_logits(model, tokenizer, Grid({}, [], []), PROMPTS, engine=engine)
+        train_steering_vector(model, tokenizer, PAIRS, engine=engine)
