@@ -1,6 +1,7 @@
 """Jobs in a file: what they say is done, and goes on; what nobody reads is refused."""
 
 import re
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -132,3 +133,24 @@ def test_files_that_are_not_there(tmp_path):
     for command in ("sweep", "train", "status"):
         code, said = call(command, tmp_path / "none.toml")
         assert code == 1 and "none.toml" in said
+
+
+@pytest.mark.parametrize(
+    "engine, here, there",
+    [
+        ("workers = 2", {}, {}),
+        ("gpus_per_worker = 1", {}, {}),
+        ("gpus_per_worker = 4", {"device": "auto"}, {"device": "auto"}),
+        (
+            "gpus_per_worker = 1\ntensor_parallel = 4",
+            {"device": "auto"},
+            {"device": None, "tensor_parallel": True},
+        ),
+    ],
+)
+def test_a_model_that_needs_several_gpus_is_spread_or_split(job, monkeypatch, engine, here, there):
+    """Split in the workers only; the calling process has the whole of it."""
+    monkeypatch.setitem(sys.modules, "ray", sys)  # nothing is started
+    job.write_text(f"{HERE}\n[engine]\n{engine}", encoding="utf-8")
+    found = Job.read(job)
+    assert found.load.keywords == here and found.engine(None).load.keywords == there

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from common.places.blocks import execution_device
 from common.places.positions import with_position_ids
 
 
@@ -21,10 +22,8 @@ def input_device(model: nn.Module) -> torch.device:
     """
     embeddings = cast(PreTrainedModel, model).get_input_embeddings()
     for module in (embeddings, model):
-        hook = getattr(module, "_hf_hook", None)
-        for part in getattr(hook, "hooks", (hook,)):  # several hooks in one
-            if (device := getattr(part, "execution_device", None)) is not None:
-                return torch.device(device)
+        if (device := execution_device(module)) is not None:
+            return device
     devices = (weight.device for weight in embeddings.parameters())
     return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
 

@@ -150,6 +150,27 @@ def stream_dtype(module: nn.Module) -> torch.dtype:
     return next(dtypes, torch.float32)
 
 
+def execution_device(module: nn.Module) -> torch.device | None:
+    """Return the device to which accelerate brings a module's inputs, if it was told one."""
+    hook = getattr(module, "_hf_hook", None)
+    for part in getattr(hook, "hooks", (hook,)):  # several hooks in one
+        if (device := getattr(part, "execution_device", None)) is not None:
+            return torch.device(device)
+    return None
+
+
+def computing_device(block: nn.Module) -> torch.device | None:
+    """Return the device on which a block computes: that of accelerate, else that of its weights.
+
+    Weights that accelerate offloads are on "meta" until the block computes.
+    """
+    told = (execution_device(part) for part in block.modules())
+    if (device := next((device for device in told if device is not None), None)) is not None:
+        return device
+    devices = (weight.device for weight in block.parameters())
+    return next((device for device in devices if device.type != "meta"), None)
+
+
 def check_vector(model: nn.Module, layer: int, vector: Tensor) -> Tensor:
     """Return a steering vector as block `layer` needs it, or refuse it before anything changes.
 
@@ -159,15 +180,14 @@ def check_vector(model: nn.Module, layer: int, vector: Tensor) -> Tensor:
         vector: [d_model], floating point, finite.
 
     Returns:
-        The vector [d_model], in the dtype (`stream_dtype`) and on the device of the block's
-        weights; on its own device where these are offloaded.
+        The vector [d_model], in the dtype (`stream_dtype`) of the block's weights and on the device
+        where the block computes; on its own device where nobody knows that.
 
     Raises:
         ValueError: no such layer; not a floating-point tensor; a shape other than [d_model];
             numbers that are not finite, also in that dtype.
     """
     block = get_block(model, layer)
-    weight = next(block.parameters())
     d_model = text_config(model).hidden_size
     if not isinstance(vector, Tensor) or not vector.is_floating_point():
         given = f"{vector.dtype} tensor" if isinstance(vector, Tensor) else type(vector).__name__
@@ -178,5 +198,5 @@ def check_vector(model: nn.Module, layer: int, vector: Tensor) -> Tensor:
         )
     if not torch.isfinite(vector).all():
         raise ValueError("expected a steering vector of finite numbers, got one with nan or inf")
-    vector = vector if weight.is_meta else vector.to(weight.device)
-    return finite_product(1.0, vector, stream_dtype(block), "the steering vector")
+    vector = finite_product(1.0, vector, stream_dtype(block), "the steering vector")
+    return vector.to(computing_device(block) or vector.device)

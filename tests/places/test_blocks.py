@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -111,6 +112,18 @@ def test_vector_stays_where_it_is_for_an_offloaded_block():
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(CONFIGS["model.layers"])
     assert check_vector(model, 1, torch.ones(16)).tolist() == [1.0] * 16
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_vector_goes_to_where_accelerate_runs_the_block(offload):
+    """Not to where the weights wait; "meta" stands for a device that this machine has not."""
+    model = build(CONFIGS["model.layers"])
+    hook = {"execution_device": torch.device("meta"), "offload": offload}
+    add_hook_to_module(get_block(model, 1).mlp, AlignDevicesHook(**hook))
+    assert [check_vector(model, layer, torch.ones(16)).device.type for layer in (0, 1)] == [
+        "cpu",
+        "meta",
+    ]
 
 
 @pytest.mark.parametrize("stored", [torch.int8, torch.float8_e4m3fn])

@@ -19,7 +19,9 @@ def test_without_ray_a_sentence_says_how_to_get_it(monkeypatch):
         ({"workers": 0}, "workers"),
         ({"workers": 1.5}, "workers"),
         ({"cpus_per_worker": 0}, "cpus_per_worker"),
+        ({"tensor_parallel": 0}, "tensor_parallel"),
         ({"load": "gpt2-xl"}, "as load"),
+        ({"runner": "vllm"}, "no runner 'vllm': expected one of transformers"),
     ],
 )
 def test_engines_that_mean_nothing(monkeypatch, options, says):
