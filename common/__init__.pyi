@@ -80,6 +80,7 @@ from .serving.gguf_model import save_model_gguf as save_model_gguf
 from .serving.llama_cpp import steer_llama_cpp as steer_llama_cpp
 from .serving.offers import save_additions as save_additions
 from .serving.requests import steering_args as steering_args
+from .serving.vllm_runner import VllmRunner as VllmRunner
 from .sweeping.grid import Grid as Grid
 from .sweeping.store import read_sweep as read_sweep
 from .sweeping.sweep import sweep as sweep

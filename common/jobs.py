@@ -40,6 +40,7 @@ import pandas as pd
 
 from common.loading import Loaded, load_model
 from common.scaling.ray_engine import RayEngine
+from common.serving.vllm_runner import VllmRunner
 from common.sweeping.grid import Grid
 from common.sweeping.store import progress, read_sweep
 from common.sweeping.sweep import sweep
@@ -156,7 +157,13 @@ class Job:
             return None
         if address is not None:
             table["address"] = None if address == "local" else address
-        load = self.load
+        runner, load = table.pop("runner", None), self.load
+        if runner not in (None, "transformers", "vllm"):
+            raise ValueError(
+                f"expected runner = 'transformers' or 'vllm' in [engine], got {runner!r}"
+            )
+        if runner == "vllm":
+            table["runner"] = VllmRunner()
         if table.get("tensor_parallel", 1) != 1:
             load = partial(load, device=None, tensor_parallel=True)
         return RayEngine(load=load, **table)

@@ -29,13 +29,12 @@ from common.arguments import integer
 from common.identity import identity_of_model, identity_of_tokens
 from common.loading import load_model
 from common.scaling.dispatch import Dispatch, Done, Lost, Outcome, Raised
-from common.scaling.units import Job, Unit
+from common.scaling.units import Job, Runner, Unit
 from common.tensor_parallel import is_split
 
 Result = TypeVar("Result")
 Load = Callable[[], Any]  # gives a model, its tokenizer, and perhaps more
 PACKAGES = "torch", "transformers", "tokenizers"
-RUNNERS = ("transformers",)
 WAIT = 1.0  # seconds until the driver looks after everything else
 WARN_AFTER = 60.0  # seconds without any worker
 MEET = timedelta(hours=2)  # the slowest process of a group may read its weights so long
@@ -79,12 +78,13 @@ class RayEngine:
         parts: a folder, or the address of one (s3://…, any of fsspec), that all workers reach.
             Activations that have to be kept pair by pair are written there, and not read again from
             the model when the same work is done again.
-        runner: what computes in a worker; "transformers" is the only one so far.
+        runner: what computes in a worker; None for transformers. `VllmRunner` completes texts.
         options: more for `ray.init`, such as `runtime_env`.
 
     Raises:
         ModuleNotFoundError: Ray is not installed.
-        ValueError: numbers that mean nothing, a `load` that cannot be called, or another runner.
+        ValueError: numbers that mean nothing, a `load` that cannot be called, something else as a
+            runner, or one that is to be split over processes.
     """
 
     def __init__(
@@ -97,11 +97,11 @@ class RayEngine:
         cpus_per_worker: int = 1,
         load: Load = load_model,
         parts: str | os.PathLike | None = None,
-        runner: str = "transformers",
+        runner: Runner | None = None,
         **options: Any,
     ):
-        if runner not in RUNNERS:
-            raise ValueError(f"there is no runner {runner!r}: expected one of {', '.join(RUNNERS)}")
+        if runner is not None and not callable(getattr(runner, "start", None)):
+            raise ValueError(f"expected None or VllmRunner() as runner, got {runner!r}")
         self.ray = _ray()
         self.address, self.workers = address, integer(workers, "workers", 1)
         self.processes = integer(tensor_parallel, "tensor_parallel", 1)
@@ -111,7 +111,12 @@ class RayEngine:
                 "expected a function without arguments as load, for example load_model, got"
                 f" {load!r}"
             )
-        self.load, self.options = load, options
+        if runner is not None and self.processes > 1:
+            raise ValueError(
+                f"{runner.name} runs in one process: expected tensor_parallel=1 beside it, got"
+                f" {self.processes}"
+            )
+        self.load, self.options, self.runner = load, options, runner
         self.parts = None if parts is None else os.fspath(parts)
         self._actors: dict[Any, dict[str, Any]] = {}  # with what each has loaded
         self._owns_cluster = False
@@ -138,6 +143,8 @@ class RayEngine:
             RuntimeError: workers are lost while they load.
             Exception: what the work raises, with the worker's traceback.
         """
+        if self.runner is not None:
+            self.runner.check(job)
         if not units:
             return
 
@@ -149,7 +156,7 @@ class RayEngine:
         finished = False
         try:
             self._connect()
-            pool = _RayPool(self, job, identity_here(model, tokenizer))
+            pool = _RayPool(self, job, identity_here(model, tokenizer, self.runner))
             dispatch = Dispatch(pool, self.workers, job.halves, job.describe, report)
             yield from cast(Iterator[tuple[Unit, Result]], dispatch.run(units))
             finished = True
@@ -189,7 +196,7 @@ class RayEngine:
         worker, name = _Group(tuple(actors), placement), os.urandom(8).hex()
         self._actors[worker] = {}
         return worker, [
-            actor.load.remote(self.load, self.cpus, _Seat(rank, count, name))
+            actor.load.remote(self.load, self.cpus, _Seat(rank, count, name), self.runner)
             for rank, actor in enumerate(actors)
         ]
 
@@ -331,17 +338,16 @@ class _RayPool:
 class _Worker:
     """What runs in a process of the cluster."""
 
-    def load(self, load: Load, threads: int, seat: _Seat) -> Outcome:
+    def load(self, load: Load, threads: int, seat: _Seat, runner: Runner | None) -> Outcome:
         """Load the model, and return what identifies it."""
         torch.set_num_threads(threads)
         self.first = seat.rank == 0
-        return self._of_the_group(lambda: self._load(load, seat))
+        return self._of_the_group(lambda: self._load(load, seat, runner))
 
     def work(self, key: str, job: list[Any], unit: Unit) -> Outcome:
         """Compute a unit of a job, whose reference is in `job`."""
         if key != getattr(self, "key", None):
-            self.compute = _ray().get(job[0]).on(self.model, self.tokenizer)
-            self.key = key
+            self.compute, self.key = self.on(_ray().get(job[0])), key
         return self._of_the_group(lambda: self.compute(unit))
 
     def _of_the_group(self, work: Callable[[], Any]) -> Outcome:
@@ -349,16 +355,20 @@ class _Worker:
         found = _survived(work)
         return found if self.first or not isinstance(found, Done) else Done(None)
 
-    def _load(self, load: Load, seat: _Seat) -> dict[str, Any]:
+    def _load(self, load: Load, seat: _Seat, runner: Runner | None) -> dict[str, Any]:
         if seat.count > 1:
             _meet(seat)
-        self.model, self.tokenizer = load()[:2]
-        if seat.count > 1 and not is_split(self.model):
+        model, tokenizer = load()[:2]
+        if seat.count > 1 and not is_split(model):
             raise ValueError(
                 f"load gave each of {seat.count} processes a whole model: expected one that is"
                 " split over them, as partial(load_model, name, tensor_parallel=True) gives"
             )
-        return {**identity_here(self.model, self.tokenizer), "pid": os.getpid()}
+        if runner is None:
+            self.on = lambda job: job.on(model, tokenizer)
+        else:
+            self.on = runner.start(model, tokenizer).on
+        return {**identity_here(model, tokenizer, runner), "pid": os.getpid()}
 
 
 def _meet(seat: _Seat) -> None:
@@ -385,7 +395,9 @@ def _survived(work: Callable[[], Any]) -> Outcome:
         raise
 
 
-def identity_here(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def identity_here(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, runner: Runner | None = None
+) -> dict[str, Any]:
     """Return what the results of a model depend on in this process.
 
     Its weights, modules and config, its tokenizer, where its texts end, the versions of Python and
@@ -400,6 +412,7 @@ def identity_here(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
         "ends": repr(getattr(model.generation_config, "eos_token_id", None)),
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
+        "runner": "transformers" if runner is None else runner.name,
         "library": code.hexdigest(),
     }
 

@@ -4,8 +4,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -52,14 +53,73 @@ class Job(ABC, Generic[Result]):
         return [Unit(numbers, unit.beside) for numbers in unit.split()]
 
 
+class Completion(NamedTuple):
+    """A text that is asked for.
+
+    Attributes:
+        prompt: its token ids.
+        steering: the name of a vector, what it is multiplied by, and the layers after which it is
+            added; None for an unsteered text.
+        seed: of its random numbers.
+    """
+
+    prompt: list[int]
+    steering: tuple[str, float, list[int]] | None
+    seed: tuple[int, ...]
+
+
+class CompletionJob(Job[Result]):
+    """A job that can be done by whatever completes texts, and steers them."""
+
+    @abstractmethod
+    def vectors(self) -> dict[str, tuple[dict[int, Tensor], float]]:
+        """Return by name the vectors [d_model] of each layer, and the largest multiplier.
+
+        Raises:
+            ValueError: something else than a vector after a block is added, or not at all tokens.
+        """
+
+    @abstractmethod
+    def sampling_options(self) -> dict[str, Any]:
+        """Return how texts are drawn, as the fields of `Sampling`."""
+
+    @abstractmethod
+    def asked(self, unit: Unit) -> list[Completion]:
+        """Return the texts of a unit."""
+
+    @abstractmethod
+    def rows(self, unit: Unit, texts: Sequence[str]) -> Result:
+        """Return the result of a unit, given its texts."""
+
+
+class Runner(Protocol):
+    """What computes the units of an engine's worker in place of transformers.
+
+    Attributes:
+        name: with its version, as tables show it.
+    """
+
+    name: str
+
+    def check(self, job: Job) -> None:
+        """Refuse a job that it cannot do."""
+        ...
+
+    def start(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
+        """Return what has a method `on`, like that of a job, in a process that loaded a model."""
+        ...
+
+
 class Engine(Protocol):
     """What computes units elsewhere.
 
     Attributes:
         parts: where results are kept that are too large to be sent; None if nowhere.
+        runner: what computes in place of transformers; None if nothing.
     """
 
     parts: str | None
+    runner: Runner | None
 
     def run(
         self,

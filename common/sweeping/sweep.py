@@ -89,7 +89,7 @@ def sweep(
     Returns:
         One row for each completion: `steering`, `kind` ("steering", "control", "random" or
             "unsteered"), `layer`, `coeff`, `prompt` (of messages the text that the chat template
-            makes), `sample`, `completion`, and the metrics.
+            makes), `sample`, `completion`, the `runner` where an engine has one, and the metrics.
 
     Raises:
         ValueError: before work starts: a layer that the model or a vector does not have, a prompt
@@ -111,7 +111,12 @@ def sweep(
         model, tokenizer, grid, prompts, grid.bos(prepend_bos), sampling.max_new_tokens
     )
     max_memory = integer(max_memory, "max_memory", 1)
-    run = Completing(texts, cells, sampling, per_prompt, seed, max_memory)
+    runner = engine.runner if engine else None
+    run = Completing(
+        texts, cells, sampling, per_prompt, seed, max_memory, runner.name if runner else None
+    )
+    if runner:
+        runner.check(run)
     columns = TextColumns(metrics or {}, texts.shown)
     settings = (
         {}
@@ -124,7 +129,8 @@ def sweep(
             "tokens": identity_of_tokens(tokenizer),
         }
     )
-    store = SweepStore(path, settings, [*KEYS, "prompt", "sample", "completion"], columns.titles)
+    titles = [*KEYS, "prompt", "sample", "completion", *(["runner"] if runner else [])]
+    store = SweepStore(path, settings, titles, columns.titles)
     return _table(store, run, "Completing", show_progress, engine, columns)
 
 

@@ -10,7 +10,7 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from common.passes.batching import Batching, batching
 from common.passes.padding import encode
-from common.passes.prompts import Prompt, prompt_ids, prompt_text
+from common.passes.prompts import Prompt, prompt_text
 from common.passes.running import input_device
 from common.sweeping.grid import Cell
 from common.sweeping.skipping import can_prefill, can_skip_blocks
@@ -38,7 +38,10 @@ class Texts:
         prompts: Sequence[Prompt],
         bos: bool | None,
     ):
-        self.lengths = encode(tokenizer, prompts, bos)["attention_mask"].sum(-1).tolist()
+        encoded = encode(tokenizer, prompts, bos)
+        both = zip(encoded["input_ids"], encoded["attention_mask"])
+        self.ids = [row[mask.bool()].tolist() for row, mask in both]
+        self.lengths = list(map(len, self.ids))
         self.model, self.tokenizer, self.bos = model, tokenizer, bos
         self.prompts = list(prompts)
         self.shown = [prompt_text(tokenizer, prompt) for prompt in self.prompts]
@@ -89,7 +92,7 @@ class Texts:
 
     def identity(self) -> list[tuple[str, list[int]]]:
         """Return what the model reads: each prompt as text and as token ids."""
-        return list(zip(self.shown, prompt_ids(self.tokenizer, self.prompts, self.bos)))
+        return list(zip(self.shown, self.ids))
 
     def inputs(self, numbers: Sequence[int]) -> BatchEncoding:
         """Return prompts as one batch, padded on the left, on the device of the model."""

@@ -21,6 +21,7 @@ from benchmarks.engine_costs import BUSY, SINGLE, Case, steered, times_written
 from benchmarks.engine_texts import Subject, Text, compared
 from benchmarks.servers import server
 from benchmarks.stored import load, provenance
+from common.serving import vllm_plugin
 from common.vectors.steering_vector import SteeringVector
 from repository.mechanisms import ROOT
 
@@ -470,5 +471,6 @@ def test_results_name_the_build_of_vllm_that_is_installed(monkeypatch, name):
             raise importlib.metadata.PackageNotFoundError(package)
         return "0.30.0"
 
-    monkeypatch.setattr(stored, "version", version)
-    assert stored.machine(stored.vllm_package())[name] == "0.30.0"
+    for module in (stored, vllm_plugin):
+        monkeypatch.setattr(module, "version", version)
+    assert stored.machine(vllm_plugin.vllm_package())[name] == "0.30.0"

@@ -151,7 +151,7 @@ class PlayedEngine:
 
     def __init__(self, size: int = 2, parts=None, **options):
         self.size, self.options = size, options
-        self.parts = None if parts is None else str(parts)
+        self.parts, self.runner = None if parts is None else str(parts), None
 
     def run(self, model, tokenizer, job, units, bar):
         sent, at_work = cloudpickle.dumps(job), {}

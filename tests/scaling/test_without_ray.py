@@ -21,7 +21,7 @@ def test_without_ray_a_sentence_says_how_to_get_it(monkeypatch):
         ({"cpus_per_worker": 0}, "cpus_per_worker"),
         ({"tensor_parallel": 0}, "tensor_parallel"),
         ({"load": "gpt2-xl"}, "as load"),
-        ({"runner": "vllm"}, "no runner 'vllm': expected one of transformers"),
+        ({"runner": "vllm"}, r"expected None or VllmRunner\(\) as runner, got 'vllm'"),
     ],
 )
 def test_engines_that_mean_nothing(monkeypatch, options, says):
