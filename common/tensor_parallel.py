@@ -9,9 +9,12 @@ Source: Megatron-LM (https://arxiv.org/abs/1909.08053); `transformers.distribute
 
 import importlib
 import os
+from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
+import torch
+import torch.distributed
 import transformers
 from packaging.version import Version
 from torch import Tensor, nn
@@ -38,6 +41,25 @@ def whole(tensor: Tensor) -> Tensor:
 def own_part(tensor: Tensor) -> Tensor:
     """Return what this process holds of a tensor."""
     return tensor.to_local() if is_part(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def of_the_first(model: nn.Module, ask: Callable[[], Any]) -> Any:
+    """Return what the first process of a split model answers; of a whole model the only one.
+
+    An exception of the first is raised in all.
+    """
+    if not is_split(model):
+        return ask()
+    told: list[Any] = [None, None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            told[0] = ask()
+        except Exception as error:
+            told[1] = error
+    torch.distributed.broadcast_object_list(told, src=0)
+    if told[1] is not None:
+        raise told[1]
+    return told[0]
 
 
 def bias_beside(weight: Tensor, bias: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from common.passes.hooks import refuse_hooks
 from common.passes.prompts import Prompt, is_prompt
 from common.places.sites import LayerType, ModelLayerConfig
 from common.scaling.units import Engine, Job, Unit, Work, in_order, run_units
+from common.tensor_parallel import of_the_first
 from common.vectors.aggregators import Moments, moments_of
 from common.vectors.reading import ReadTokenIndex, read_activations
 
@@ -164,8 +165,11 @@ class _Extracting(Job[Any]):
         refuse_hooks(model, "reading on an engine")
 
         def work(unit: Unit) -> Any:
-            if self.parts is not None and _part_exists(name := self._part(unit)):
-                return name
+            # Processes that share a model also share the answer: all of them compute, or none.
+            if self.parts is not None and of_the_first(
+                model, lambda: _part_exists(self._part(unit))
+            ):
+                return self._part(unit)
             samples = [self.samples[number] for number in unit.numbers]
             both = self.reading.read(model, tokenizer, samples, move_to_cpu=True)
             if self.gram is not None:
@@ -175,7 +179,7 @@ class _Extracting(Job[Any]):
                 }
             if self.parts is None:
                 return both
-            _write_part(self._part(unit), both)
+            of_the_first(model, lambda: _write_part(self._part(unit), both))
             return self._part(unit)
 
         return work

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 
 import common
 from common import (
+    ActivationAddition,
     Grid,
     LoadError,
     Sampling,
@@ -43,6 +44,7 @@ from common import (
 from common.checking.pristine import assert_pristine, snapshot
 from common.identity import identity_of_model
 from common.places.sites import LAYER_TYPES, LayerType
+from common.tensor_parallel import of_the_first
 from repository.mechanisms import MECHANISMS, load_mechanism
 
 SPLIT = ("Llama", "Qwen3", "GPT-NeoX")  # Qwen3 norms each head, GPT-NeoX has biases
@@ -170,7 +172,9 @@ def sums_are_not_refused(both: Both) -> None:
 
 
 def swept(both: Both, kind: Callable, **options) -> None:
-    grid = Grid({"v": SteeringVector({1: both.vector, 2: both.vector})}, [1, 2], [1.0, -1.0])
+    vector = SteeringVector({1: both.vector, 2: both.vector})
+    pair = [ActivationAddition(3.0, 1, "I love"), ActivationAddition(-3.0, 1, "I hate")]
+    grid = Grid({"v": vector, "w": pair}, [1, 2], [1.0, -1.0])
     both.agree(lambda model: kind(model, both.tokenizer, grid, PROMPTS, **options))
 
 
@@ -181,6 +185,19 @@ def no_file(both: Both) -> None:
         with pytest.raises(ValueError, match="each of which would write to path"):
             kind(both.split, both.tokenizer, grid, PROMPTS, path=path)
     assert not path.exists()
+
+
+def the_first_is_asked(both: Both) -> None:
+    """And all have its answer, or its exception; where the model is whole each is asked."""
+    rank = torch.distributed.get_rank()
+
+    def broken():
+        raise KeyError(rank)
+
+    assert of_the_first(both.split, lambda: rank) == 0
+    assert of_the_first(both.whole, lambda: rank) == rank
+    with pytest.raises(KeyError, match="0"):
+        of_the_first(both.split, broken)
 
 
 def gradients(both: Both) -> None:
@@ -199,8 +216,12 @@ def identified(both: Both) -> None:
     """A split model has the weights, modules and config of the whole one."""
     assert identity_of_model(both.split) == identity_of_model(both.whole)
     changed = copy_sharing_weights(both.split)
-    head = changed.get_output_embeddings()
-    head.weight = torch.nn.Parameter(head.weight * 2)
+    head, before = changed.get_output_embeddings(), snapshot(changed)
+    original, head.weight = head.weight, torch.nn.Parameter(head.weight * 2)
+    parameters = snapshot(changed).parameters
+    name = next(name for name in parameters if parameters[name] != before.parameters[name])
+    assert parameters[name][-1] != before.parameters[name][-1]  # the hash of the bytes
+    assert original is both.split.get_output_embeddings().weight
     assert identity_of_model(changed)["weights"] != identity_of_model(both.split)["weights"]
 
 
@@ -304,6 +325,7 @@ def laws() -> dict[str, Law]:
     add("sweep_logits", swept, kind=sweep_logits)
     add("sweep_perplexity", swept, kind=sweep_perplexity)
     add("no file", no_file)
+    add("first", the_first_is_asked)
     add("gradients", gradients)
     add("saved", bias_is_saved)
     for model in SPLIT:

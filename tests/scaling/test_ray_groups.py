@@ -17,6 +17,7 @@ from common import (
     Grid,
     Sampling,
     SteeringVector,
+    extract_activations,
     load_model,
     mean_aggregator,
     read_sweep,
@@ -60,7 +61,8 @@ def llama(folder):
 @pytest.fixture(scope="module")
 def engine(folder):
     load = partial(load_split, str(folder))
-    with RayEngine(workers=1, tensor_parallel=2, load=load, num_cpus=4) as engine:
+    options = {"parts": folder / "parts", "num_cpus": 4}
+    with RayEngine(workers=1, tensor_parallel=2, load=load, **options) as engine:
         yield engine
 
 
@@ -91,6 +93,15 @@ def test_a_group_gives_what_one_process_gives(llama, engine, tmp_path):
         torch.testing.assert_close(
             means[0].layer_activations[layer], vector, rtol=0, atol=1e-5 * max(1, largest)
         )
+
+
+def test_a_group_keeps_activations_once(llama, engine, folder):
+    """In files that one of its processes writes, and that none reads the model for again."""
+    found = [extract_activations(*llama, PAIRS, [1, 3], engine=engine) for _ in range(2)]
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+    expected = extract_activations(*llama, PAIRS, [1, 3])
+    torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-4)
+    assert [path.suffix for path in (folder / "parts").iterdir()] == [".safetensors"]
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["the first process", "another process"])
