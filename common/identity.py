@@ -87,6 +87,20 @@ def identity_of_tokens(tokenizer: PreTrainedTokenizerBase) -> str:
     )
 
 
+def identity_of_reading(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Identify a tokenizer by how it reads: its rules, what it puts around a text, its template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        rules = [sorted(tokenizer.get_vocab().items()), repr(sorted(tokenizer.init_kwargs.items()))]
+    else:
+        rules = json.loads(backend.to_str())
+        # A call sets them for itself; nobody here pads or cuts by the tokenizer.
+        del rules["truncation"], rules["padding"]
+    around = [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    template = getattr(tokenizer, "chat_template", None)
+    return _short([type(tokenizer).__name__, rules, around, template])
+
+
 def hash_of_tensors(tensors: Iterable[Tensor]) -> str:
     """Return a hash of dtype, shape and all bytes of some tensors, wherever they are."""
     found = hashlib.sha256()

@@ -12,13 +12,16 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from architectures import ARCHITECTURES, tiny_model
+from odd_tokenizers import KINDS
+from tokenizers import normalizers
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.identity import (
     hash_of_tensors,
     identity_of_metric,
     identity_of_model,
+    identity_of_reading,
     identity_of_tokens,
 )
 from common.measuring.likelihood import kl_divergence
@@ -147,6 +150,36 @@ def test_tokens_that_are_written_differently(tokenizer):
     other = copy.deepcopy(tokenizer)
     other.add_tokens(["qqq"])
     assert identity_of_tokens(other) != before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokenizers_that_read_differently(kind):
+    """Also where they write the same; saved and loaded it is the same one."""
+    tokenizer = KINDS[kind]()
+    before = identity_of_reading(tokenizer)
+    can_pad = tokenizer.pad_token is not None
+    tokenizer(["a", "a b c"], padding=can_pad, truncation=True, max_length=2)
+    assert identity_of_reading(tokenizer) == before == identity_of_reading(KINDS[kind]())
+
+    def told_apart(change):
+        other = KINDS[kind]()
+        change(other)
+        assert identity_of_reading(other) != before
+
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    told_apart(lambda other: setattr(other, "chat_template", template))
+    told_apart(lambda other: other.add_tokens(["qqq"]))
+    lower = normalizers.Lowercase()
+    told_apart(lambda other: setattr(other.backend_tokenizer, "normalizer", lower))
+    told_apart(lambda other: setattr(other, "bos_token", tokenizer.convert_ids_to_tokens(7)))
+    if kind in ("Llama", "Gemma"):
+        told_apart(lambda other: setattr(other, "add_bos_token", False))
+
+
+def test_a_tokenizer_that_was_saved_reads_the_same(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert identity_of_reading(loaded) == identity_of_reading(tokenizer)
 
 
 # --- metrics ---

@@ -22,7 +22,7 @@ from scipy.special import ndtr, stdtrit
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.arguments import integer, takes_one
-from common.passes.hooks import refuse_hooks
+from common.passes.hooks import check_engine
 from common.passes.padding import padded
 from common.passes.prompts import prompt_ids
 from common.passes.running import Steering, input_device
@@ -210,6 +210,7 @@ def _stats(
 ) -> list[CorpusStats]:
     """Read corpora, each under a condition; `cut` are more arguments of `split_corpus`."""
     mask_len = integer(mask_len, "mask_len")
+    check_engine(engine, model)
     corpora = [
         _corpus(
             model,
@@ -223,7 +224,6 @@ def _stats(
     job = _Reading(corpora)
     units = job.units(integer(batch_size, "batch_size", 1))
     if engine is not None:
-        refuse_hooks(model, "reading on an engine")
         for _, condition in readings:
             if callable(condition) and not takes_one(condition):
                 raise ValueError(

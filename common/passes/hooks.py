@@ -18,6 +18,7 @@ from transformers import GenerationMixin
 
 from common.places.blocks import get_blocks, get_hidden, with_hidden
 from common.places.positions import PACKED, PositionTracker, Text, being_generated, generating
+from common.scaling.units import Engine
 
 # Hooks that a library installs on itself at the first forward pass and keeps: transformers to
 # collect hidden states, the bridge of TransformerLens to catch the input of a layer norm. Hooks
@@ -86,6 +87,29 @@ def refuse_hooks(model: nn.Module, what: str) -> None:
             raise ValueError(
                 f"block {number} has a hook, {hook!r}: {what} starts from the model as it is, take"
                 " the hook off first"
+            )
+
+
+def check_engine(engine: Engine | None, model: nn.Module) -> None:
+    """Refuse a model whose hooks an engine's workers would lack, wherever they are in it.
+
+    Args:
+        engine: None is this process, where all hooks act.
+        model: a causal language model.
+
+    Raises:
+        ValueError: a module of it has a hook that no library put there; or what is no engine.
+    """
+    if engine is None:
+        return
+    if isinstance(engine, type) or not hasattr(engine, "run"):
+        raise ValueError(f"expected an engine, such as RayEngine(workers=2), got {engine!r}")
+    for name, module in model.named_modules():
+        for hook in users_hooks(module):
+            where = f"the module {name}" if name else "the model"
+            raise ValueError(
+                f"{where} has a hook, {hook!r}, which the workers of an engine do not have: take"
+                " it off first"
             )
 
 

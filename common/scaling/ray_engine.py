@@ -7,9 +7,11 @@ import hashlib
 import importlib
 import logging
 import os
+import pickle
 import platform
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,11 +27,11 @@ import torch.distributed
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from common.arguments import integer
-from common.identity import identity_of_model, identity_of_tokens
+from common.arguments import finite_number, integer
+from common.identity import identity_of_model, identity_of_reading, identity_of_tokens
 from common.loading import load_model
 from common.scaling.dispatch import Dispatch, Done, Lost, Outcome, Raised
-from common.scaling.units import Job, Runner, Unit
+from common.scaling.units import Job, Runner, Unit, packed
 from common.tensor_parallel import is_split
 
 Result = TypeVar("Result")
@@ -105,7 +107,10 @@ class RayEngine:
         self.ray = _ray()
         self.address, self.workers = address, integer(workers, "workers", 1)
         self.processes = integer(tensor_parallel, "tensor_parallel", 1)
-        self.cpus, self.gpus = integer(cpus_per_worker, "cpus_per_worker", 1), gpus_per_worker
+        self.cpus = integer(cpus_per_worker, "cpus_per_worker", 1)
+        self.gpus = finite_number(gpus_per_worker, "gpus_per_worker")
+        if self.gpus < 0:
+            raise ValueError(f"expected gpus_per_worker of 0 or more, got {gpus_per_worker!r}")
         if not callable(load):
             raise ValueError(
                 "expected a function without arguments as load, for example load_model, got"
@@ -117,7 +122,8 @@ class RayEngine:
                 f" {self.processes}"
             )
         self.load, self.options, self.runner = load, options, runner
-        self.parts = None if parts is None else os.fspath(parts)
+        self.parts = None if parts is None else _address(os.fspath(parts))
+        self._at_work = threading.Lock()
         self._actors: dict[Any, dict[str, Any]] = {}  # with what each has loaded
         self._owns_cluster = False
 
@@ -139,14 +145,20 @@ class RayEngine:
 
         Raises:
             LostRowsError: at the end, with the rows that killed their workers.
-            ValueError: a worker has another model, or other versions.
-            RuntimeError: workers are lost while they load.
+            ValueError: the work holds the model here, or cannot be sent; a worker has another
+                model, or other versions.
+            RuntimeError: workers are lost while they load; the engine is at work already.
             Exception: what the work raises, with the worker's traceback.
         """
         if self.runner is not None:
             self.runner.check(job)
         if not units:
             return
+        sent = packed(job, model, self.ray.cloudpickle.Pickler)
+        if not self._at_work.acquire(blocking=False):
+            raise RuntimeError(
+                "this engine is at work: wait until that is done, or give this work another engine"
+            )
 
         def report(alive: int, lost: int) -> None:
             workers = "1 worker" if alive == 1 else f"{alive} workers"
@@ -156,13 +168,14 @@ class RayEngine:
         finished = False
         try:
             self._connect()
-            pool = _RayPool(self, job, identity_here(model, tokenizer, self.runner))
+            pool = _RayPool(self, sent, identity_here(model, tokenizer, self.runner))
             dispatch = Dispatch(pool, self.workers, job.halves, job.describe, report)
             yield from cast(Iterator[tuple[Unit, Result]], dispatch.run(units))
             finished = True
         finally:
             if not finished:  # also where the caller stops: nothing goes on behind its back
                 self.close()
+            self._at_work.release()
 
     def workers_alive(self) -> list[int]:
         """Return the process ids of the workers that are ready; of each group the first."""
@@ -248,7 +261,7 @@ class _Seat(NamedTuple):
 class _RayPool:
     """The workers of an engine, at one job; see `Pool`."""
 
-    def __init__(self, engine: RayEngine, job: Job, identity: Mapping[str, Any]):
+    def __init__(self, engine: RayEngine, job: bytes, identity: Mapping[str, Any]):
         self.engine, self.ray, self.identity = engine, engine.ray, identity
         self.key, self.job = os.urandom(8).hex(), engine.ray.put(job)
         self.loading: dict[Any, Any] = {}
@@ -329,7 +342,7 @@ class _RayPool:
             where = " on one machine" if count > 1 else ""
             warnings.warn(
                 f"no worker is ready after {WARN_AFTER:.0f} s: each needs"
-                f" {count * engine.cpus} CPUs and {count * engine.gpus} GPUs{where}, and the"
+                f" {count * engine.cpus} CPUs and {count * engine.gpus:g} GPUs{where}, and the"
                 f" cluster has {there.get('CPU', 0):g} and {there.get('GPU', 0):g}; still waiting",
                 stacklevel=2,
             )
@@ -347,7 +360,7 @@ class _Worker:
     def work(self, key: str, job: list[Any], unit: Unit) -> Outcome:
         """Compute a unit of a job, whose reference is in `job`."""
         if key != getattr(self, "key", None):
-            self.compute, self.key = self.on(_ray().get(job[0])), key
+            self.compute, self.key = self.on(pickle.loads(_ray().get(job[0]))), key
         return self._of_the_group(lambda: self.compute(unit))
 
     def _of_the_group(self, work: Callable[[], Any]) -> Outcome:
@@ -358,7 +371,13 @@ class _Worker:
     def _load(self, load: Load, seat: _Seat, runner: Runner | None) -> dict[str, Any]:
         if seat.count > 1:
             _meet(seat)
-        model, tokenizer = load()[:2]
+        found = load()
+        if not isinstance(found, tuple | list) or len(found) < 2:
+            raise ValueError(
+                "expected load to return a model and its tokenizer, as load_model does, got"
+                f" {type(found).__name__}"
+            )
+        model, tokenizer = found[:2]
         if seat.count > 1 and not is_split(model):
             raise ValueError(
                 f"load gave each of {seat.count} processes a whole model: expected one that is"
@@ -409,6 +428,7 @@ def identity_here(
     return {
         **identity_of_model(model),
         "tokens": identity_of_tokens(tokenizer),
+        "tokenizer": identity_of_reading(tokenizer),
         "ends": repr(getattr(model.generation_config, "eos_token_id", None)),
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
@@ -450,6 +470,11 @@ def _ray() -> Any:
             "RayEngine needs Ray, which is not installed: python3 -m pip install -r"
             " requirements-scale.txt"
         ) from None
+
+
+def _address(parts: str) -> str:
+    """A folder as workers find it, whose own folder may be another; an address as it is."""
+    return parts if "://" in parts else os.path.abspath(os.path.expanduser(parts))
 
 
 def _first_line(error: BaseException) -> str:

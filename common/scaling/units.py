@@ -1,5 +1,7 @@
 """Work in units: cut once, before anybody knows who does it, here or on an engine's workers."""
 
+import io
+import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
@@ -108,6 +110,39 @@ class Runner(Protocol):
     def start(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
         """Return what has a method `on`, like that of a job, in a process that loaded a model."""
         ...
+
+
+def packed(job: Job, model: PreTrainedModel, pickler: Any) -> bytes:
+    """Return a job as bytes for another process.
+
+    Args:
+        job: what is done.
+        model: that of this process.
+        pickler: a class like `pickle.Pickler` that also takes functions by their content
+            (cloudpickle's).
+
+    Raises:
+        ValueError: the job reaches the model here, or a part of it: a worker would get a copy, and
+            whatever is done to the copy means nothing to the worker's own model. Or it reaches
+            something that no other process can have, such as an open file.
+    """
+    own = {id(module) for module in model.modules()}
+
+    class Packing(pickler):
+        def persistent_id(self, thing: Any) -> None:
+            if id(thing) in own:
+                raise ValueError(
+                    "with an engine the model is another one: expected functions that take it, such"
+                    " as `lambda model: vector.apply(model)`, got one that holds the"
+                    f" {type(thing).__name__} of this process"
+                )
+
+    found = io.BytesIO()
+    try:
+        Packing(found).dump(job)
+    except (TypeError, AttributeError, pickle.PicklingError) as error:
+        raise ValueError(f"the work cannot go to the workers of an engine: {error}") from error
+    return found.getvalue()
 
 
 class Engine(Protocol):

@@ -21,7 +21,7 @@ from common.arguments import integer
 from common.identity import identity_of_metric, identity_of_model, identity_of_tokens
 from common.measuring.likelihood import kl_divergence
 from common.measuring.metrics import Metric
-from common.passes.hooks import refuse_hooks
+from common.passes.hooks import check_engine, refuse_hooks
 from common.passes.prompts import Prompt
 from common.passes.running import evaluating, input_device
 from common.progress import progress_bar
@@ -108,7 +108,7 @@ def sweep(
             " all the same"
         )
     cells, texts = _prepared(
-        model, tokenizer, grid, prompts, grid.bos(prepend_bos), sampling.max_new_tokens
+        model, tokenizer, grid, prompts, grid.bos(prepend_bos), engine, sampling.max_new_tokens
     )
     max_memory = integer(max_memory, "max_memory", 1)
     runner = engine.runner if engine else None
@@ -167,7 +167,7 @@ def sweep_logits(
             `coeff`, `prompt`, and the metrics.
     """
     metrics = dict(metrics or {"kl": kl_divergence})
-    cells, texts = _prepared(model, tokenizer, grid, prompts, grid.bos(prepend_bos))
+    cells, texts = _prepared(model, tokenizer, grid, prompts, grid.bos(prepend_bos), engine)
     trial = torch.zeros(2, texts.vocabulary, device=input_device(model))
     for name, metric in metrics.items():
         numbers(metric(trial, trial), 2, name)
@@ -228,7 +228,7 @@ def sweep_perplexity(
     """
     mask_len = integer(mask_len, "mask_len")
     first = mask_len + 1
-    cells, read = _prepared(model, tokenizer, grid, texts, prepend_bos)
+    cells, read = _prepared(model, tokenizer, grid, texts, prepend_bos, engine)
     if (shortest := min(read.lengths)) <= first:
         short = read.prompts[read.lengths.index(shortest)]
         raise ValueError(
@@ -258,10 +258,12 @@ def _prepared(
     grid: Grid,
     prompts: Sequence[Prompt],
     bos: bool | None,
+    engine: Engine | None,
     new_tokens: int = 1,
 ) -> tuple[list[Cell], Texts]:
     """The points of the grid and the prompts, once it is clear that they fit together."""
     refuse_hooks(model, "a sweep")
+    check_engine(engine, model)
     cells, texts = grid.cells(model, tokenizer), Texts(model, tokenizer, prompts, bos)
     texts.check(cells, new_tokens)
     return cells, texts

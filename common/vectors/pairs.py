@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from common.identity import identity_of_metric, identity_of_model
-from common.passes.hooks import refuse_hooks
+from common.identity import identity_of_metric
+from common.passes.hooks import check_engine, refuse_hooks
 from common.passes.prompts import Prompt, is_prompt
-from common.places.sites import LayerType, ModelLayerConfig
+from common.places.sites import LayerType, ModelLayerConfig, get_layers
+from common.scaling.ray_engine import identity_here
 from common.scaling.units import Engine, Job, Unit, Work, in_order, run_units
 from common.tensor_parallel import of_the_first
 from common.vectors.aggregators import Moments, moments_of
@@ -71,6 +72,14 @@ def samples_of(given: Sequence[Sample]) -> list[SteeringVectorTrainingSample]:
             )
         samples.append(sample)
     return samples
+
+
+def hash_of_pairs(samples: Sequence[SteeringVectorTrainingSample], *more: Any) -> str:
+    """Return a hash of pairs and of what is read of them, and of more that JSON can hold."""
+    content: list[Any] = [astuple(sample) for sample in samples]
+    content = [*more, content] if more else content
+    # Numbers of numpy are integers, too.
+    return hashlib.sha256(json.dumps(content, default=int).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -190,8 +199,7 @@ class _Extracting(Job[Any]):
 
     def _part(self, unit: Unit) -> str:
         """The address of a unit's activations, made of all that could change them."""
-        pairs = [astuple(self.samples[number]) for number in unit.numbers]
-        name = hashlib.sha256(json.dumps([self.identity, pairs]).encode()).hexdigest()
+        name = hash_of_pairs([self.samples[number] for number in unit.numbers], self.identity)
         return f"{str(self.parts).rstrip('/')}/{name}.safetensors"
 
 
@@ -204,9 +212,10 @@ def read_on(
     bar: tqdm,
 ) -> tuple[ByLayer, ByLayer]:
     """Return the activations of pairs as `PairReading.read` does, on the CPU, read by workers."""
-    parts = engine.parts
-    identity = "" if parts is None else _identity(cast(PreTrainedModel, model), reading)
-    job = _job(samples, reading, model, parts=parts, identity=identity)
+    job = _job(engine, samples, reading, model)
+    if engine.parts is not None:
+        identity = _identity(cast(PreTrainedModel, model), tokenizer, job.reading)
+        job = replace(job, parts=engine.parts, identity=identity)
     found: list[tuple[ByLayer, ByLayer]] = []
     with closing(run_units(engine, cast(Any, model), tokenizer, job, job.units(), bar)) as units:
         for _, result in in_order(units):
@@ -228,7 +237,7 @@ def moments_on(
     bar: tqdm,
 ) -> dict[int, Moments]:
     """Return sums over pairs by layer, added in the order of the pairs, whoever read them when."""
-    job, total = _job(samples, reading, model, gram=gram), dict[int, Moments]()
+    job, total = replace(_job(engine, samples, reading, model), gram=gram), dict[int, Moments]()
     with closing(run_units(engine, cast(Any, model), tokenizer, job, job.units(), bar)) as units:
         for _, moments in in_order(units):
             for layer, part in moments.items():
@@ -237,21 +246,26 @@ def moments_on(
 
 
 def _job(
+    engine: Engine,
     samples: Sequence[SteeringVectorTrainingSample],
     reading: PairReading,
     model: nn.Module,
-    **more: Any,
 ) -> _Extracting:
-    refuse_hooks(model, "reading on an engine")
+    check_engine(engine, model)
+    found = get_layers(model, reading.layer_type, reading.layer_config, reading.layers)
     # Callables stay here: what they say of each prompt goes to the workers.
-    return _Extracting(reading.pointed(samples), replace(reading, read_token_index=-1), **more)
+    layers = list(map(int, found))
+    how = replace(reading, layers=layers, read_token_index=-1)
+    return _Extracting(reading.pointed(samples), how)
 
 
-def _identity(model: PreTrainedModel, reading: PairReading) -> str:
+def _identity(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, reading: PairReading
+) -> str:
     """What the activations of a pair depend on, beside the pair."""
     how = [reading.layers, reading.layer_type, reading.batch_size, reading.prepend_bos]
     matchers = identity_of_metric(reading.layer_config, "layer_config")
-    return json.dumps([identity_of_model(model), how, matchers], sort_keys=True)
+    return json.dumps([identity_here(model, tokenizer), how, matchers], sort_keys=True)
 
 
 def _file_system(address: str) -> tuple[Any, str]:

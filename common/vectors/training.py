@@ -5,10 +5,7 @@ The interface is that of the steering-vectors library
 import changed, except that a vector that is 0, or nothing but rounding, is refused.
 """
 
-import hashlib
-import json
 from collections.abc import Sequence
-from dataclasses import astuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +19,7 @@ from common.places.sites import LayerType, ModelLayerConfig
 from common.progress import progress_bar
 from common.scaling.units import Engine
 from common.vectors.aggregators import Aggregator, Moments, SummingAggregator, mean_aggregator
-from common.vectors.pairs import PairReading, Sample, moments_on, read_on, samples_of
+from common.vectors.pairs import PairReading, Sample, hash_of_pairs, moments_on, read_on, samples_of
 from common.vectors.reading import ReadTokenIndex
 from common.vectors.steering_vector import SteeringVector, model_name
 
@@ -222,9 +219,7 @@ def train_steering_vector(
         "model": model_name(model),
         "model_type": text_config(model).model_type,
         "pairs": str(len(samples)),
-        "pairs_sha256": (
-            hashlib.sha256(json.dumps([astuple(sample) for sample in samples]).encode()).hexdigest()
-        ),
+        "pairs_sha256": hash_of_pairs(samples),
         "aggregator": getattr(aggregator, "__name__", type(aggregator).__name__),
     }
     return SteeringVector(vectors, layer_type, metadata)

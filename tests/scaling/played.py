@@ -14,6 +14,7 @@ import torch
 
 from common.loading import copy_sharing_weights, load_model
 from common.scaling.dispatch import Dispatch, Done, Lost, Raised
+from common.scaling.units import packed
 
 load_embedded = partial(load_model, "embedded", device="cpu")
 
@@ -154,7 +155,7 @@ class PlayedEngine:
         self.parts, self.runner = None if parts is None else str(parts), None
 
     def run(self, model, tokenizer, job, units, bar):
-        sent, at_work = cloudpickle.dumps(job), {}
+        sent, at_work = packed(job, model, cloudpickle.Pickler), {}
 
         def compute(worker, unit):
             if worker not in at_work:

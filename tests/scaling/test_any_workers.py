@@ -1,8 +1,10 @@
 """Whoever computes the units, in whatever order and however often it is lost: the same results."""
 
 from contextlib import suppress
+from copy import deepcopy
 from itertools import pairwise
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -13,8 +15,10 @@ from played import PlayedEngine
 from common import (
     ActivationAddition,
     Grid,
+    RayEngine,
     Sampling,
     SteeringVector,
+    SteeringVectorTrainingSample,
     extract_activations,
     logistic_aggregator,
     mean_aggregator,
@@ -28,6 +32,7 @@ from common import (
     token_logprob,
     train_steering_vector,
 )
+from common.loading import copy_sharing_weights
 from common.passes.rounding import is_rounding
 from common.scaling.dispatch import LostRowsError
 from common.vectors import pairs as pairs_module
@@ -284,6 +289,41 @@ def test_parts_that_are_there_are_done(model, tokenizer, small_units, tmp_path):
         )
 
 
+def test_parts_of_a_tokenizer_that_reads_otherwise_are_not_taken(
+    model, tokenizer, small_units, tmp_path
+):
+    """The same pairs are other tokens then; nothing else has changed."""
+    other, pairs = deepcopy(tokenizer), [([message(one)], [message(two)]) for one, two in PAIRS]
+    tokenizer = deepcopy(tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    other.chat_template = tokenizer.chat_template + " because they are charming"
+    options = {"layers": [2], "aggregator": logistic_aggregator()}
+    engine = PlayedEngine(2, parts=tmp_path)
+    for reader in (tokenizer, other):
+        expected = train_steering_vector(model, reader, pairs, **options)
+        found = train_steering_vector(model, reader, pairs, engine=engine, **options)
+        torch.testing.assert_close(
+            found.layer_activations, expected.layer_activations, rtol=1e-3, atol=1e-4
+        )
+
+
+def message(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def test_layers_and_indices_of_any_kind_are_the_same_parts(model, tokenizer, small_units, tmp_path):
+    """Numbers of numpy, negative ones, a range: none is read twice."""
+    ways = [([1, 5], -1), (np.array([1, 5]), np.int64(-1)), ((1, -1), -1), (range(1, 6, 4), -1)]
+    for layers, index in ways:
+        samples = [SteeringVectorTrainingSample(*pair, index, index) for pair in PAIRS]
+        found = extract_activations(
+            model, tokenizer, samples, layers, engine=PlayedEngine(parts=tmp_path)
+        )
+        expected = extract_activations(model, tokenizer, samples, layers)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 @pytest.mark.parametrize("name", SUMMING)
 def test_a_vector_of_rounding_is_refused_there_too(model, tokenizer, small_units, name):
     """Pairs of one prompt; and the same prompts on both sides, in another order."""
@@ -387,3 +427,52 @@ def test_steering_that_is_only_here_is_refused(model, tokenizer, vector):
             with pytest.raises(ValueError, match="has a hook"):
                 call()
     assert not hasattr(engine, "workers")
+
+
+@pytest.mark.parametrize("part", ["transformer.wte", "transformer.h.2.mlp", "lm_head", ""])
+def test_hooks_beside_the_blocks_are_refused_too(model, tokenizer, vector, part):
+    """Wherever they are: this process would have them, and a worker would not."""
+    hooked = copy_sharing_weights(model)
+    hooked.get_submodule(part).register_forward_hook(lambda module, args, output: None)
+    for call in (
+        lambda **more: extract_activations(hooked, tokenizer, PAIRS[:1], [1], **more),
+        lambda **more: perplexity_ratios(
+            hooked, tokenizer, {"t": TEXTS}, {"c": "I"}, bootstrap=0, **more
+        ),
+        lambda **more: sweep_logits(hooked, tokenizer, grid(vector), PROMPTS, **more),
+    ):
+        call()
+        with pytest.raises(ValueError, match=f"{part or 'the model'} has a hook"):
+            call(engine=PlayedEngine())
+
+
+@pytest.mark.parametrize("engine", ["auto", 0, RayEngine])
+def test_what_is_no_engine_is_refused(model, tokenizer, vector, tmp_path, engine):
+    """Before a file is made."""
+    path = tmp_path / "a.sweep"
+    for call in (
+        lambda: SWEEPS["completions"](model, tokenizer, vector, path=path, engine=engine),
+        lambda: extract_activations(model, tokenizer, PAIRS, engine=engine),
+        lambda: perplexity_ratios(model, tokenizer, TOPICS, {"c": "I"}, engine=engine),
+    ):
+        with pytest.raises(ValueError, match="expected an engine, such as"):
+            call()
+    assert not path.exists()
+
+
+def test_functions_that_hold_the_model_here_are_refused(model, tokenizer, vector):
+    """A worker would steer a copy, read its own model, and find that steering does nothing."""
+    part = model.transformer
+    conditions = {"v": lambda _: vector.apply(model), "p": lambda _: vector.apply(part)}
+    for name, condition in conditions.items():
+        with pytest.raises(ValueError, match="the model is another one"):
+            perplexity_ratios(model, tokenizer, TOPICS, {name: condition}, engine=PlayedEngine())
+
+
+def test_a_metric_that_cannot_be_sent_is_refused(model, tokenizer, vector):
+    """It works in this process."""
+    numbers = (number for number in range(9))
+    metrics = {"m": lambda steered, plain: [float(numbers is None)] * len(steered)}
+    sweep_logits(model, tokenizer, grid(vector), PROMPTS, metrics)
+    with pytest.raises(ValueError, match="cannot go to the workers.*generator"):
+        sweep_logits(model, tokenizer, grid(vector), PROMPTS, metrics, engine=PlayedEngine())

@@ -15,6 +15,7 @@ import pytest
 import torch
 from played import load_another, load_embedded
 from ray_driver import PROMPTS, run, vector
+from tokenizers import normalizers
 
 from common import (
     Grid,
@@ -115,12 +116,52 @@ def test_an_exception_comes_at_once_with_the_workers_traceback(model, tokenizer,
     assert workers and not any(map(psutil.pid_exists, workers)) and not engine.workers_alive()
 
 
-def test_a_worker_with_other_weights_is_refused(model, tokenizer):
+def test_one_work_at_a_time(model, tokenizer, engine):
+    """A second call is told so, and the first goes on."""
+    refused = []
+
+    def metric(texts):
+        if not refused and len(texts) < len(PROMPTS):  # not at the trial
+            with pytest.raises(RuntimeError, match="this engine is at work") as error:
+                sweep_logits(model, tokenizer, GRID, PROMPTS, engine=engine)
+            refused.append(error)
+        return [len(text.split()) for text in texts]
+
+    found = run(model, tokenizer, metric, engine=engine)
+    pd.testing.assert_frame_equal(found, run(model, tokenizer))
+    sweep_logits(model, tokenizer, GRID, PROMPTS, engine=engine)
+    assert refused
+
+
+def test_a_function_that_holds_the_model_here_is_refused(model, tokenizer, engine):
+    with pytest.raises(ValueError, match="the model is another one"):
+        perplexity_ratios(
+            model, tokenizer, {"t": PROMPTS}, {"v": lambda _: vector().apply(model)}, engine=engine
+        )
+
+
+def load_no_tokenizer():
+    return load_embedded().model
+
+
+def load_other_reading():
+    """The embedded model with a tokenizer that writes the same and reads otherwise."""
+    model, tokenizer, _ = load_embedded()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    return model, tokenizer
+
+
+@pytest.mark.parametrize(
+    "load, says",
+    [
+        (load_another, "what differs: weights$"),
+        (load_other_reading, "what differs: tokenizer$"),
+        (load_no_tokenizer, "expected load to return a model and its tokenizer"),
+    ],
+)
+def test_a_worker_with_another_model_is_refused(model, tokenizer, engine, load, says):
     """Before it computes a row."""
-    with (
-        RayEngine(workers=1, load=load_another) as other,
-        pytest.raises(ValueError, match=r"what differs: weights$"),
-    ):
+    with RayEngine(workers=1, load=load) as other, pytest.raises(ValueError, match=says):
         sweep_logits(model, tokenizer, GRID, PROMPTS, engine=other)
 
 
