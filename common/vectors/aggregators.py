@@ -100,7 +100,8 @@ def pca_aggregator() -> Aggregator:
 
     The differences are not centred, so it is the line through 0 that lies closest to them. Of its
     two directions it takes the one along which the differences are positive on average, as in
-    https://arxiv.org/abs/2310.01405.
+    https://arxiv.org/abs/2310.01405; where the average is 0, the one whose largest number is
+    positive.
     """
 
     def pca(positive: Tensor, negative: Tensor) -> Tensor:
@@ -109,14 +110,17 @@ def pca_aggregator() -> Aggregator:
         # SVD takes minutes.
         data = differences.double()
         if len(data) < data.shape[1]:
-            vector = data.T @ torch.linalg.eigh(data @ data.T).eigenvectors[:, -1]
+            squares, vectors = torch.linalg.eigh(data @ data.T)
+            vector = data.T @ vectors[:, -1]
         else:
-            vector = torch.linalg.eigh(data.T @ data).eigenvectors[:, -1]
-        return _upright(vector, data.mean(0)).to(differences.dtype)
+            squares, vectors = torch.linalg.eigh(data.T @ data)
+            vector = vectors[:, -1]
+        return _upright(vector, data.mean(0), squares[-1] / len(data)).to(differences.dtype)
 
     def of_moments(moments: Moments) -> Tensor:
-        vector = torch.linalg.eigh(cast(Tensor, moments.gram)).eigenvectors[:, -1]
-        return _upright(vector, _difference_of_means(moments))
+        squares, vectors = torch.linalg.eigh(cast(Tensor, moments.gram))
+        square = squares[-1] / moments.spread.counts[0]
+        return _upright(vectors[:, -1], _difference_of_means(moments), square)
 
     return SummingAggregator("pca", pca, of_moments, gram=True)
 
@@ -165,10 +169,17 @@ def _difference_of_means(moments: Moments) -> Tensor:
     return positive - negative
 
 
-def _upright(vector: Tensor, mean: Tensor) -> Tensor:
-    """A line as a vector of norm 1, along which the mean of the differences is positive."""
+def _upright(vector: Tensor, mean: Tensor, square: Tensor) -> Tensor:
+    """A line as a vector of norm 1, along which the mean of the differences is positive.
+
+    `square` is the mean of the squares of the differences along it. Beside its root a mean may be
+    0 but for rounding (every pair both ways), and rounding must not decide.
+    """
     vector = functional.normalize(vector, dim=0)
-    return -vector if mean @ vector < 0 else vector
+    along = mean @ vector
+    if along.abs() <= 1e-3 * square.sqrt():
+        along = vector[vector.abs().argmax()]
+    return -vector if along < 0 else vector
 
 
 def _precise(activations: Tensor) -> Tensor:

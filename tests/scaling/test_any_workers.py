@@ -324,6 +324,17 @@ def test_layers_and_indices_of_any_kind_are_the_same_parts(model, tokenizer, sma
     assert len(list(tmp_path.iterdir())) == 3
 
 
+def test_a_line_without_a_side_is_the_same_vector_there(model, tokenizer, small_units):
+    """Each pair both ways: the differences are 0 on average, and rounding must not decide."""
+    both = PAIRS + [(two, one) for one, two in PAIRS]
+    options = {"aggregator": pca_aggregator()}
+    expected = train_steering_vector(model, tokenizer, both, **options).layer_activations
+    for size in (1, 2):
+        engine = PlayedEngine(size)
+        found = train_steering_vector(model, tokenizer, both, engine=engine, **options)
+        torch.testing.assert_close(found.layer_activations, expected, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", SUMMING)
 def test_a_vector_of_rounding_is_refused_there_too(model, tokenizer, small_units, name):
     """Pairs of one prompt; and the same prompts on both sides, in another order."""
