@@ -45,6 +45,7 @@ from common.sweeping.grid import Grid
 from common.sweeping.store import progress, read_sweep
 from common.sweeping.sweep import sweep
 from common.texts.sampling import Sampling
+from common.vectors.pairs import hash_of_pairs, samples_of
 from common.vectors.steering_vector import SteeringVector
 from common.vectors.training import train_steering_vector
 
@@ -58,6 +59,13 @@ KEYS = {
         *("address", "workers", "tensor_parallel", "gpus_per_worker", "cpus_per_worker"),
         *("parts", "runner"),
     },
+}
+TYPES = {
+    "model": (str, "a name or a folder"),
+    "results": (str, "the name of a file"),
+    "prompts": (str | list, "a list of texts, or the name of a file"),
+    "pairs": (list, "a list of pairs of texts"),
+    "vector": (str, "the name of a file"),
 }
 GREEDY = {"max_new_tokens": 16, "temperature": 0}
 
@@ -97,10 +105,17 @@ class Job:
                     f"{str(path)!r} has {', '.join(map(repr, unknown))}{where}, which nobody reads:"
                     f" expected some of {', '.join(sorted(known))}"
                 )
+        _check_types(content)
         steering = content.get("steering", {})
         for name, table in steering.items() if isinstance(steering, dict) else ():
             if not isinstance(table, dict) or not {"pairs", "vector"} & table.keys():
                 raise ValueError(f"[steering.{name}] needs pairs, or the file of a vector")
+            if unknown := sorted(table.keys() - {"pairs", "vector"}):
+                raise ValueError(
+                    f"{str(path)!r} has {', '.join(map(repr, unknown))} in [steering.{name}], which"
+                    " nobody reads: expected pairs, vector"
+                )
+            _check_types(table)
         if not steering or not isinstance(steering, dict):
             raise ValueError(f"{str(path)!r} needs a table [steering.NAME]")
         return cls(path, content)
@@ -169,14 +184,21 @@ class Job:
         return RayEngine(load=load, **table)
 
 
+def _check_types(table: Mapping[str, Any]) -> None:
+    """Refuse a number where a text or a list is meant."""
+    for name, (kind, said) in TYPES.items():
+        if name in table and not isinstance(table[name], kind):
+            raise ValueError(f"expected {said} as {name}, got {table[name]!r}")
+
+
 def run_train(job: Job, address: str | None = None) -> dict[str, Path]:
     """Train the vectors of a job and write them; returns their files by name.
 
     A vector whose file is there is left alone.
 
     Raises:
-        ValueError: a vector without pairs whose file is not there; what training and the model
-            refuse.
+        ValueError: a vector without pairs whose file is not there, or with other pairs than its
+            file was trained on; what training and the model refuse.
     """
     with _open(job, address) as engine:
         return _train(job, engine, cache(job.load))
@@ -214,10 +236,18 @@ def _train(job: Job, engine: RayEngine | None, load: Callable[[], Loaded]) -> di
     files, missing = {}, {}
     for name, table in job.content["steering"].items():
         files[name] = job.file(table.get("vector", f"{name}.safetensors"))
+        pairs = samples_of(table["pairs"]) if "pairs" in table else None
         if not files[name].exists():
-            if "pairs" not in table:
+            if pairs is None:
                 raise ValueError(f"[steering.{name}] has no pairs, and {files[name]} is not there")
-            missing[name] = [tuple(pair) for pair in table["pairs"]]
+            missing[name] = pairs
+        elif pairs is not None:
+            found = SteeringVector.load(files[name]).metadata.get("pairs_sha256")
+            if found not in (None, hash_of_pairs(pairs)):
+                raise ValueError(
+                    f"{files[name]} was trained on other pairs than [steering.{name}] has: delete"
+                    " it, or name another file as vector"
+                )
     if missing:
         model, tokenizer, _ = load()
         options = {"show_progress": True, "engine": engine, **job.table("train")}

@@ -96,6 +96,18 @@ def test_training_alone(job):
     assert len(SteeringVector.load(path).layer_activations) > 2
 
 
+def test_a_vector_of_other_pairs_is_refused(job):
+    """A job whose pairs were changed would be swept with the vector of the old ones."""
+    assert call("train", job)[0] == 0
+    before = (job.parent / "love.safetensors").read_bytes()
+    job.write_text(HERE.replace("delightful", "charming"), encoding="utf-8")
+    for command in ("train", "sweep"):
+        code, said = call(command, job)
+        assert code == 1 and "was trained on other pairs than [steering.love] has" in said
+    assert (job.parent / "love.safetensors").read_bytes() == before
+    assert not (job.parent / "love.sweep").exists()
+
+
 def test_a_model_in_a_folder_beside_the_job(job, model, tokenizer):
     """Wherever the command is called."""
     for part in (model, tokenizer):
@@ -111,9 +123,16 @@ def test_a_model_in_a_folder_beside_the_job(job, model, tokenizer):
         ("", "needs a table"),
         ("steering = 3", "needs a table"),
         ("sampling = 3", "expected a table"),
+        ("model = 3", "expected a name or a folder as model, got 3"),
+        (HERE.replace("results = ", "results = 3 #"), "name of a file as results, got 3"),
+        (HERE.replace("prompts = ", "prompts = 3 #"), "as prompts, got 3"),
+        (HERE.replace("pairs = ", "pairs = 3 #"), "expected a list of pairs of texts as pairs"),
+        (HERE.replace("pairs = [", "pairs = [3, "), "pair 0: expected"),
+        (HERE.replace("vector = ", "vector = 3 #"), "expected the name of a file as vector"),
         ("[steering.a]\nlayers = [1]", "needs pairs, or the file of a vector"),
         (HERE.replace("results", "result"), "'result', which nobody reads"),
         (HERE + "[grid2]\n", "'grid2', which nobody reads"),
+        (HERE.replace("vector =", "vectors ="), r"'vectors' in \[steering.love\], which nobody"),
         (HERE.replace("coeffs", "coeff"), r"'coeff' in \[grid\], which nobody reads"),
         (HERE + "[sampling]\ntemperature = -1\n", "expected a temperature"),
         (HERE.replace("[2, 3]", "[99]"), "expected layers from 0 to|has no vector for layer 99"),
