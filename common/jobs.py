@@ -22,6 +22,9 @@ A job is a TOML file; `python -m common` runs it. Names of files in it are relat
     [sweep]                         # more of `sweep`: per_prompt, seed, prepend_bos, max_memory
     per_prompt = 1
 
+    [train]                         # of `train_steering_vector`: batch_size, read_token_index, …
+    batch_size = 16
+
     [engine]                        # of `RayEngine`: address, workers, gpus_per_worker, …
     workers = 2
 """
@@ -57,7 +60,7 @@ KEYS = {
     "train": {"batch_size", "read_token_index", "prepend_bos"},
     "engine": {
         *("address", "workers", "tensor_parallel", "gpus_per_worker", "cpus_per_worker"),
-        *("parts", "runner"),
+        "runner",
     },
 }
 TYPES = {

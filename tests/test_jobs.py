@@ -8,7 +8,15 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from common import Grid, Sampling, SteeringVector, read_sweep, sweep
+from common import (
+    Grid,
+    LostRowsError,
+    Sampling,
+    SteeringVector,
+    read_sweep,
+    sweep,
+    train_steering_vector,
+)
 from common.__main__ import app
 from common.jobs import Job, run_sweep, status
 from common.sweeping.store import SweepStore
@@ -116,6 +124,65 @@ def test_a_model_in_a_folder_beside_the_job(job, model, tokenizer):
     assert call("train", job)[0] == 0
 
 
+def test_every_table_of_a_job_counts(job, model, tokenizer):
+    """Each gives what the call with the same arguments gives; results are named after the job."""
+    more = """
+[train]
+prepend_bos = true
+[sampling]
+max_new_tokens = 3
+temperature = 1.0
+"""
+    text = HERE.replace("max_memory = 10_000_000", "per_prompt = 2\nseed = 3") + more
+    text = re.sub(r"results = .*", "", text).replace("[-2, 2]", "[2]\nrandom_controls = 1")
+    job.write_text(text, encoding="utf-8")
+    assert call("sweep", job)[0] == 0
+    content = Job.read(job).content
+    pairs = [tuple(pair) for pair in content["steering"]["love"]["pairs"]]
+    vector = train_steering_vector(model, tokenizer, pairs, prepend_bos=True)
+    expected = sweep(
+        model,
+        tokenizer,
+        Grid({"love": vector}, [2, 3], [2], random_controls=1),
+        content["prompts"],
+        sampling=Sampling(max_new_tokens=3, temperature=1.0),
+        per_prompt=2,
+        seed=3,
+    )
+    pd.testing.assert_frame_equal(read_sweep(job.parent / "job.sweep"), expected)
+
+
+def test_where_the_workers_of_a_job_are(job, monkeypatch):
+    """In this process, unless the file or the command line says where; the latter comes first."""
+    monkeypatch.setitem(sys.modules, "ray", sys)  # nothing is started
+    assert Job.read(job).engine(None) is None
+    assert Job.read(job).engine("auto").address == "auto"
+    job.write_text(HERE + "[engine]\nworkers = 3\naddress = 'host:1'\n", encoding="utf-8")
+    read = Job.read(job)
+    for given, address in ((None, "host:1"), ("auto", "auto"), ("local", None)):
+        engine = read.engine(given)
+        assert (engine.address, engine.workers) == (address, 3)
+        assert (engine.load.func, engine.load.args) == (read.load.func, read.load.args)
+
+
+def test_what_goes_wrong_while_a_job_runs(job, monkeypatch):
+    """Lost rows are a sentence; of an exception in a worker its traceback is the message."""
+
+    def lost(*given):
+        raise LostRowsError("one row killed 3 workers", [1])
+
+    monkeypatch.setattr("common.__main__.run_sweep", lost)
+    code, said = call("sweep", job)
+    assert code == 1 and said == "LostRowsError: one row killed 3 workers\n"
+    of_ray = type("Error", (ValueError,), {"__module__": "ray.exceptions"})
+
+    def raising(*given):
+        raise of_ray("a traceback")
+
+    monkeypatch.setattr("common.__main__.run_sweep", raising)
+    assert isinstance(CliRunner().invoke(app, ["sweep", str(job)]).exception, of_ray)
+
+
 @pytest.mark.parametrize(
     "text, says",
     [
@@ -134,6 +201,7 @@ def test_a_model_in_a_folder_beside_the_job(job, model, tokenizer):
         (HERE + "[grid2]\n", "'grid2', which nobody reads"),
         (HERE.replace("vector =", "vectors ="), r"'vectors' in \[steering.love\], which nobody"),
         (HERE.replace("coeffs", "coeff"), r"'coeff' in \[grid\], which nobody reads"),
+        (HERE + "[engine]\nparts = 'parts'\n", r"'parts' in \[engine\], which nobody reads"),
         (HERE + "[sampling]\ntemperature = -1\n", "expected a temperature"),
         (HERE.replace("[2, 3]", "[99]"), "expected layers from 0 to|has no vector for layer 99"),
         (re.sub(r"prompts = .*", "", HERE), "has no prompts"),

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from played import PlayedEngine
+from safetensors.torch import save
 
 from common import (
     ActivationAddition,
@@ -179,6 +180,47 @@ def test_a_sweep_goes_on_here_or_there(model, tokenizer, vector, expected, tmp_p
     pd.testing.assert_frame_equal(found, whole)
 
 
+def test_the_mode_of_a_workers_model_does_not_matter(model, tokenizer, vector, expected):
+    """Dropout is off there, as here."""
+
+    class Training(PlayedEngine):
+        def run(self, model, tokenizer, job, units, bar):
+            work = job.on(copy_sharing_weights(model).train(), tokenizer)
+            yield from ((unit, work(unit)) for unit in units)
+
+    for kind, run in SWEEPS.items():
+        found = run(model, tokenizer, vector, engine=Training())
+        pd.testing.assert_frame_equal(found, expected[kind], check_exact=True)
+    for call in (
+        lambda **more: extract_activations(model, tokenizer, PAIRS[:2], [4], **more)[0][4],
+        lambda **more: list(
+            perplexity_ratios(model, tokenizer, {"t": TEXTS}, {"c": "I"}, bootstrap=0, **more).ratio
+        ),
+    ):
+        torch.testing.assert_close(call(engine=Training()), call())
+
+
+def test_an_engine_is_stopped_where_the_caller_stops(model, tokenizer, vector):
+    """At once, while the exception is still looked at."""
+    ended = []
+
+    class Noting(PlayedEngine):
+        def run(self, *given):
+            try:
+                yield from super().run(*given)
+            finally:
+                ended.append(True)
+
+    def failing(texts):
+        if list(texts) != PROMPTS:
+            raise KeyError("a bug")
+        return [0] * len(texts)
+
+    with pytest.raises(KeyError) as error:
+        sweep(model, tokenizer, grid(vector), PROMPTS, {"m": failing}, engine=Noting())
+    assert ended, error
+
+
 def test_what_goes_to_workers_is_small(model, tokenizer, vector):
     """Vectors and prompts, and never a model or what it computed here."""
     sizes = []
@@ -275,7 +317,14 @@ def test_parts_that_are_there_are_done(model, tokenizer, small_units, tmp_path):
         assert sum(seen) == len(PAIRS)
         train_steering_vector(model, tokenizer, PAIRS[:6], **options)  # the first five are there
         assert sum(seen) == len(PAIRS) + 1
-        for change in ({"layers": [2]}, {"batch_size": 2}, {"prepend_bos": True}):
+        other = {"layer_config": {"decoder_block": "transformer.h.{num}.mlp"}}
+        for change in (
+            {"layers": [2]},
+            {"batch_size": 2},
+            {"prepend_bos": True},
+            {"layer_type": "mlp"},
+            other,
+        ):
             before = sum(seen)
             train_steering_vector(model, tokenizer, PAIRS, **options | change)
             assert sum(seen) == before + len(PAIRS)
@@ -287,6 +336,24 @@ def test_parts_that_are_there_are_done(model, tokenizer, small_units, tmp_path):
         torch.testing.assert_close(
             first.layer_activations[layer], plain.layer_activations[layer], rtol=1e-3, atol=1e-4
         )
+
+
+def test_a_part_that_could_not_be_written_is_not_there(
+    model, tokenizer, small_units, tmp_path, monkeypatch
+):
+    """What was half written is not taken for a part by the next call."""
+    options = {"layers": [1], "engine": PlayedEngine(parts=tmp_path)}
+
+    def full(tensors):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(pairs_module, "save", full)
+    with pytest.raises(OSError, match="no space left"):
+        extract_activations(model, tokenizer, PAIRS, **options)
+    monkeypatch.setattr(pairs_module, "save", save)
+    found = extract_activations(model, tokenizer, PAIRS, **options)
+    expected = extract_activations(model, tokenizer, PAIRS, [1])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_parts_of_a_tokenizer_that_reads_otherwise_are_not_taken(

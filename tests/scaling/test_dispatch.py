@@ -66,6 +66,19 @@ def test_a_row_that_kills_is_named_and_all_others_come(seed, size, deadly):
     assert workers.kills[deadly] == 2 + 3 + 3  # of 16; of 8, 4 and 2; of 1
 
 
+@pytest.mark.parametrize("count", [1, 5, 6])
+def test_of_many_lost_rows_five_are_named(count):
+    """And all are counted."""
+    workers = Workers(deadly=range(count))
+    dispatch = Dispatch(workers, 2, halves, lambda number: f"row {number};", lambda *given: None)
+    with pytest.raises(LostRowsError) as error:
+        list(dispatch.run(cut(count, 1)))
+    said = str(error.value)
+    assert said.startswith("one row killed" if count == 1 else f"{count} rows killed")
+    assert said.count("row ") - (count == 1) == min(count, 5) and said.endswith("…") == (count > 5)
+    assert sorted(error.value.numbers) == list(range(count))
+
+
 def test_a_suspect_has_no_one_behind_it():
     """So that nobody else is blamed for the death of its worker."""
     workers, behind = Workers(3, [5]), []
