@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from played import Workers
 
-from common.scaling.dispatch import Dispatch, LostRowsError
+from common.scaling.dispatch import Dispatch, Done, Lost, LostRowsError
 from common.scaling.units import Unit, in_order
 
 
@@ -123,6 +123,81 @@ def test_workers_that_never_get_ready(unborn):
             run(workers, cut(4, 2), 1)
     else:
         assert run(workers, cut(4, 2), 1) == ([0, 1, 2, 3], [])
+
+
+class Told:
+    """Workers 1, 2, … to whom happens, in turn, what a test says: by ticket, or None for all else.
+
+    A ticket is a worker who gets ready, or a worker and its unit.
+    """
+
+    def __init__(self, *happens):
+        self.happens = list(happens)
+        self.started, self.stopped, self.sent = [], [], []
+
+    def start(self):
+        self.started.append(len(self.started) + 1)
+        return self.started[-1], self.started[-1]
+
+    def ready(self):
+        return []
+
+    def send(self, worker, unit):
+        self.sent.append((worker, unit.numbers))
+        return self.sent[-1]
+
+    def stop(self, worker):
+        self.stopped.append(worker)
+
+    def wait(self, tickets):
+        found = self.happens.pop(0)
+        assert set(found) <= set(tickets), (found, tickets)
+        return [
+            (ticket, Done(list(ticket[1]) if isinstance(ticket, tuple) else None) if well else DEAD)
+            for ticket, well in found.items()
+        ]
+
+
+DEAD = Lost("killed")
+A, B, C = ((number,) for number in range(3))
+
+
+def test_a_unit_that_lost_its_worker_goes_to_a_new_one_and_stands_behind_nobody():
+    """Behind another unit it might die of that; and the lost worker is gone for certain."""
+    pool = Told({1: True, 2: True}, {(1, A): False}, {3: True}, {(3, A): True}, {(2, B): True})
+    assert sorted(run(pool, cut(2, 1), 2)[0]) == [0, 1]
+    assert pool.sent == [(1, A), (2, B), (3, A)] and pool.stopped == [1]
+
+
+def test_a_unit_behind_one_that_is_tried_again_waits():
+    """Else it would be blamed, too."""
+    pool = Told(
+        {1: True}, {(1, A): False}, {2: True}, {(2, A): True}, {(2, B): True}, {(2, C): True}
+    )
+    assert run(pool, cut(3, 1), 1)[0] == [0, 1, 2]
+    assert pool.sent == [(1, A), (1, B), (2, A), (2, B), (2, C)]
+
+
+def test_who_is_still_loading_when_all_is_done_is_stopped():
+    pool = Told({1: True}, {(1, A): True}, {(1, B): True})
+    assert run(pool, cut(2, 1), 2)[0] == [0, 1]
+    assert pool.started == [1, 2] and pool.stopped == [2]
+
+
+def test_workers_that_are_lost_while_they_load_count_in_a_row():
+    """One that got ready in between says that nothing is wrong; all that were lost are stopped."""
+    pool = Told(
+        {1: False},
+        {2: False},
+        {3: True},
+        {(3, A): False},
+        {4: False},
+        {5: False},
+        {6: True},
+        {(6, A): True},
+    )
+    assert run(pool, cut(1, 1), 1) == ([0], [])
+    assert pool.stopped == [1, 2, 3, 4, 5]
 
 
 def test_what_is_reported():
