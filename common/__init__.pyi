@@ -18,12 +18,19 @@ from .loading import Preset as Preset
 from .loading import copy_sharing_weights as copy_sharing_weights
 from .loading import load_model as load_model
 from .loading import on_colab as on_colab
+from .measuring.conditions import FoundCondition as FoundCondition
+from .measuring.conditions import component_quantile as component_quantile
+from .measuring.conditions import find_condition as find_condition
 from .measuring.effects import effect_by_cell as effect_by_cell
 from .measuring.effects import perplexity_ratio_by_cell as perplexity_ratio_by_cell
+from .measuring.effects import with_kl as with_kl
 from .measuring.effects import working_window as working_window
 from .measuring.likelihood import get_logprob_metric as get_logprob_metric
 from .measuring.likelihood import get_loss_metric as get_loss_metric
 from .measuring.likelihood import kl_divergence as kl_divergence
+from .measuring.logit_metrics import ab_metric as ab_metric
+from .measuring.logit_metrics import mean_logprob as mean_logprob
+from .measuring.logit_metrics import token_logprob as token_logprob
 from .measuring.metrics import add_metric_cols as add_metric_cols
 from .measuring.metrics import get_sentiment_metric as get_sentiment_metric
 from .measuring.metrics import get_word_count_metric as get_word_count_metric
@@ -36,12 +43,17 @@ from .measuring.printing import print_texts as print_texts
 from .measuring.rating import rating_widget as rating_widget
 from .measuring.rating import ratings_to_csv as ratings_to_csv
 from .measuring.rating import report as report
+from .measuring.reliability import agreement_by_layer as agreement_by_layer
+from .measuring.reliability import pair_agreement as pair_agreement
+from .measuring.reliability import steerability as steerability
+from .measuring.reliability import steerable_shares as steerable_shares
 from .measuring.tone import mark_tone as mark_tone
 from .measuring.tone import moves as moves
 from .measuring.tone import tone as tone
 from .measuring.tone import tone_by_prompt as tone_by_prompt
 from .measuring.tone import tone_shares as tone_shares
 from .measuring.tone import tone_sign as tone_sign
+from .passes.frozen import frozen_attention as frozen_attention
 from .passes.hooks import EndOfPass as EndOfPass
 from .passes.padding import encode as encode
 from .passes.prompts import prompt_ids as prompt_ids
@@ -71,6 +83,7 @@ from .plots import plot_moves as plot_moves
 from .plots import plot_perplexity_ratios as plot_perplexity_ratios
 from .plots import plot_prompts as plot_prompts
 from .plots import plot_shift as plot_shift
+from .plots import plot_steerability as plot_steerability
 from .plots import plot_tones as plot_tones
 from .plots import plot_top_changed_tokens as plot_top_changed_tokens
 from .plots import token_strip as token_strip
@@ -83,10 +96,13 @@ from .serving.requests import steering_args as steering_args
 from .serving.vllm_runner import VllmRunner as VllmRunner
 from .sweeping.grid import Grid as Grid
 from .sweeping.store import read_sweep as read_sweep
+from .sweeping.strength import calibrate as calibrate
+from .sweeping.strength import calibrate_grid as calibrate_grid
+from .sweeping.strength import kl_by_cell as kl_by_cell
+from .sweeping.strength import steering_kl as steering_kl
 from .sweeping.sweep import sweep as sweep
 from .sweeping.sweep import sweep_logits as sweep_logits
 from .sweeping.sweep import sweep_perplexity as sweep_perplexity
-from .sweeping.sweep import token_logprob as token_logprob
 from .tensor_parallel import bias_beside as bias_beside
 from .tensor_parallel import refuse_split as refuse_split
 from .texts.completions import complete as complete
@@ -112,19 +128,24 @@ from .vectors.aggregators import logistic_aggregator as logistic_aggregator
 from .vectors.aggregators import mean_aggregator as mean_aggregator
 from .vectors.aggregators import mean_centred_aggregator as mean_centred_aggregator
 from .vectors.aggregators import pca_aggregator as pca_aggregator
+from .vectors.conditions import Condition as Condition
 from .vectors.directions import random_directions as random_directions
 from .vectors.operators import PatchDeltaOperator as PatchDeltaOperator
 from .vectors.operators import ablation_operator as ablation_operator
 from .vectors.operators import ablation_then_addition_operator as ablation_then_addition_operator
 from .vectors.operators import addition_operator as addition_operator
+from .vectors.operators import cap_operator as cap_operator
 from .vectors.operators import (
     norm_preserving_addition_operator as norm_preserving_addition_operator,
 )
+from .vectors.operators import rotation_operator as rotation_operator
 from .vectors.pairs import SteeringVectorTrainingSample as SteeringVectorTrainingSample
 from .vectors.reading import read_activations as read_activations
 from .vectors.reading import record_activations as record_activations
 from .vectors.steering_vector import SteeringPatchHandle as SteeringPatchHandle
 from .vectors.steering_vector import SteeringVector as SteeringVector
+from .vectors.steering_vector import steer_rows as steer_rows
+from .vectors.tables import pairs_from as pairs_from
 from .vectors.training import aggregate_activations as aggregate_activations
 from .vectors.training import extract_activations as extract_activations
 from .vectors.training import train_steering_vector as train_steering_vector

@@ -84,11 +84,20 @@ def function_of_two(function: Any, name: str, example: str) -> Callable:
 
 def takes_one(function: Callable) -> bool:
     """Say whether a function needs an argument, and one will do."""
+    return _needs(function, 1)
+
+
+def takes_two(function: Callable) -> bool:
+    """Say whether a function needs two arguments, and two will do."""
+    return _needs(function, 2)
+
+
+def _needs(function: Callable, count: int) -> bool:
     try:
-        parameters = inspect.signature(function)
+        signature = inspect.signature(function)
     except (TypeError, ValueError):  # some built-in callables have none
         return False
-    return not _binds(parameters) and _binds(parameters, None)
+    return not _binds(signature, *[None] * (count - 1)) and _binds(signature, *[None] * count)
 
 
 def _binds(signature: inspect.Signature, *arguments: Any) -> bool:

@@ -54,7 +54,14 @@ from common.vectors.training import train_steering_vector
 
 KEYS = {
     "": {"model", "results", "prompts", "steering", "grid", "sampling", "sweep", "train", "engine"},
-    "grid": {"layers", "coeffs", "random_controls", "addition_location"},
+    "grid": {
+        "layers",
+        "coeffs",
+        "random_controls",
+        "addition_location",
+        "min_token_index",
+        "together",
+    },
     "sampling": {field.name for field in fields(Sampling)},
     "sweep": {"per_prompt", "seed", "prepend_bos", "max_memory"},
     "train": {"batch_size", "read_token_index", "prepend_bos"},

@@ -1,10 +1,11 @@
 """Every picture of what the library measures, in one style (`style.mplstyle`)."""
 
+import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any, Literal, ParamSpec
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -204,29 +205,47 @@ def _heat(
             axes.text(place, line, f"{round(value, 2) + 0:.2f}", color=colour, **SMALL)
 
 
+def _at_layer(table: pd.DataFrame, layer: int | None) -> np.ndarray:
+    """Which rows are steered at a layer; None: at all layers together."""
+    layers = table["layer"].to_numpy(dtype=float, na_value=np.nan)
+    if layer is None:
+        return np.isnan(layers) & (table["kind"] != "unsteered").to_numpy()
+    return layers == layer
+
+
 @styled
 def plot_effect(
-    rows: pd.DataFrame, metric: str, layer: int, label: str = "", title: str = ""
+    rows: pd.DataFrame,
+    metric: str,
+    layer: int | None,
+    label: str = "",
+    title: str = "",
+    over: Literal["coeff", "kl"] = "coeff",
 ) -> Figure:
-    """Draw a metric over the coefficient at one layer.
+    """Draw a metric over the coefficient at one layer, or over the divergence.
 
-    Steering is in colour with its standard error, controls in grey.
+    Steering is in colour with its standard error, controls in grey. At equal coefficients a
+    direction may move the text further because it moves everything further; over the divergence,
+    with the sign of the coefficient, what is compared is equally strong. That axis is scaled by the
+    root, since the divergence grows with the square of small coefficients.
 
     Args:
-        rows: what `sweep` returned.
+        rows: what `sweep` returned; with `over="kl"`, `with_kl` of it.
         metric: the column.
-        layer: which layer.
+        layer: which layer; None where all were swept together.
         label: of the axis; the metric's name by default.
         title: above the picture; say which model it shows.
+        over: the coefficient or the divergence.
 
     Raises:
-        ValueError: the layer was not swept.
+        ValueError: the layer was not swept, or no column `kl` where it is asked for.
     """
-    rows = with_numbers(rows, metric)
-    part = rows[rows["layer"].eq(layer).fillna(False).astype(bool)]
+    rows = with_numbers(with_numbers(rows, metric), over)
+    part = rows[_at_layer(rows, layer)]
     if part.empty:
         swept = sorted(rows["layer"].dropna().unique().tolist())
         raise ValueError(f"layer {layer} was not swept: the table has {swept}")
+    name_of_axis = {"coeff": "coefficient", "kl": "divergence from unsteered in nats, signed"}
     figure, axes = plt.subplots(figsize=(7, 4.2))
     plain = unsteered_by_prompt(rows, metric).mean()
     greys: dict[str, dict[str, Any]] = {
@@ -238,6 +257,7 @@ def plot_effect(
         by_prompt = group.groupby(["coeff", "prompt"]).agg(found=(metric, "mean"))
         curve = by_prompt.groupby("coeff")["found"].agg(["mean", "sem"])
         curve.loc[0.0] = plain, 0.0
+        curve.index = _strengths(group, curve.index, over)
         curve = curve.sort_index()
         if kind == "steering":
             error = np.nan_to_num(curve["sem"])  # NaN: of a single prompt
@@ -248,8 +268,11 @@ def plot_effect(
             greys[kind]["label"] = None  # one entry of the legend for all of a kind
     for line, place in ((axes.axvline, 0), (axes.axhline, plain)):
         line(place, color="0.85", linewidth=1, zorder=0)
+    if over == "kl":
+        scale = (lambda x: np.sign(x) * np.abs(x) ** 0.5), (lambda x: np.sign(x) * x**2)
+        axes.set_xscale("function", functions=scale)
     axes.set(
-        xlabel=f"coefficient, layer {layer}",
+        xlabel=f"{name_of_axis[over]}, layer {layer}",
         ylabel=textwrap.fill(label or metric, 45),
         title=textwrap.fill(title, 70),
     )
@@ -258,12 +281,20 @@ def plot_effect(
     return figure
 
 
+def _strengths(group: pd.DataFrame, coeffs: pd.Index, over: str) -> pd.Index:
+    """The coefficients of a steering, or its divergences there with their signs; 0 stays 0."""
+    if over == "coeff":
+        return coeffs
+    kls = dict(zip(group["coeff"], group["kl"]))
+    return pd.Index([math.copysign(kls.get(coeff, 0.0), coeff) for coeff in coeffs])
+
+
 @styled
 def plot_prompts(
     rows: pd.DataFrame,
     metric: str,
     steering: str,
-    layer: int,
+    layer: int | None,
     coeff: float,
     label: str = "",
     title: str = "",
@@ -276,7 +307,7 @@ def plot_prompts(
         rows: what `sweep` returned.
         metric: the column.
         steering: which one.
-        layer: which layer.
+        layer: which layer; None where all were swept together.
         coeff: the size of the coefficient; -coeff is drawn too where it was swept.
         label: of the axis; the metric's name by default.
         title: above the picture; say which model it shows.
@@ -285,7 +316,7 @@ def plot_prompts(
         ValueError: the cell was not swept.
     """
     rows, moved = with_numbers(rows, metric), moves_by_prompt(rows, metric)
-    mine = (moved["steering"] == steering) & (moved["layer"] == layer)
+    mine = (moved["steering"] == steering) & _at_layer(moved, layer)
     moved = moved[mine & (moved["coeff"].abs() == coeff)]
     if moved.empty:
         raise ValueError(f"layer {layer}, coefficient {coeff:g} of {steering!r} was not swept")
@@ -310,6 +341,48 @@ def plot_prompts(
         title=textwrap.fill(title, 45),
     )
     _legend_below(figure, 3)
+    return figure
+
+
+@styled
+def plot_steerability(slopes: pd.DataFrame, layer: int | None, title: str = "") -> Figure:
+    """Draw the slope of every prompt at one layer: right of 0 it is steerable, left anti-steerable.
+
+    A dot is a prompt, a bar the mean of a steering; on the right stands the share of prompts with a
+    negative slope. Random directions share a line.
+
+    Args:
+        slopes: what `steerability` returned.
+        layer: which layer; None where all were swept together.
+        title: above the picture; say which model it shows.
+
+    Raises:
+        ValueError: the layer was not swept.
+    """
+    part = slopes.loc[_at_layer(slopes, layer) & slopes["slope"].notna()]
+    if part.empty:
+        swept = sorted(slopes["layer"].dropna().unique().tolist())
+        raise ValueError(f"layer {layer} has no slopes: the table has {swept}")
+    names = part["steering"].where(part["kind"] != "random", "random directions")
+    groups = part.groupby(names, sort=False)["slope"]
+    figure, axes = _lines(len(groups))
+    axes.use_sticky_edges = False
+    for line, (_, found) in enumerate(groups):
+        values = found.to_numpy(dtype=float)
+        axes.barh(line, values.mean(), color="0.88", height=0.66, zorder=1)
+        # Dots of equal slopes side by side: in turn above and below the middle.
+        places = line + 0.24 * np.sin(2.4 * np.arange(len(values)))
+        for mask, colour in ((values >= 0, STEERED), (values < 0, REVERSED)):
+            dots = {"color": colour, "alpha": 0.6, "s": 20, "linewidths": 0, "zorder": 2}
+            axes.scatter(values[mask], places[mask], **dots)
+        text, beside = f"{(values < 0).mean():.0%} anti-steerable", axes.get_yaxis_transform()
+        axes.text(1.01, line, text, transform=beside, va="center", fontsize=8)
+    axes.axvline(0, **RULE)
+    labels = [textwrap.fill(str(name).replace("$", r"\$"), 30) for name, _ in groups]
+    axes.set_yticks(range(len(labels)), labels)
+    where = "all layers together" if layer is None else f"layer {layer}"
+    axes.set(xlabel=f"slope of a prompt, {where}", title=textwrap.fill(title, 60))
+    axes.invert_yaxis()
     return figure
 
 

@@ -180,7 +180,6 @@ WRONG_NUMBERS = [
     float("nan"),
     np.float32("inf"),
     10**400,
-    [1.0],
 ]
 
 
@@ -190,11 +189,24 @@ def test_what_is_not_a_number(model, tokenizer, wrong):
     own = SteeringVector({1: torch.ones(model.config.hidden_size)})
     for says, use in {
         "multiplier": lambda: own.patch_activations(model, multiplier=wrong),
+        "multiplier of a row": lambda: own.patch_activations(model, multiplier=[1.0, wrong]),
         "coefficient": lambda: ActivationAddition(wrong, 1, "You"),
         "coefficient,": lambda: sweep(model, tokenizer, Grid({"v": own}, [1], [wrong]), ["You"]),
     }.items():
         with pytest.raises(ValueError, match=f"expected a finite number as {says}"):
             use()
+
+
+def test_a_list_is_no_coefficient(model, tokenizer):
+    """As a multiplier it has one number for each row."""
+    own = SteeringVector({1: torch.ones(model.config.hidden_size)})
+    with pytest.raises(ValueError, match="expected a finite number as coefficient"):
+        ActivationAddition([1.0], 1, "You")
+    with pytest.raises(ValueError, match="expected a finite number as coefficient"):
+        sweep(model, tokenizer, Grid({"v": own}, [1], [[1.0]]), ["You"])
+    for none in ([], torch.empty(0)):
+        with pytest.raises(ValueError, match="expected a number for each row as multiplier"):
+            own.patch_activations(model, multiplier=none)
 
 
 @pytest.mark.parametrize("wrong", [True, "2", 1.0, None, torch.tensor(1), np.float64(1)], ids=repr)

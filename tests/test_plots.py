@@ -50,6 +50,17 @@ DRAWN = {
         ("one", "another"),
         ["I"],
     ],
+    "plot_steerability": [
+        pd.DataFrame(
+            {
+                "steering": ["Love", "Love", "Love, random 1"],
+                "kind": ["steering", "steering", "random"],
+                "layer": pd.array([3, 3, 3], "Int64"),
+                "slope": [0.5, -0.1, 0.0],
+            }
+        ),
+        3,
+    ],
     "plot_tones": [{"unsteered": {"positive": 0.3, "neither": 0.5, "negative": 0.2}}],
     "token_strip": [[["I", " a"]], [[1]], ["a text"]],
 }

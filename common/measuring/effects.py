@@ -50,6 +50,32 @@ def effect_by_cell(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
     ].reset_index()
 
 
+def with_kl(table: pd.DataFrame, kls: pd.DataFrame) -> pd.DataFrame:
+    """Return a table with the divergence of each cell as a column `kl`, beside the coefficient.
+
+    Args:
+        table: what a sweep, `effect_by_cell` or `perplexity_ratio_by_cell` returned.
+        kls: what `kl_by_cell` returned for the same grid.
+
+    Raises:
+        ValueError: a column that is missing, a `kl` that is there already, a cell that was not
+            measured.
+    """
+    for name, given, columns in (("table", table, {*CELL}), ("kls", kls, {*CELL, "kl"})):
+        if not isinstance(given, pd.DataFrame) or not columns <= set(given):
+            wanted = ", ".join([*CELL, "kl"][: len(columns)])
+            found = ", ".join(map(str, given)) if isinstance(given, pd.DataFrame) else repr(given)
+            raise ValueError(f"expected {name} with the columns {wanted}, got {found}")
+    if "kl" in table:
+        raise ValueError("the table has a column 'kl' already")
+    found = table.merge(kls[[*CELL, "kl"]], how="left", on=CELL, indicator=True)
+    for cell in found.loc[found.pop("_merge") == "left_only", CELL].to_numpy():
+        steering, _, layer, coeff = cell
+        where = "all its layers" if pd.isna(layer) else f"layer {layer}"
+        raise ValueError(f"no kl of {steering!r} at {where}, coefficient {coeff:g}")
+    return found
+
+
 def moves_by_prompt(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
     """Return the cells, `prompt`, and `move`: the mean of a metric for a prompt, minus unsteered.
 
@@ -62,7 +88,8 @@ def moves_by_prompt(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
     plain = unsteered_by_prompt(rows, metric)
     if plain.empty:
         raise ValueError("the table has no unsteered rows to compare with")
-    steered = rows[rows["kind"] != "unsteered"].groupby([*CELL, "prompt"], sort=False)
+    steered = rows[rows["kind"] != "unsteered"]
+    steered = steered.groupby([*CELL, "prompt"], sort=False, dropna=False)
     moved = steered.agg(move=(metric, "mean")).reset_index()
     before = plain.reindex(moved["prompt"]).to_numpy()
     return moved.assign(move=moved["move"] - before)
@@ -94,7 +121,7 @@ def perplexity_ratio_by_cell(rows: pd.DataFrame) -> pd.DataFrame:
         rows: what `sweep_perplexity` returned.
     """
     rows = rows.assign(more=(rows["loss"] - rows["unsteered_loss"]) * rows["tokens"])
-    cells = rows[rows["kind"] != "unsteered"].groupby(CELL, sort=False)
+    cells = rows[rows["kind"] != "unsteered"].groupby(CELL, sort=False, dropna=False)
     table = cells.agg({"more": _whole_sum, "tokens": "sum"}).reset_index()
     table["ratio"] = np.exp(table["more"] / table["tokens"])
     return table.drop(columns=["more", "tokens"])
@@ -219,6 +246,8 @@ def _window_cells(
     mine = table[(table["steering"] == steering) & (table["coeff"] != 0)]
     if mine.empty:
         raise ValueError(f"expected a coefficient other than 0 of {steering!r}")
+    if pd.isna(mine["layer"].tolist()).any():
+        raise ValueError(f"{steering!r} was swept at all its layers together: there is no window")
     mine = mine.merge(perplexity_ratio_by_cell(costs), on=CELL, how="left", indicator=True)
     for layer, coeff in mine.loc[mine["_merge"] == "left_only", ["layer", "coeff"]].to_numpy():
         raise ValueError(f"the costs lack layer {layer}, coefficient {coeff:g} of {steering!r}")

@@ -1,9 +1,12 @@
 """What is measured on texts, as columns of a table.
 
 A metric is a callable that takes a list of texts and returns one value a text (a list, array or
-tensor), or a table with one row a text. `add_metric_cols` puts the results beside the texts. The
-names are those of the library of the activation-addition post
-(https://github.com/montemac/activation_additions).
+tensor), or a table with one row a text. One that needs two arguments gets prompts and completions,
+as a judge does. A mapping for each text makes a column for each key, and what the pipelines of
+transformers return is read likewise, so that a pipeline is a metric as it is.
+
+`add_metric_cols` puts the results beside the texts. The names are those of the library of the
+activation-addition post (https://github.com/montemac/activation_additions).
 
 The tone is counted by the words of the embedded model's grammar. On that model this is nearly all
 there is; on another one it misses most words that carry a tone, and shows a direction at best:
@@ -12,23 +15,40 @@ there, give `get_sentiment_metric` a classifier.
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 from torch import Tensor
 
+from common.arguments import takes_two
 from common.measuring.tone import tone
 
-Metric = Callable[[list[str]], Any]
+Metric = Callable[[list[str]], Any] | Callable[[list[str], list[str]], Any]
 
 
-def measure(metric: Metric, texts: Sequence[str], name: str = "metric") -> pd.DataFrame:
+def measure(
+    metric: Metric, texts: Sequence[str], name: str = "metric", prompts: Sequence[str] | None = None
+) -> pd.DataFrame:
     """Apply a metric and return its columns; a single one is called "".
 
+    Args:
+        metric: what is measured.
+        texts: what it is measured on.
+        name: of the metric, for messages.
+        prompts: what the texts complete, for a metric that needs it.
+
     Raises:
-        ValueError: it does not return one value or row for each text.
+        ValueError: it does not return one value or row for each text, or it needs prompts and there
+            are none.
     """
-    found = metric(list(texts))
+    arguments = [list(texts)]
+    if takes_two(metric):
+        if prompts is None:
+            raise ValueError(
+                f"the metric {name!r} takes prompts and completions: expected both, got texts only"
+            )
+        arguments.insert(0, list(prompts))
+    found = cast(Callable, metric)(*arguments)
     if isinstance(found, Tensor):  # pandas would keep each value as a tensor
         found = found.tolist()
     if not isinstance(found, Iterable):
@@ -36,17 +56,34 @@ def measure(metric: Metric, texts: Sequence[str], name: str = "metric") -> pd.Da
             f"the metric {name!r} returned {found!r} for {len(texts)} texts: expected one value for"
             " each"
         )
-    frame = (
-        found.reset_index(drop=True)
-        if isinstance(found, pd.DataFrame)
-        else pd.DataFrame({"": list(found)})
-    )
+    frame = found.reset_index(drop=True) if isinstance(found, pd.DataFrame) else _table(list(found))
     if len(frame) != len(texts):
         raise ValueError(
             f"the metric {name!r} returned {len(frame)} values for {len(texts)} texts: expected one"
             " for each"
         )
     return frame
+
+
+def _table(values: list) -> pd.DataFrame:
+    """One column of values, or of mappings a column for each key."""
+    records = [_record(value) for value in values]
+    if records and all(isinstance(record, Mapping) for record in records):
+        return pd.DataFrame(records)
+    return pd.DataFrame({"": values})
+
+
+def _record(value: Any) -> Any:
+    """What a pipeline returns for a text as a mapping, if it has that form; else the value."""
+    if isinstance(value, list) and value and all(isinstance(part, Mapping) for part in value):
+        if len(value) == 1:  # a text that was written, the likeliest label
+            return value[0]
+        if all({"label", "score"} <= part.keys() for part in value):
+            # They come in the order of their scores.
+            return dict(sorted((str(part["label"]), part["score"]) for part in value))
+    if isinstance(value, Mapping) and {"labels", "scores"} <= value.keys():  # zero-shot
+        return dict(sorted(zip(value["labels"], value["scores"])))
+    return value
 
 
 def add_metric_cols(
@@ -60,12 +97,14 @@ def add_metric_cols(
         data: for example completions.
         metrics: by name; a metric with one value a text becomes a column of that name, one with
             several `name_column` each.
-        cols_to_use: the columns that hold the texts; those of several columns are joined. By
-            default those of a sweep too, which are called `prompt` and `completion`.
+        cols_to_use: the columns that hold the texts; those of several columns are joined, unless
+            there are two and the metric takes prompts and completions. By default those of a sweep
+            too, which are called `prompt` and `completion`.
 
     Raises:
-        ValueError: no column of texts, one that is missing or would be there twice, or a metric
-            returns another number of values.
+        ValueError: no column of texts, one that is missing or would be there twice, a metric that
+            takes prompts and completions without two columns, or that returns another number of
+            values.
     """
     if not isinstance(data, pd.DataFrame) or not isinstance(metrics, Mapping):
         raise ValueError(
@@ -83,10 +122,12 @@ def add_metric_cols(
         raise ValueError(
             f"no column {missing[0]!r}: the table has {', '.join(map(str, data.columns))}"
         )
-    texts = data[columns].agg("".join, axis=1).tolist() if len(data) else []
+    joined = data[columns].agg("".join, axis=1).tolist() if len(data) else []
+    both = [data[column].tolist() for column in columns] if len(columns) == 2 else [None, joined]
     result = data.copy()
     for name, metric in metrics.items():
-        for column, values in measure(metric, texts, name).items():
+        prompts, texts = both if takes_two(metric) else (None, joined)
+        for column, values in measure(metric, texts, name, prompts).items():
             title = name if column == "" else f"{name}_{column}"
             if title in result:
                 raise ValueError(

@@ -80,8 +80,11 @@ def refuse_hooks(model: nn.Module, what: str) -> None:
         what: what starts from the model as it is, as the message names it.
 
     Raises:
-        ValueError: a block of it has a hook that no library put there.
+        ValueError: a block of it has a hook that no library put there, or its attention is frozen.
     """
+    for hook in holder_of_blocks(model)._forward_pre_hooks.values():
+        if getattr(getattr(hook, "__self__", None), "changes_passes", False):
+            raise ValueError(f"attention of the model is frozen: {what} starts from it as it is")
     for number, block in enumerate(get_blocks(model)[1]):
         for hook in users_hooks(block):
             raise ValueError(
@@ -209,7 +212,9 @@ def hook_passes(model: nn.Module, tracker: PositionTracker) -> PassHandle:
     holder, handle = holder_of_blocks(model), PassHandle()
     hook = _PassHook(tracker)
     try:
-        handle.stack.callback(holder.register_forward_pre_hook(hook.begin, with_kwargs=True).remove)
+        # Before those that give a pass other arguments (`frozen_attention`).
+        first = holder.register_forward_pre_hook(hook.begin, with_kwargs=True, prepend=True)
+        handle.stack.callback(first.remove)
         if tracker.selection.everything:
             return handle
         handle.stack.callback(holder.register_forward_hook(hook.finish).remove)
@@ -240,7 +245,7 @@ def prompts_of(model: nn.Module, mask: Tensor) -> Iterator[None]:
 _Method = TypeVar("_Method", bound=Callable)
 
 
-def _uncounted(method: _Method) -> _Method:
+def uncounted(method: _Method) -> _Method:
     """Keep a method out of compiled graphs: counting is not a part of them."""
     return cast(_Method, torch.compiler.disable(cast(Any, method)))
 
@@ -251,20 +256,20 @@ class _PassHook:
     def __init__(self, tracker: PositionTracker):
         self.tracker = tracker
 
-    @_uncounted
+    @uncounted
     def begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Before a pass."""
         if not is_suspended():
             self.tracker(args, kwargs)
 
-    @_uncounted
+    @uncounted
     def note_mask(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Before a pass of the whole model."""
         if not is_suspended():
             names = list(inspect.signature(type(module).forward).parameters)[1:]
             self.tracker.note_mask({**dict(zip(names, args)), **kwargs}.get("attention_mask"))
 
-    @_uncounted
+    @uncounted
     def finish(self, module: nn.Module, args: tuple, output: Any) -> None:
         """After it."""
         if not is_suspended():
@@ -314,7 +319,7 @@ def _generate(watched: _Watched, *args: Any, **kwargs: Any) -> Any:
     settings = kwargs.get("generation_config") or watched.model.generation_config
     text = Text.of(mask) if isinstance(mask, Tensor) and mask.dim() == 2 else Text()
     if outer is not None and getattr(settings, "is_assistant", False):
-        text = Text(outer.lengths, outer.mask)
+        text = Text(outer.lengths, outer.mask, ids=outer.ids, decided=outer.decided)
     scale = kwargs.get("guidance_scale", getattr(settings, "guidance_scale", None))
     if (
         scale not in (None, 1)
@@ -329,8 +334,10 @@ def _generate(watched: _Watched, *args: Any, **kwargs: Any) -> Any:
 
 
 def _expand(watched: _Watched, *args: Any, **kwargs: Any) -> Any:
-    """Note the prompts of a `generate` without attention mask: transformers found the padding."""
+    """Note the prompts of a `generate`, and its padding where transformers found it."""
     text = being_generated(watched.holder)
+    if text is not None and text.ids is None:
+        text.ids = kwargs.get("input_ids")
     if text is not None and text.lengths is None:
         mask, entries = (kwargs.get(name) for name in ("attention_mask", "inputs_embeds"))
         entries = kwargs["input_ids"] if entries is None else entries

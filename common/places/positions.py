@@ -5,10 +5,10 @@ Notation: `attention_mask` is 1 at real tokens and 0 at padding, shape [batch, p
 
 import inspect
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -38,6 +38,9 @@ def with_position_ids(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {**inputs, "position_ids": position_ids(inputs["attention_mask"])}
 
 
+Decide = Callable[[list[list[int]]], Tensor]
+
+
 class TokenSelection:
     """Which tokens of a text are steered, as absolute positions.
 
@@ -51,6 +54,10 @@ class TokenSelection:
             (`num_return_sequences`, `num_beams`) a row of the mask holds for all those of its
             prompt.
 
+        decide: which prompts are meant, from their token ids, one list for each: [prompt], bool.
+            It is asked once for each text, and what it said holds for all that is generated.
+        by_row: whether rows are steered in ways of their own.
+
     Negative numbers count from the end of the prompt, not of what was generated so far: -1 is the
     last token of the prompt, and slice(-1, None) that one and all that follow.
 
@@ -62,6 +69,8 @@ class TokenSelection:
         self,
         min_token_index: int | None = None,
         token_indices: list[int] | slice | Tensor | None = None,
+        decide: Decide | None = None,
+        by_row: bool = False,
     ):
         if min_token_index is not None and token_indices is not None:
             raise ValueError(
@@ -70,14 +79,18 @@ class TokenSelection:
             )
         if min_token_index is not None:
             token_indices = slice(integer(min_token_index, "min_token_index", least=None), None)
-        self.everything = token_indices is None or (
+        self.decide, self.by_row = decide, by_row
+        everywhere = token_indices is None or (
             isinstance(token_indices, slice) and token_indices in EVERYTHING
         )
+        self.everything = everywhere and decide is None and not by_row
         self.spec = _checked(token_indices)
 
     @property
     def counts_from_the_end(self) -> bool:
         """Whether the length of the prompt matters."""
+        if self.decide is not None:
+            return True
         if isinstance(self.spec, slice):
             return any(end is not None and end < 0 for end in (self.spec.start, self.spec.stop))
         return isinstance(self.spec, list) and any(index < 0 for index in self.spec)
@@ -85,7 +98,8 @@ class TokenSelection:
     @property
     def needs_rows(self) -> bool:
         """Whether a row of the batch has to be one text, not several that are packed into one."""
-        return self.counts_from_the_end or (isinstance(self.spec, Tensor) and self.spec.dim() == 2)
+        own = self.by_row or (isinstance(self.spec, Tensor) and self.spec.dim() == 2)
+        return own or self.counts_from_the_end
 
     def select(self, positions: Tensor, lengths: Tensor) -> Tensor:
         """Return which entries are selected.
@@ -140,6 +154,7 @@ class TokenSpan:
     """
 
     everything = False
+    decide: Decide | None = None
     # Also at the front, where a prompt that is too short is refused.
     counts_from_the_end = needs_rows = True
 
@@ -291,12 +306,16 @@ class Text:
         seen: how many columns have been read.
         cache: what remembers them, only while `generate` runs: there a pass with another cache
             reads another text.
+        ids: the token ids of the prompts, [prompt, pos]; None where unknown.
+        decided: which prompts are meant, [prompt], bool, by the tracker that asked.
     """
 
     lengths: Tensor | None = None
     mask: Tensor | None = None
     seen: int = 0
     cache: Any = None
+    ids: Tensor | None = None
+    decided: dict[Any, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, mask: Tensor) -> "Text":
@@ -436,7 +455,12 @@ class PositionTracker:
         if being_generated(self.module) is now.text:
             now.text.cache, now.text.seen = cache, now.total
         if hasattr(cache, "__dict__"):  # RWKV's is a list
-            setattr(cache, _TAG, Text(now.text.lengths, now.text.mask, now.total))
+            # Another tracker may have seen the same pass.
+            before = getattr(cache, _TAG, None)
+            others = before.decided if before is not None and before.seen == now.total else {}
+            tag = Text(now.text.lengths, now.text.mask, now.total)
+            tag.decided = {**others, **now.text.decided}
+            setattr(cache, _TAG, tag)
 
     def _begin(self, given: dict[str, Any]) -> Pass:
         ids = given.get("input_ids")
@@ -472,6 +496,9 @@ class PositionTracker:
             text = self._new_text(positions, attention)
         lengths = self._lengths(text, len(entries)).to(entries.device)
         mask = self.selection.select(positions, lengths) & real
+        if self.selection.decide is not None:
+            meant = self._decided(text, ids, past).to(entries.device)
+            mask = mask & _for_rows(meant, len(entries))[:, None]
         mask = None if bool(mask.all()) else mask[..., None]
         return Pass(mask, positions, lengths, text, past + count)
 
@@ -488,6 +515,34 @@ class PositionTracker:
                 " begins otherwise"
             )
         return Text(positions[:, -1] + 1) if attention is None else Text.of(attention)
+
+    def _decided(self, text: Text, ids: Tensor | None, past: int) -> Tensor:
+        """Return which prompts of a text are meant, [prompt], as it was decided at its beginning.
+
+        Args:
+            text: what the pass reads.
+            ids: the token ids of the pass, [batch, pos]; None where it was given embeddings.
+            past: how many columns were read before.
+
+        Raises:
+            ValueError: the prompts are not known, all of them: the pass reads embeddings, or goes
+                on where another one began.
+        """
+        if self not in text.decided:
+            count, prompts = text.columns, len(cast(Tensor, text.lengths))
+            if text.ids is None and ids is not None and not past and ids.shape[1] >= count:
+                text.ids = ids[:: len(ids) // prompts, :count]
+            mask = text.mask
+            if text.ids is None or (mask is not None and text.ids.shape != mask.shape):
+                raise ValueError(
+                    "a condition is decided on the token ids of the prompt, and this pass does not"
+                    " have them: let `generate` run on input_ids, or begin with a pass that reads"
+                    " the whole prompt"
+                )
+            real = torch.ones_like(text.ids) if mask is None else mask.to(text.ids.device)
+            rows = [row[kept.bool()].tolist() for row, kept in zip(text.ids, real, strict=True)]
+            text.decided[self] = cast(Decide, self.selection.decide)(rows)
+        return text.decided[self]
 
     def _text_with(self, cache: Any) -> Text:
         """Return the text that a pass with this cache continues; a new one where there is none."""

@@ -1,6 +1,6 @@
 """The columns that metrics add to a sweep: of completions, and of logits."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,15 +9,13 @@ from torch import Tensor
 from common.measuring.metrics import Metric, measure
 from common.sweeping.store import plain
 
-LogitMetric = Callable[[Tensor, Tensor], Any]
-
 
 class TextColumns:
     """Metrics of texts as columns; their titles are found by trying them on some texts.
 
     Args:
         metrics: by name; see `common.measuring.metrics`.
-        trial: texts to try them on.
+        trial: texts to try them on, as prompts and as completions.
 
     Raises:
         ValueError: a metric that does not give one number, truth value, text or None for each text.
@@ -25,10 +23,10 @@ class TextColumns:
 
     def __init__(self, metrics: Mapping[str, Metric], trial: Sequence[str]):
         self.metrics = dict(metrics)
-        self.titles = [title for title, _ in self._columns(list(trial))]
+        self.titles = [title for title, _ in self._columns([(text, text) for text in trial])]
 
-    def of(self, texts: Mapping[int, str]) -> list[tuple[int, dict[str, Any]]]:
-        """Return the metrics of numbered texts, row by row.
+    def of(self, texts: Mapping[int, tuple[str, str]]) -> list[tuple[int, dict[str, Any]]]:
+        """Return the metrics of numbered texts (prompt, completion), row by row.
 
         Raises:
             ValueError: a metric that gives something else than at its trial.
@@ -44,7 +42,7 @@ class TextColumns:
         rows = zip(*(values for _, values in columns)) if columns else ((),) * len(texts)
         return [(number, dict(zip(self.titles, row))) for number, row in zip(texts, rows)]
 
-    def _columns(self, texts: list[str]) -> list[tuple[str, list]]:
+    def _columns(self, texts: list[tuple[str, str]]) -> list[tuple[str, list]]:
         return [
             column
             for name, metric in self.metrics.items()
@@ -52,10 +50,11 @@ class TextColumns:
         ]
 
 
-def _values(name: str, metric: Metric, texts: list[str]) -> list[tuple[str, list]]:
+def _values(name: str, metric: Metric, texts: list[tuple[str, str]]) -> list[tuple[str, list]]:
     """The columns of one metric, with their titles."""
+    prompts, completions = [prompt for prompt, _ in texts], [text for _, text in texts]
     try:
-        found = measure(metric, texts, name)
+        found = measure(metric, completions, name, prompts)
     except UnicodeEncodeError as error:  # pandas takes no half of a surrogate pair
         raise ValueError(
             f"the metric {name!r} of a text: expected a number or a text ({error})"

@@ -9,15 +9,23 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from common.arguments import finite_number, finite_product, integer, is_integer, layer_list
+from common.arguments import (
+    finite_number,
+    finite_product,
+    function_of_two,
+    integer,
+    is_integer,
+    layer_list,
+)
 from common.identity import hash_of_tensors
 from common.passes.running import input_device
 from common.places.blocks import get_blocks, stream_dtype
-from common.places.positions import TokenSpan
+from common.places.positions import TokenSelection, TokenSpan
 from common.places.sites import Site, get_layers
-from common.sweeping.rows import RowSteering
+from common.sweeping.rows import RowSteering, in_one_row
 from common.vectors.activation_additions import ActivationAddition, AdditionLocation, read_sites
 from common.vectors.directions import random_directions
+from common.vectors.operators import PatchDeltaOperator
 from common.vectors.steering_vector import SteeringVector
 
 Swept = SteeringVector | Sequence[ActivationAddition]
@@ -29,21 +37,29 @@ class Grid:
     """What is swept: every steering at every layer with every coefficient.
 
     Args:
-        steering: by name, steering vectors (added to resid_post of `layer` at all tokens; they need
-            all `layers`), or activation additions, for example of `get_x_vector` with coefficient 1
-            (added to resid_pre of `layer`, or resid_post if their names say so, at the tokens of
-            the prompt; the layer in their names does not matter).
-        layers: which layers; None takes those of the vectors, or all for additions.
+        steering: by name, steering vectors (added at all tokens to what their layer type says,
+            resid_post of `layer` for most; they need all `layers`), or activation additions, for
+            example of `get_x_vector` with coefficient 1 (added to resid_pre of `layer`, or
+            resid_post if their names say so, at the tokens of the prompt; the layer in their names
+            does not matter).
+        layers: which layers, one at a time; None takes those of the vectors, or all for additions.
         coeffs: what the vectors are multiplied by.
         controls: more steering, of kind "control" in the result: unrelated pairs, say.
         random_controls: so many random directions for each steering, with the same norm at each
             layer and token.
         addition_location: see `apply_activation_additions`.
+        operator: what is done with the vectors instead of adding them; see `SteeringVector.apply`.
+        min_token_index: likewise, which token and all later ones are steered by the vectors.
+        together: steer at all layers at once, as `apply` does with a vector of several layers. The
+            result has no `layer` then. To compare groups of layers, give each a name:
+            `{"early": vector.select(range(3)), "late": vector.select(range(3, 6))}`.
 
     Raises:
         ValueError: no steering, or none by name; layers or coefficients that are not a list of
-            numbers; a coefficient twice; no such location. What only a model can tell, such as a
-            layer it does not have, is refused by the sweep.
+            numbers; a coefficient twice; no such location; an operator that is not a function of
+            two tensors; an operator or a `min_token_index` beside additions; `together` that is no
+            truth value. What only a model can tell, such as a layer it does not have, is refused by
+            the sweep.
     """
 
     steering: Mapping[str, Swept]
@@ -52,6 +68,9 @@ class Grid:
     controls: Mapping[str, Swept] | None = None
     random_controls: int = 0
     addition_location: AdditionLocation = "front"
+    operator: PatchDeltaOperator | None = None
+    min_token_index: int | None = None
+    together: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.steering, Mapping) or not self.steering:
@@ -73,13 +92,25 @@ class Grid:
         object.__setattr__(self, "coeffs", coeffs)
         if self.layers is not None:
             object.__setattr__(self, "layers", tuple(layer_list(self.layers)))
+        if self.operator is not None:
+            function_of_two(self.operator, "operator", "ablation_operator()")
+        TokenSelection(self.min_token_index)
+        if not isinstance(self.together, bool):
+            raise ValueError(f"expected True or False as together, got {self.together!r}")
+        everywhere = self.operator is None and self.min_token_index is None
+        if not everywhere and not self._only_vectors():
+            raise ValueError(
+                "operator and min_token_index are for steering vectors: expected no activation"
+                " additions beside them"
+            )
 
     def bos(self, prepend_bos: bool | None) -> bool | None:
         """Return what stands in front of prompts: by default one BOS where there are additions."""
+        return True if prepend_bos is None and not self._only_vectors() else prepend_bos
+
+    def _only_vectors(self) -> bool:
         swept = [*self.steering.values(), *(self.controls or {}).values()]
-        if prepend_bos is None and not all(isinstance(what, SteeringVector) for what in swept):
-            return True
-        return prepend_bos
+        return all(isinstance(what, SteeringVector) for what in swept)
 
     def cells(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list["Cell"]:
         """Return the unsteered model and every point of the grid, in the order of the rows.
@@ -104,7 +135,7 @@ class Grid:
             *(
                 Cell(one, layer, coeff)
                 for one in everything
-                for layer in one.vectors
+                for layer in ((None,) if self.together else one.vectors)
                 for coeff in self.coeffs
             ),
         ]
@@ -117,7 +148,8 @@ class Grid:
 
         def resolve(name: str, what: Swept, kind: Literal["steering", "control"]) -> Resolved:
             if isinstance(what, SteeringVector):
-                return _resolved_vector(model, name, what, kind, layers)
+                found = _resolved_vector(model, name, what, kind, layers)
+                return found._replace(operator=self.operator, first=self.min_token_index)
             return _resolved_additions(
                 model, tokenizer, name, what, kind, layers, self.addition_location
             )
@@ -132,7 +164,7 @@ class Resolved(NamedTuple):
     """Something that is swept: by layer, the vectors [count, d_model] that coefficient 1 adds.
 
     `content` says what they are made of, as JSON can hold it: activations differ in the last bits
-    from machine to machine.
+    from machine to machine. `operator` and `first` are those of the grid.
     """
 
     name: str
@@ -141,6 +173,8 @@ class Resolved(NamedTuple):
     vectors: dict[int, Tensor]
     location: AdditionLocation | None
     content: Any
+    operator: PatchDeltaOperator | None = None
+    first: int | None = None
 
     def __reduce__(self) -> tuple:
         """Go to another process in main memory; its device may be another."""
@@ -152,7 +186,8 @@ class Resolved(NamedTuple):
         # In 16 bit the product may lie outside the dtype of the vectors, and inside the model's.
         vectors = self.vectors[layer]
         wide = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
-        return RowSteering(Site(layer, self.part), coeff * wide, self.location)
+        site = Site(layer, self.part)
+        return RowSteering(site, coeff * wide, self.location, self.operator, self.first)
 
     def random(self, number: int) -> "Resolved":
         """Return a random control: another direction at every layer and token, of the same norm."""
@@ -173,11 +208,24 @@ class Resolved(NamedTuple):
 
 @dataclass
 class Cell:
-    """One point of the grid; `steering` None is the unsteered model."""
+    """One point of the grid.
+
+    Attributes:
+        steering: None is the unsteered model.
+        layer: None is all layers of the steering together.
+        coeff: what it is multiplied by.
+    """
 
     steering: Resolved | None
     layer: int | None = None
     coeff: float = 0.0
+
+    def __str__(self) -> str:
+        """Name what steers, and where."""
+        if self.steering is None:
+            return repr("unsteered")
+        where = "all its layers" if self.layer is None else f"layer {self.layer}"
+        return f"{self.steering.name!r} at {where}"
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave `row`, which lies on a device, to be made again."""
@@ -192,9 +240,10 @@ class Cell:
     @cached_property
     def row(self) -> RowSteering | None:
         """How a row of it is steered."""
-        if self.steering is None or self.layer is None:
+        if self.steering is None:
             return None
-        return self.steering.row(self.layer, self.coeff)
+        layers = sorted(self.steering.vectors) if self.layer is None else [self.layer]
+        return in_one_row([self.steering.row(layer, self.coeff) for layer in layers])
 
 
 def _layers_of(model: PreTrainedModel, layers: Iterable[int]) -> list[int]:
@@ -216,13 +265,8 @@ def _resolved_vector(
     layers: Sequence[int] | None,
 ) -> Resolved:
     """A steering vector at the layers that are wanted, [1, d_model] each."""
-    if what.layer_type != "decoder_block":
-        raise ValueError(
-            f"{name!r} acts on {what.layer_type!r}: a sweep takes vectors of 'decoder_block', the"
-            " residual stream"
-        )
     try:
-        numbers = get_layers(model, layers=list(what.layer_activations))
+        numbers = get_layers(model, what.layer_type, layers=list(what.layer_activations))
     except ValueError as error:
         raise ValueError(f"{name!r}: {error}") from None
     own = dict(zip(numbers, what.layer_activations.values()))
@@ -241,7 +285,8 @@ def _resolved_vector(
                 f"expected finite numbers, got nan or inf in {name!r} at layer {layer}"
             )
         vectors[layer] = own[layer].detach()[None].to(input_device(model))
-    return Resolved(name, kind, "resid_post", vectors, None, hash_of_tensors(vectors.values()))
+    part = "resid_post" if what.layer_type == "decoder_block" else what.layer_type
+    return Resolved(name, kind, part, vectors, None, hash_of_tensors(vectors.values()))
 
 
 def _resolved_additions(

@@ -17,7 +17,7 @@ from common.passes.running import in_evaluation_mode
 from common.places.blocks import get_hidden
 from common.scaling.units import Completion, CompletionJob, Job, Unit, Work
 from common.sweeping.grid import Cell
-from common.sweeping.rows import row_deltas, steered_after, steering_rows
+from common.sweeping.rows import at_once, later, row_deltas, steered_after, steering_rows
 from common.sweeping.skipping import Recorded, logits_from, prefilled_cache, record_blocks
 from common.sweeping.texts import Texts
 from common.texts.generation import completions, real_tokens
@@ -141,10 +141,10 @@ class Completing(Run, CompletionJob[Rows]):
             one = cell.steering
             if one is None:
                 continue
-            if one.part != "resid_post" or one.location is not None:
+            if one.part != "resid_post" or (one.location, one.operator, one.first) != (None,) * 3:
                 raise ValueError(
-                    f"{one.name!r} is added to {one.part}{' of some tokens' * bool(one.location)}:"
-                    f" expected a vector after a block at all tokens, as {self.runner} steers"
+                    f"{self.runner} steers by vectors that are added after a block, at all tokens:"
+                    f" {one.name!r} is something else"
                 )
             most = max(abs(cell.coeff), found.get(one.name, ({}, 0.0))[1])
             layers = {layer: rows[0].float().cpu() for layer, rows in one.vectors.items()}
@@ -163,10 +163,10 @@ class Completing(Run, CompletionJob[Rows]):
             cell = self.cells[place]
             steering = None
             if cell.steering is not None:
-                layers = [] if cell.layer is None else [cell.layer]
+                layers = sorted(cell.steering.vectors) if cell.layer is None else [cell.layer]
                 steering = cell.steering.name, cell.coeff, layers
             seed = self.seed, prompt, sample_number
-            found.append(Completion(self.texts.ids[prompt], steering, seed))
+            found.append(Completion(self.texts.rows[prompt], steering, seed))
         return found
 
     def _place(self, number: int) -> tuple[int, int, int]:
@@ -187,7 +187,7 @@ class Predicting(Run):
         cells: how it is steered; rows are numbered cell by cell, text by text.
         column: the title of the texts.
         measured: what is measured of a batch.
-        last_only: whether the logits of the last position will do.
+        keep: how many last positions are measured; 0 is all.
         max_memory: how many bytes a batch may take, about.
     """
 
@@ -195,7 +195,7 @@ class Predicting(Run):
     cells: Sequence[Cell]
     column: str
     measured: Measured
-    last_only: bool
+    keep: int
     max_memory: int
     _unsteered: dict[tuple[int, ...], tuple[BatchEncoding, Recorded]] = field(
         default_factory=dict, init=False, repr=False, compare=False
@@ -258,7 +258,7 @@ class Predicting(Run):
 
     def _bytes(self, length: int) -> int:
         """About how much memory a pass over a text takes."""
-        positions = 1 if self.last_only else length
+        positions = self.keep or length
         return self.texts.bytes_of(length) + 12 * self.texts.vocabulary * positions
 
     def _over(self, texts: Sequence[int], done: Collection[int]) -> Iterator[list[int]]:
@@ -284,7 +284,7 @@ class Predicting(Run):
             inputs = self.texts.inputs(texts)
             layers = {layer for layer in self._after if layer is not None and layer >= 0}
             layers = sorted(layers) if self.texts.skips else []
-            recorded = record_blocks(self.texts.model, inputs, layers, self.last_only)
+            recorded = record_blocks(self.texts.model, inputs, layers, self.keep)
             self._unsteered[texts] = inputs, recorded
         return self._unsteered[texts]
 
@@ -301,16 +301,16 @@ class Predicting(Run):
         model, steering = self.texts.model, [cell.row for cell in cells]
         if layer not in plain.outputs:
             with steering_rows(model, steering):
-                return record_blocks(model, inputs, [], self.last_only).logits
+                return record_blocks(model, inputs, [], self.keep).logits
         output = plain.outputs[layer]
         hidden = get_hidden(output)[chosen]
-        steered = hidden + row_deltas(steering, hidden, inputs)
-        return logits_from(model, inputs, layer, output, steered, self.last_only)
+        steered = hidden + row_deltas(at_once(steering), hidden, inputs)
+        with steering_rows(model, later(steering)):
+            return logits_from(model, inputs, layer, output, steered, self.keep)
 
 
 def described(cell: Cell, text: str, sample_number: int = 0) -> str:
     """Say which row this is, as messages name it."""
-    keys = cell.keys()
-    where = "" if keys["layer"] is None else f" at layer {keys['layer']} times {keys['coeff']:g}"
+    times = f" times {cell.coeff:g}" if cell.steering else ""
     more = f", sample {sample_number}" if sample_number else ""
-    return f"{keys['steering']!r}{where} on {text!r}{more}"
+    return f"{cell}{times} on {text!r}{more}"

@@ -11,12 +11,19 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from common.passes.batching import first_logits, same_logits, unhooked
-from common.passes.hooks import SteeringHook, hook_input, uncompiled
+from common.passes.hooks import SteeringHook, hook_input, prompts_of, uncompiled
 from common.passes.recording import Location, recording
 from common.passes.running import pass_inputs
 from common.places.blocks import get_blocks, get_hidden, with_hidden
 from common.places.sites import Site
-from common.sweeping.rows import RowSteering, row_deltas, steered_after
+from common.sweeping.rows import (
+    RowSteering,
+    at_once,
+    later,
+    row_deltas,
+    steered_after,
+    steering_rows,
+)
 
 
 class Recorded(NamedTuple):
@@ -31,7 +38,7 @@ def record_blocks(
     model: PreTrainedModel,
     inputs: Mapping[str, Tensor],
     layers: Sequence[int],
-    last_only: bool = False,
+    keep: int = 0,
     cache: Cache | None = None,
 ) -> Recorded:
     """Run one pass, and keep the logits and what some blocks gave.
@@ -40,13 +47,13 @@ def record_blocks(
         model: a causal language model; unchanged.
         inputs: the batch, [batch, pos].
         layers: the blocks.
-        last_only: the logits of the last position only.
+        keep: the logits of so many last positions; 0 keeps all.
         cache: an empty KV cache to fill.
     """
     blocks, outputs = get_blocks(model)[1], {}
     places: dict[int, Location] = {layer: (blocks[layer], "output") for layer in layers}
     with recording(places, outputs.__setitem__):
-        return Recorded(outputs, _logits(model, inputs, last_only, cache))
+        return Recorded(outputs, _logits(model, inputs, keep, cache))
 
 
 @torch.no_grad()
@@ -56,7 +63,7 @@ def logits_from(
     layer: int,
     output: Any,
     hidden: Tensor,
-    last_only: bool = False,
+    keep: int = 0,
     cache: Cache | None = None,
 ) -> Tensor:
     """Run the blocks after `layer` as if it had given `hidden`, and return the logits.
@@ -69,11 +76,11 @@ def logits_from(
         layer: the block that `hidden` stands for.
         output: what a block gave in another pass, for the form of its output.
         hidden: resid_post of `layer`, [batch, pos, d_model].
-        last_only: the logits of the last position only.
+        keep: the logits of so many last positions; 0 keeps all.
         cache: an empty KV cache; the blocks that run fill it.
 
     Returns:
-        [batch, pos, vocab], or [batch, 1, vocab].
+        [batch, pos, vocab], or [batch, keep, vocab].
     """
 
     def instead(given: Tensor | None) -> Any:
@@ -87,7 +94,7 @@ def logits_from(
         for number, block in enumerate(get_blocks(model)[1][: layer + 1]):
             forward = instead(hidden if number == layer else None)
             stack.enter_context(_replaced_forward(block, forward))
-        return _logits(model, inputs, last_only, cache)
+        return _logits(model, inputs, keep, cache)
 
 
 @contextmanager
@@ -104,12 +111,12 @@ def _replaced_forward(block: nn.Module, forward: Any) -> Iterator[None]:
 
 
 def _logits(
-    model: PreTrainedModel, inputs: Mapping[str, Tensor], last_only: bool, cache: Cache | None
+    model: PreTrainedModel, inputs: Mapping[str, Tensor], keep: int, cache: Cache | None
 ) -> Tensor:
     """The logits of a pass; the head is run on what is asked for."""
     more = {"use_cache": False} if cache is None else {"use_cache": True, "past_key_values": cache}
     with uncompiled():  # compiled code does not see what was changed around the blocks
-        return model(**pass_inputs(inputs), **more, logits_to_keep=1 if last_only else 0).logits
+        return model(**pass_inputs(inputs), **more, logits_to_keep=keep).logits
 
 
 @torch.no_grad()
@@ -142,7 +149,7 @@ def prefilled_cache(
         if (after := steered_after(row)) is not None:
             groups[after].append(number)
     wanted = [after for after in groups if after >= 0]
-    outputs = record_blocks(model, prompts, wanted, True, cache).outputs
+    outputs = record_blocks(model, prompts, wanted, 1, cache).outputs
     cache.batch_select_indices(place)
     for after, members in groups.items():
         chosen = torch.tensor(members, device=place.device)
@@ -170,12 +177,14 @@ def _steered_cache(
     short = {name: values[:, :-1] for name, values in inputs.items()}
     cache = DynamicCache(config=model.config)
     if hidden is not None:
-        steered = hidden + row_deltas(rows, hidden, inputs)
-        logits_from(model, short, after, output, steered, True, cache)
+        steered = hidden + row_deltas(at_once(rows), hidden, inputs)
+        with prompts_of(model, inputs["attention_mask"]), steering_rows(model, later(rows)):
+            logits_from(model, short, after, output, steered, 1, cache)
         return cache
-    handle = hook_input(get_blocks(model)[1][0], _PromptHook(rows, inputs))
+    handle = hook_input(get_blocks(model)[1][0], _PromptHook(at_once(rows), inputs))
     try:
-        record_blocks(model, short, [], True, cache)
+        with prompts_of(model, inputs["attention_mask"]), steering_rows(model, later(rows)):
+            record_blocks(model, short, [], 1, cache)
     finally:
         handle.remove()
     return cache

@@ -20,13 +20,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from common.arguments import integer
 from common.identity import identity_of_metric, identity_of_model, identity_of_tokens
 from common.measuring.likelihood import kl_divergence
+from common.measuring.logit_metrics import LogitMetric
 from common.measuring.metrics import Metric
 from common.passes.hooks import check_engine, refuse_hooks
 from common.passes.prompts import Prompt
 from common.passes.running import evaluating, input_device
 from common.progress import progress_bar
 from common.scaling.units import Engine, run_units
-from common.sweeping.columns import LogitMetric, TextColumns, numbers
+from common.sweeping.columns import TextColumns, numbers
 from common.sweeping.grid import KEYS, Cell, Grid
 from common.sweeping.runs import MEMORY, Completing, Predicting, Row, Run
 from common.sweeping.store import SweepStore, typed
@@ -67,8 +68,9 @@ def sweep(
         tokenizer: its tokenizer.
         grid: what steers it, at which layers, how strongly.
         prompts: texts, or messages for a chat model.
-        metrics: by name, of the completions; see `add_metric_cols`. A value is a number, a truth
-            value, a text, or None.
+        metrics: by name, of the completions, or of prompts and completions: pipelines of
+            transformers are metrics as they are, see `common.measuring.metrics`. A value is a
+            number, a truth value, a text, or None.
         sampling: how the completions are drawn and how long they are; greedy by default.
         per_prompt: completions of each prompt; more than one need a temperature.
         seed: completion n of a prompt gets the same random numbers at every layer and coefficient.
@@ -155,8 +157,9 @@ def sweep_logits(
             `sweep`. With an engine the workers compute the metrics.
         metrics: by name; each takes steered and unsteered logits [row, vocab] in float32 and
             returns one number a row. By default `kl`, the divergence from unsteered; see also
-            `token_logprob`. Its numbers are kept as float. Logits are not: a file knows a metric by
-            its code and all that it reaches, and a changed one needs another file.
+            `ab_metric`, `mean_logprob` and `token_logprob`. Its numbers are kept as float. Logits
+            are not: a file knows a metric by its code and all that it reaches, and a changed one
+            needs another file.
 
     Raises:
         ValueError: as `sweep`; with a path, also a metric that cannot be told from another one (it
@@ -188,7 +191,7 @@ def sweep_logits(
         return [dict(zip(metrics, row)) for row in zip(*values)]
 
     max_memory = integer(max_memory, "max_memory", 1)
-    run = Predicting(texts, cells, "prompt", measured, True, max_memory)
+    run = Predicting(texts, cells, "prompt", measured, 1, max_memory)
     store = SweepStore(path, settings, [*KEYS, "prompt", *metrics])
     return _table(store, run, "Predicting", show_progress, engine)
 
@@ -241,15 +244,9 @@ def sweep_perplexity(
         else {"what": "perplexity", **_identity(read, cells), "mask_len": mask_len}
     )
     max_memory = integer(max_memory, "max_memory", 1)
-    run = Predicting(read, cells, "text", partial(_losses, first), False, max_memory)
+    run = Predicting(read, cells, "text", partial(_losses, first), 0, max_memory)
     store = SweepStore(path, settings, [*KEYS, "text", "loss", "unsteered_loss", "tokens"])
     return _table(store, run, "Reading", show_progress, engine)
-
-
-def token_logprob(token_ids: Sequence[int]) -> LogitMetric:
-    """Return a metric for `sweep_logits`: the log-probability of some tokens together, steered."""
-    ids = torch.tensor(list(token_ids))
-    return lambda steered, unsteered: steered.log_softmax(-1)[:, ids].logsumexp(-1)
 
 
 def _prepared(
@@ -281,12 +278,21 @@ def _identity(texts: Texts, cells: Sequence[Cell]) -> dict[str, Any]:
             " sweep with RayEngine(tensor_parallel=…), whose calling process alone writes"
         )
     steered = [(cell.steering, cell.layer, cell.coeff) for cell in cells if cell.steering]
+    one = steered[0][0]
+    # Nothing is said of what is plain addition: files of earlier versions are read again.
+    how: dict[str, Any] = {} if one.first is None else {"min_token_index": one.first}
+    if one.operator is not None:
+        how["operator"] = identity_of_metric(one.operator, "operator")
     return {
+        **how,
         **identity_of_model(texts.model),
         "steering": {
             one.name: [one.kind, one.part, one.location, one.content] for one, *_ in steered
         },
-        "layers and coeffs": [[one.name, layer, coeff] for one, layer, coeff in steered],
+        "layers and coeffs": [
+            [one.name, sorted(one.vectors) if layer is None else layer, coeff]
+            for one, layer, coeff in steered
+        ],
         "prompts": texts.identity(),
     }
 
@@ -303,7 +309,9 @@ def _table(
     with closing(store):
         store.expect(len(run))
         if columns:
-            store.set_metrics(columns.of(store.column("completion")))
+            prompts = store.column("prompt")
+            written = store.column("completion").items()
+            store.set_metrics(columns.of({n: (prompts[n], text) for n, text in written}))
         done = store.done()
         units, model, tokenizer = run.units(done), run.texts.model, run.texts.tokenizer
         with (
@@ -313,7 +321,7 @@ def _table(
             for _, rows in found:
                 store.add(rows.items())
                 if columns:
-                    texts = {number: row["completion"] for number, row in rows.items()}
+                    texts = {n: (row["prompt"], row["completion"]) for n, row in rows.items()}
                     store.add_metrics(columns.of(texts))
         return typed(store.frame())
 

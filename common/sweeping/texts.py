@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from common.passes.batching import Batching, batching
-from common.passes.padding import encode
-from common.passes.prompts import Prompt, prompt_text
+from common.passes.padding import pad_id, padded
+from common.passes.prompts import Prompt, prompt_ids, prompt_text
 from common.passes.running import input_device
 from common.sweeping.grid import Cell
 from common.sweeping.skipping import can_prefill, can_skip_blocks
@@ -26,9 +26,10 @@ class Texts:
         tokenizer: its tokenizer.
         prompts: texts, or messages for a chat model.
         bos: what stands in front, see `prompt_ids`.
+        following: token ids that follow each prompt; nothing by default.
 
     Raises:
-        ValueError: prompts that `encode` refuses.
+        ValueError: a prompt without tokens, or what `prompt_ids` raises.
     """
 
     def __init__(
@@ -37,12 +38,14 @@ class Texts:
         tokenizer: PreTrainedTokenizerBase,
         prompts: Sequence[Prompt],
         bos: bool | None,
+        following: Sequence[Sequence[int]] | None = None,
     ):
-        encoded = encode(tokenizer, prompts, bos)
-        both = zip(encoded["input_ids"], encoded["attention_mask"])
-        self.ids = [row[mask.bool()].tolist() for row, mask in both]
-        self.lengths = list(map(len, self.ids))
-        self.model, self.tokenizer, self.bos = model, tokenizer, bos
+        rows = prompt_ids(tokenizer, prompts, bos)
+        if not all(rows):
+            raise ValueError("expected prompts of one token or more, got an empty one")
+        self.rows = [[*row, *new] for row, new in zip(rows, following or [()] * len(rows))]
+        self.lengths = list(map(len, self.rows))
+        self.model, self.tokenizer = model, tokenizer
         self.prompts = list(prompts)
         self.shown = [prompt_text(tokenizer, prompt) for prompt in self.prompts]
 
@@ -92,12 +95,12 @@ class Texts:
 
     def identity(self) -> list[tuple[str, list[int]]]:
         """Return what the model reads: each prompt as text and as token ids."""
-        return list(zip(self.shown, self.ids))
+        return list(zip(self.shown, self.rows))
 
     def inputs(self, numbers: Sequence[int]) -> BatchEncoding:
         """Return prompts as one batch, padded on the left, on the device of the model."""
-        chosen = [self.prompts[number] for number in numbers]
-        return encode(self.tokenizer, chosen, self.bos).to(input_device(self.model))
+        chosen = [self.rows[number] for number in numbers]
+        return padded(chosen, pad_id(self.tokenizer)).to(input_device(self.model))
 
     @cached_property
     def together(self) -> Batching:

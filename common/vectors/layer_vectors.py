@@ -13,7 +13,7 @@ from common.arguments import integer, layer_list
 from common.places.sites import LayerType
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class LayerVectors:
     """Vectors of one width, one for each of some layers, that can be added, scaled and compared.
 
@@ -47,6 +47,21 @@ class LayerVectors:
                 f"expected a floating-point vector [d_model] for layer {layer}, got {given}"
             )
         self.layer_activations = {int(n): vector for n, vector in self.layer_activations.items()}
+
+    def __repr__(self) -> str:
+        """Say on one line where it acts, how long it is, and what it was made for."""
+        lengths, widths = self.norm().values(), {len(v) for v in self.layer_activations.values()}
+        ends = dict.fromkeys(f"{length:.3g}" for length in (min(lengths), max(lengths)))
+        model = f", made for {self.metadata['model']!r}" if self.metadata.get("model") else ""
+        return (
+            f"{type(self).__name__}(layers={self.layers}, layer_type={self.layer_type!r},"
+            f" d_model={' or '.join(map(str, sorted(widths)))}, length={' to '.join(ends)}{model})"
+        )
+
+    @property
+    def layers(self) -> list[int]:
+        """The numbers of its layers."""
+        return list(self.layer_activations)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Return the vector on another device or in another dtype, like `torch.Tensor.to`."""

@@ -4,10 +4,14 @@ An operator takes the hidden states [batch, pos, d_model] and the steering vecto
 already multiplied, and returns what is added: `steered = hidden + operator(hidden, vector)`.
 """
 
+import math
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 from torch.nn import functional
+
+from common.arguments import finite_number
 
 PatchDeltaOperator = Callable[[Tensor, Tensor], Tensor]
 
@@ -51,3 +55,97 @@ def norm_preserving_addition_operator() -> PatchDeltaOperator:
         return functional.normalize(moved, dim=-1) * hidden.norm(dim=-1, keepdim=True) - hidden
 
     return add
+
+
+def cap_operator(upper: float | None = None, lower: float | None = None) -> PatchDeltaOperator:
+    """Return an operator that keeps the component along the vector within bounds.
+
+    Where it is within them nothing changes, to the last bit. This is activation capping
+    (https://arxiv.org/abs/2601.10387), which takes as bound a percentile of the components at
+    normal texts; `component_quantile` measures it. The length of the vector and its multiplier do
+    not matter; a negative multiplier turns the direction around, and the vector 0 changes nothing.
+    Bounds belong to one layer: for several, open one `apply` for each
+    `vector.select([layer])`.
+
+    Args:
+        upper: the largest component along the direction of the vector.
+        lower: the smallest.
+
+    Raises:
+        ValueError: no bound, one that is not a finite number, or `lower` above `upper`.
+    """
+    if upper is None and lower is None:
+        raise ValueError("expected a bound: upper, lower, or both")
+    high = math.inf if upper is None else finite_number(upper, "upper")
+    low = -math.inf if lower is None else finite_number(lower, "lower")
+    if low > high:
+        raise ValueError(f"expected lower below upper, got {lower!r} and {upper!r}")
+
+    def cap(hidden: Tensor, vector: Tensor) -> Tensor:
+        wide, direction = _wide(hidden), functional.normalize(_wide(vector), dim=-1)
+        component = (wide * direction).sum(-1, keepdim=True)
+        return (component.clamp(low, high) - component) * direction
+
+    return cap
+
+
+def rotation_operator(angle: float, second: Tensor, adaptive: bool = False) -> PatchDeltaOperator:
+    """Return an operator that turns hidden states, in a plane, to an angle with the vector.
+
+    The plane is spanned by the vector and a second one; what lies outside of it stays, and so does
+    the length of what lies inside, and with it the norm. At 0 degrees all of it points along the
+    vector, at 90 nothing is left along it (as with ablation), at 180 it points the other way, and
+    270 is 90 on the other side. This is angular steering (https://arxiv.org/abs/2510.26243), where
+    the vector is a difference of means, and the second one the first principal component of such
+    differences over layers.
+
+    The lengths of both do not matter; a negative multiplier turns the vector around, and the vector
+    0 changes nothing.
+
+    Args:
+        angle: in degrees.
+        second: the other vector, [d_model]; only what is orthogonal to the first one counts.
+        adaptive: turn only hidden states with a positive component along the vector.
+
+    Raises:
+        ValueError: an angle that is not a finite number; a second vector that is not one of
+            floating-point numbers, finite and not 0. In a pass: one of another width, or along the
+            first.
+    """
+    turn = math.radians(finite_number(angle, "angle"))
+    if (
+        not isinstance(second, Tensor)
+        or second.dim() != 1
+        or not second.is_floating_point()
+        or not torch.isfinite(second).all()
+        or not second.any()
+    ):
+        raise ValueError(
+            f"expected a vector [d_model] other than 0, of finite numbers, as second, got {second}"
+        )
+
+    def rotate(hidden: Tensor, vector: Tensor) -> Tensor:
+        if len(second) != hidden.shape[-1]:
+            raise ValueError(
+                f"the second vector has {len(second)} numbers, the hidden states {hidden.shape[-1]}"
+            )
+        wide, first = _wide(hidden), functional.normalize(_wide(vector), dim=-1)
+        other = functional.normalize(second.to(wide), dim=0)
+        other = other - (first * other).sum(-1, keepdim=True) * first
+        if bool((other.norm(dim=-1) < 1e-4).any()):
+            raise ValueError("the second vector points along the first: they span no plane")
+        other = functional.normalize(other, dim=-1)
+        x, y = ((wide * axis).sum(-1, keepdim=True) for axis in (first, other))
+        length = torch.hypot(x, y)
+        moved = (length * math.cos(turn) - x) * first + (length * math.sin(turn) - y) * other
+        turned = vector.any(-1, keepdim=True)
+        if adaptive:
+            turned = turned & (x > 0)
+        return torch.where(turned, moved, 0.0)
+
+    return rotate
+
+
+def _wide(values: Tensor) -> Tensor:
+    """In float32 at least: 16 bits are too few for the difference of two components."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -23,6 +23,7 @@ from common import (
     plot_effect,
     plot_heat_map,
     plot_prompts,
+    with_kl,
     working_window,
 )
 from common.measuring.effects import moves_by_prompt
@@ -683,6 +684,48 @@ def test_plot_effect():
     assert axes.get_ylabel() == "the tone" and axes.get_xlabel() == "coefficient, layer 3"
     with pytest.raises(ValueError, match=r"layer 5 was not swept: the table has \[3, 4\]"):
         plot_effect(rows, "tone", 5)
+
+
+def test_a_table_gets_the_divergence_of_its_cells():
+    """Rows, effects and costs alike; unsteered is 0."""
+    moved = {("Love", "steering", layer, coeff): good(1) for layer in (3, 4) for coeff in (-1, 2.0)}
+    moved["Love", "random", 3, 2.0] = good(0.1)  # the kind tells it apart
+    rows = rows_of(moved)
+    kls = rows[["steering", "kind", "layer", "coeff"]].drop_duplicates()
+    kls = kls.assign(kl=[0.0, 0.1, 0.2, 0.3, 0.4, 0.5]).iloc[::-1]
+    found = with_kl(rows, kls)
+    pd.testing.assert_frame_equal(found.drop(columns="kl"), rows)
+    assert found["kl"].tolist() == [kl / 10 for kl in range(6) for _ in range(4)]
+    assert with_kl(effect_by_cell(rows, "tone"), kls)["kl"].tolist() == [0.1, 0.2, 0.3, 0.4, 0.5]
+    with pytest.raises(ValueError, match="no kl of 'Love' at layer 4, coefficient 2"):
+        with_kl(rows, kls[(kls["layer"] != 4) | (kls["coeff"] != 2)])
+    with pytest.raises(ValueError, match="'kl' already"):
+        with_kl(found, kls)
+    with pytest.raises(ValueError, match="kls with the columns steering, kind, layer, coeff, kl"):
+        with_kl(rows, rows)
+
+
+def test_an_effect_can_be_drawn_over_the_divergence():
+    """Each line at its own divergences, with the signs of the coefficients, through 0."""
+    moved = {("Love", "steering", 3, coeff): good(coeff) for coeff in (-2.0, 1.0, 2.0)}
+    moved |= {("Love, random 1", "random", 3, coeff): good(0.1) for coeff in (-2.0, 1.0, 2.0)}
+    rows = rows_of(moved)
+    kls = rows[["steering", "kind", "layer", "coeff"]].drop_duplicates()
+    kls = kls.assign(kl=[0.0, 1.5, 0.5, 1.0, 0.4, 0.1, 0.3])
+    figure = plot_effect(with_kl(rows, kls), "tone", 3, over="kl")
+    (axes,) = figure.axes
+    love = axes.containers[0][0]
+    assert love.get_xdata().tolist() == [-1.5, 0.0, 0.5, 1.0]
+    plain = np.mean(UNSTEERED)
+    expected = [plain + np.mean(good(coeff)) for coeff in (-2.0, 0.0, 1.0, 2.0)]
+    assert love.get_ydata().tolist() == pytest.approx(expected)
+    random = next(line for line in axes.lines if line.get_label() == "random directions")
+    assert random.get_xdata().tolist() == [-0.4, 0.0, 0.1, 0.3]
+    places = axes.transData.transform([(x, 0.0) for x in (-1.0, -0.25, 0.0, 0.25, 1.0)])[:, 0]
+    assert np.diff(places) == pytest.approx([places[1] - places[0]] * 4)  # as far apart as roots
+    assert axes.get_xlabel() == "divergence from unsteered in nats, signed, layer 3"
+    with pytest.raises(ValueError, match="no column 'kl'"):
+        plot_effect(rows, "tone", 3, over="kl")
 
 
 def test_plot_effect_has_colours_for_many():

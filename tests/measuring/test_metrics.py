@@ -1,6 +1,8 @@
 """Metrics: columns of a table, words and sentiment, and the loss of texts, steered and not."""
 
+import copy
 import re
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -25,6 +27,7 @@ from common.checking.pristine import assert_pristine, snapshot
 from common.measuring.likelihood import kl_divergence, token_logprobs
 from common.measuring.metrics import measure
 from common.measuring.tone import NEGATIONS, lexicon, mark_tone, tone, tone_shares, tone_sign
+from common.texts.generation import generate
 from common.vectors.activation_additions import with_bos
 from common.vectors.steering_vector import SteeringVector
 
@@ -457,6 +460,59 @@ def test_a_pipeline_that_returns_all_labels(classifier, tokenizer):
         measure(get_sentiment_metric(every, ["good"]), TEXTS),
         measure(get_sentiment_metric(classifier, ["good"]), TEXTS),
     )
+
+
+@pytest.fixture(scope="module")
+def zero_shot(classifier, tokenizer):
+    """The same model, as if it judged whether one sentence follows from another."""
+    model = copy.deepcopy(classifier.model)
+    model.config.id2label = {0: "contradiction", 1: "neutral", 2: "entailment"}
+    model.config.label2id = {label: number for number, label in model.config.id2label.items()}
+    options = {"model": model, "tokenizer": tokenizer, "device": "cpu"}
+    return pipeline("zero-shot-classification", candidate_labels=["old", "new"], **options)
+
+
+def test_pipelines_are_metrics_as_they_are(classifier, zero_shot, model, tokenizer):
+    """Labels with scores, the scores of all labels, chosen labels, and written texts."""
+    options = {"model": classifier.model, "tokenizer": tokenizer, "device": "cpu"}
+    every = pipeline("text-classification", top_k=None, **options)
+    writer = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
+    # The pipeline knows the settings of its call by keyword, so they are bound here.
+    write = partial(writer, max_new_tokens=2, do_sample=False, return_full_text=False)
+    metrics = {"one": classifier, "all": every, "age": zero_shot, "more": write}
+    found = add_metric_cols(pd.DataFrame({"texts": TEXTS}), metrics, "texts")
+    titles = ["one_label", "one_score", "all_bad", "all_good", "all_middling", "age_new", "age_old"]
+    assert list(found.columns)[1:] == [*titles, "more_generated_text"]
+    for row, one, chosen in zip(found.to_dict("records"), classifier(TEXTS), zero_shot(TEXTS)):
+        assert row["one_label"] == one["label"] and row["one_score"] == one["score"]
+        assert row[f"all_{one['label']}"] == pytest.approx(one["score"], abs=1e-6)
+        assert row["all_good"] + row["all_bad"] + row["all_middling"] == pytest.approx(1)
+        assert row[f"age_{chosen['labels'][0]}"] == chosen["scores"][0]
+        inputs = tokenizer(row["texts"], return_tensors="pt")
+        ids = generate(model, inputs, max_new_tokens=2)[0, -2:]
+        assert row["more_generated_text"] == tokenizer.decode(ids)
+
+
+def test_a_judge_gets_prompts_and_completions():
+    """Two lists, row by row, from the columns of a sweep or any two others."""
+    rows = pd.DataFrame({"prompt": ["a", "bb"], "completion": ["xyz", "x"], "kind": "steering"})
+
+    def judge(prompts, completions):
+        assert isinstance(prompts, list) and isinstance(completions, list)
+        return [f"{prompt}>{text}" for prompt, text in zip(prompts, completions, strict=True)]
+
+    metrics = {"judge": judge, "length": lambda texts: [len(text) for text in texts]}
+    found = add_metric_cols(rows, metrics)
+    assert found["judge"].tolist() == ["a>xyz", "bb>x"] and found["length"].tolist() == [4, 3]
+    turned = add_metric_cols(rows, metrics, ["completion", "prompt"])
+    assert turned["judge"].tolist() == ["xyz>a", "x>bb"]
+    assert add_metric_cols(rows[:0], {"judge": judge}).columns[-1] == "judge"
+    for columns in ("completion", ["kind", "prompt", "completion"]):
+        with pytest.raises(ValueError, match="'judge' takes prompts and completions"):
+            add_metric_cols(rows, {"judge": judge}, columns)
+    # A second argument that has a default is none that has to be given.
+    one = {"m": lambda texts, size=2: [len(text) * size for text in texts]}
+    assert add_metric_cols(rows, one)["m"].tolist() == [8, 6]
 
 
 # --- the loss of a text ---

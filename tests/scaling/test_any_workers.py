@@ -20,6 +20,7 @@ from common import (
     Sampling,
     SteeringVector,
     SteeringVectorTrainingSample,
+    ablation_then_addition_operator,
     extract_activations,
     logistic_aggregator,
     mean_aggregator,
@@ -143,6 +144,21 @@ def test_a_row_that_kills_is_named_and_computed_once_it_can_be(
         )
         text = row["prompt"] if "prompt" in row else row["text"]
         assert f"{row['steering']!r}{where} on {text!r}" in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["completions", "logits"])
+def test_settings_of_a_grid_go_to_the_workers(model, tokenizer, vector, kind, monkeypatch):
+    """An operator, a first token and a part of a block act there as they act here."""
+    part = SteeringVector(vector.layer_activations, "mlp")
+    frames = []
+    for options in ({}, {"operator": ablation_then_addition_operator(), "min_token_index": 1}):
+        settled = Grid({"v": vector, "part": part}, [0, 4], [1.5], **options)
+        monkeypatch.setitem(globals(), "grid", lambda _, settled=settled: settled)
+        expected = SWEEPS[kind](model, tokenizer, vector)
+        found = SWEEPS[kind](model, tokenizer, vector, engine=PlayedEngine(2, seed=1))
+        pd.testing.assert_frame_equal(found, expected, check_exact=True)
+        frames.append(found)
+    assert not frames[0].equals(frames[1])
 
 
 def test_a_sweep_goes_on_here_or_there(model, tokenizer, vector, expected, tmp_path):

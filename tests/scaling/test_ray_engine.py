@@ -1,6 +1,6 @@
 """The engine on a cluster of this machine: the same rows, and what is lost is done again.
 
-What takes longer is in `test_ray_failures.py`, which `make scale` runs.
+`make scale` also runs what is marked here, and `test_ray_failures.py`.
 """
 
 import os
@@ -36,6 +36,7 @@ pytest.importorskip(
     "ray", reason="Ray is not installed: python3 -m pip install -r requirements-scale.txt"
 )
 
+SCALE = pytest.mark.scale
 ROOT = Path(__file__).resolve().parents[2]
 GRID = Grid({"v": vector()}, [1, 4], [-1.0, 1.0])
 PAIRS = [(f"I love {what}", f"I hate {what}") for what in ("dogs", "you", "the old garden")] * 100
@@ -116,6 +117,7 @@ def test_an_exception_comes_at_once_with_the_workers_traceback(model, tokenizer,
     assert workers and not any(map(psutil.pid_exists, workers)) and not engine.workers_alive()
 
 
+@pytest.mark.scale
 def test_one_work_at_a_time(model, tokenizer, engine):
     """A second call is told so, and the first goes on."""
     refused = []
@@ -155,8 +157,8 @@ def load_other_reading():
     "load, says",
     [
         (load_another, "what differs: weights$"),
-        (load_other_reading, "what differs: tokenizer$"),
-        (load_no_tokenizer, "expected load to return a model and its tokenizer"),
+        pytest.param(load_other_reading, "what differs: tokenizer$", marks=SCALE),
+        pytest.param(load_no_tokenizer, "expected load to return a model and", marks=SCALE),
     ],
 )
 def test_a_worker_with_another_model_is_refused(model, tokenizer, engine, load, says):

@@ -19,6 +19,7 @@ from common import (
     Grid,
     Sampling,
     SteeringVector,
+    ablation_then_addition_operator,
     complete,
     read_sweep,
     sweep,
@@ -108,11 +109,28 @@ def test_what_it_would_do_otherwise_is_refused(job, runner, change, says):
         runner.check(replace(job, **change))
 
 
-def test_other_places_are_refused(model, tokenizer, job, runner):
-    additions = [ActivationAddition(5.0, 2, prompt="Love")]
-    cells = Grid({"a": additions}, coeffs=[1.0]).cells(model, tokenizer)
-    with pytest.raises(ValueError, match="'a' is added to resid_pre of some tokens: expected a"):
-        runner.check(replace(job, cells=cells))
+@pytest.mark.parametrize(
+    "grid",
+    [
+        Grid({"a": [ActivationAddition(5.0, 2, prompt="Love")]}, coeffs=[1.0]),
+        Grid({"a": vectors()["one"]}, [1], operator=ablation_then_addition_operator()),
+        Grid({"a": vectors()["one"]}, [1], min_token_index=1),
+        Grid({"a": SteeringVector({1: torch.ones(256)}, "mlp")}, [1]),
+    ],
+    ids=["additions", "operator", "some tokens", "mlp"],
+)
+def test_other_steering_is_refused(model, tokenizer, job, runner, grid):
+    with pytest.raises(ValueError, match="added after a block, at all tokens: 'a' is something el"):
+        runner.check(replace(job, cells=grid.cells(model, tokenizer)))
+
+
+def test_layers_together(model, tokenizer, job):
+    """All layers of the vector are asked for at once."""
+    grid = Grid({"a": vectors()["one"]}, [1, 4], together=True)
+    job = replace(job, cells=grid.cells(model, tokenizer))
+    assert {str(one.steering) for one in job.asked(job.units(())[0])} == {
+        *("None", "('a', 1.0, [1, 4])")
+    }
 
 
 class Elsewhere:

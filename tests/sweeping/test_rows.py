@@ -248,7 +248,7 @@ def test_a_pass_from_a_block_on_is_a_plain_steered_pass(name, tokenizer):
         assert torch.allclose(found[real], expected[real], atol=1e-4) and not torch.allclose(
             found[real], plain[real], atol=0.1
         )
-        last = logits_from(other, inputs, layer, outputs[layer], hidden, last_only=True)
+        last = logits_from(other, inputs, layer, outputs[layer], hidden, keep=1)
         assert last.shape[1] == 1 and torch.allclose(last, expected[:, -1:], atol=1e-4)
     rows = [
         RowSteering(Site(2, "resid_post"), noise(other, 1, 0) * 4),

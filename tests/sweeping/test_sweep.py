@@ -12,6 +12,7 @@ from collections import Counter
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import fields, replace
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -20,6 +21,7 @@ import torch
 from architectures import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import pipeline
 
 from common import (
     ActivationAddition,
@@ -1056,6 +1058,24 @@ def test_metrics_are_those_of_the_last_call(
     assert sorted(number for batch in first + written for number in batch) == list(range(4))
 
 
+def test_a_metric_of_a_sweep_may_take_prompts(model, tokenizer, vector, tmp_path):
+    """Each completion comes with its own prompt, now and from a file; pipelines are metrics too."""
+
+    def judge(prompts, completions):
+        return [f"{prompt} | {text}" for prompt, text in zip(prompts, completions, strict=True)]
+
+    writer = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
+    more = partial(writer, max_new_tokens=1, do_sample=False, return_full_text=False)
+    options = {"path": tmp_path / "a.sweep", "max_memory": TINY}
+    few(model, tokenizer, vector, {}, **options)
+    for _ in range(2):
+        found = few(model, tokenizer, vector, {"judge": judge, "more": more}, **options)
+        both = zip(found["prompt"], found["completion"])
+        assert found["judge"].tolist() == [f"{prompt} | {text}" for prompt, text in both]
+        assert found["prompt"].nunique() == 2 and found["more_generated_text"].str.len().all()
+        options = {"max_memory": TINY}
+
+
 ODD = {
     "truth values": [True, False, True, False],
     "NaN": [float("nan"), 1.5, 2.5, 1.0],
@@ -1294,10 +1314,6 @@ def test_two_sweeps_on_one_file(model, tokenizer, vector, tmp_path):
 # --- what is refused ---
 
 
-def mlp(vector: SteeringVector) -> SteeringVector:
-    return SteeringVector(vector.layer_activations, "mlp")
-
-
 WRONG_GRID = {
     "no steering": ({"steering": {}}, "expected steering by name"),
     "steering without a name": ({"steering": a_vector()}, "expected steering by name"),
@@ -1362,7 +1378,6 @@ WRONG = {
         },
         "'v' at layer 3 holds 1e.39",
     ),
-    "another layer type": ({"steering": {"v": mlp(a_vector())}}, "'v' acts on 'mlp'"),
     "additions elsewhere": (
         {"steering": {"v": [ActivationAddition(1, (3, "mlp"), "Love")]}},
         "at resid_pre, or at resid_post, got mlp",

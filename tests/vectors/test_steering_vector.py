@@ -821,3 +821,18 @@ def test_a_saved_vector_steers_in_a_fresh_process(model, tokenizer, tmp_path):
         check=True,
     )
     assert found.stdout.splitlines()[-1] == wanted
+
+
+def test_a_vector_is_shown_on_one_line():
+    """Layers, place, width and length, whatever the numbers are."""
+    vector = SteeringVector({2: torch.tensor([3.0, 4.0])}, metadata={"model": "embedded"})
+    shown = (
+        "SteeringVector(layers=[2], layer_type='decoder_block', d_model=2, length=5, made for"
+        " 'embedded')"
+    )
+    assert repr(vector) == shown and vector.layers == [2]
+    two = SteeringVector({-1: torch.ones(4), 0: torch.full((9,), torch.inf)}, "mlp")
+    shown = "SteeringVector(layers=[-1, 0], layer_type='mlp', d_model=4 or 9, length=2 to inf)"
+    assert repr(two) == shown and two.layers == [-1, 0]
+    learned = SteeringVector({0: torch.ones(4, dtype=torch.bfloat16, requires_grad=True)})
+    assert "length=2)" in repr(learned) and "\n" not in repr(learned)
