@@ -7,6 +7,7 @@ CONSTRAINTS ?= constraints.txt
 VENV := .venv
 PEERS := .venv-peers
 ENGINES := .venv-engines
+BROWSER := .venv-browser
 LLAMA_CPP := $(ENGINES)/llama.cpp
 OUT ?= embedded-again
 # Never the scripts of an environment: they break when its folder is moved.
@@ -23,7 +24,8 @@ endif
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help run test lint notebooks lab colab embedded evaluate-embedded full-size gpt2-xl \
-  picture benchmark-extraction benchmark-sweep benchmark-mechanisms engines scale update clean
+  picture playground browser benchmark-extraction benchmark-sweep benchmark-mechanisms engines \
+  scale update clean
 
 help: ## list the targets
 	@awk -F ': .*## ' '/^[a-z0-9-]+: .*## / { printf "make %-22s %s\n", $$1, $$2 }' Makefile
@@ -72,6 +74,12 @@ gpt2-xl: $(STAMP) ## check the published figures on the real GPT2-XL (downloads 
 picture: $(STAMP) ## draw the picture of the README again
 	$(RUN) repository.readme
 
+playground: $(STAMP) ## write the page that steers the embedded model in a browser (one HTML file)
+	$(RUN) repository.playground
+
+browser: $(BROWSER)/.installed ## try the pages in Chromium and their code in node (both from the system)
+	OMP_NUM_THREADS=1 $(BROWSER)/bin/python -m pytest -m browser tests
+
 benchmark-extraction: $(STAMP) $(PEERS)/.installed ## measure what training costs, beside steering-vectors (16 GB)
 	$(RUN) benchmarks.training_costs --peer $(PEERS)/bin/python
 
@@ -107,7 +115,7 @@ update: ## put the newest versions into constraints.txt (PYTHON=python3.11)
 	@rm -rf .venv-update
 
 clean: ## remove the environment and the caches, nothing else
-	rm -rf $(VENV) $(PEERS) $(ENGINES) .venv-update .pytest_cache .hypothesis .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(PEERS) $(ENGINES) $(BROWSER) .venv-update .pytest_cache .hypothesis .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last, so that an installation that failed or was interrupted is done again.
@@ -131,6 +139,17 @@ $(PEERS)/.installed: benchmarks/peers.txt
 	@$(PYTHON) -m venv --clear $(PEERS)
 	@echo "Installing the peers into $(PEERS)."
 	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/peers.txt
+	@touch $@
+
+# Playwright stays apart, and sees the packages of the project. It drives the browser of the system:
+# none is downloaded.
+$(BROWSER)/.installed: requirements-browser.txt $(STAMP)
+	@$(VENV)/bin/python -m venv --clear $(BROWSER)
+	@packages='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	  $(VENV)/bin/python -c "$$packages" > "$$($(BROWSER)/bin/python -c "$$packages")/project.pth"
+	@echo "Installing Playwright into $(BROWSER)."
+	@$(BROWSER)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  -r requirements-browser.txt
 	@touch $@
 
 # The engines have versions of their own, too. Where there is a GPU, vLLM is the official build. It

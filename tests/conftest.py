@@ -1,5 +1,7 @@
 """What the tests share: the embedded model, the six mechanisms on it, and some dimensions."""
 
+import os
+import shutil
 from collections.abc import Iterator
 
 import pytest
@@ -86,3 +88,15 @@ def plus(loaded, hooks, batch) -> Tensor:
 def vector(request, plus) -> Tensor:
     """The steering vector, its negative, and zero."""
     return SIGNS[request.param] * plus
+
+
+@pytest.fixture(scope="session")
+def browser_type_launch_args(browser_type_launch_args) -> dict:
+    """Let pytest-playwright start the Chromium of the system, so that none is downloaded."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.skip("there is no Chromium to open the pages in: apt-get install chromium")
+    # It gives root no sandbox.
+    options = ["--no-sandbox"] if os.geteuid() == 0 else []
+    return {**browser_type_launch_args, "executable_path": path, "args": options}
