@@ -16,7 +16,8 @@ The folders import one way, each only from those above it:
     checking   what is wrong with a steering, and what it left behind
 
 `loading` brings a model, `embedded` is the one that comes with the project, `tensor_parallel` knows
-models that are split over processes, `plots` draws what `measuring` and `sweeping` found.
+models that are split over processes, `plots` draws what `measuring` and `sweeping` found. `jobs` is
+work that a file describes, and `__main__` its command line.
 """
 
 import lazy_loader

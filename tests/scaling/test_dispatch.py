@@ -1,6 +1,7 @@
 """Units of work on workers that die: each number comes once, and who kills is named."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import example, given
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 from played import Workers
 
 from common.scaling.dispatch import Dispatch, Done, Lost, LostRowsError
-from common.scaling.units import Unit, in_order
+from common.scaling.units import Job, Unit, in_order, run_units
 
 
 def cut(count: int, size: int) -> list[Unit]:
@@ -205,6 +206,23 @@ def test_what_is_reported():
     reports: list = []
     run(Workers(deadly=[1]), cut(8, 1), 2, reports)
     assert reports[-1][1] == 3 and max(alive for alive, _ in reports) == 2
+
+
+class Nothing(Job):
+    """A job that does nothing, in this process."""
+
+    def on(self, model, tokenizer):
+        return lambda unit: None
+
+    def describe(self, number):
+        return f"row {number}"
+
+
+def test_the_bar_moves_on_by_the_rows_that_are_done():
+    steps = []
+    bar = SimpleNamespace(update=steps.append)
+    assert len(list(run_units(None, None, None, Nothing(), cut(10, 4), bar))) == 3
+    assert steps == [4, 4, 2]
 
 
 @given(st.permutations(cut(20, 4)))
