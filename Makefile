@@ -24,7 +24,8 @@ endif
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help run test lint notebooks lab colab embedded evaluate-embedded full-size gpt2-xl \
-  picture playground browser benchmark-extraction benchmark-sweep benchmark-mechanisms engines \
+  picture playground browser benchmark-extraction benchmark-sweep benchmark-choosing \
+  benchmark-mechanisms engines \
   scale update clean
 
 help: ## list the targets
@@ -85,6 +86,9 @@ benchmark-extraction: $(STAMP) $(PEERS)/.installed ## measure what training cost
 
 benchmark-sweep: $(STAMP) ## measure what a sweep costs, beside one run each
 	$(RUN) benchmarks.sweep_costs
+
+benchmark-choosing: $(STAMP) ## measure how often `choose` errs, and how long it takes (an hour)
+	$(RUN) benchmarks.choosing
 
 benchmark-mechanisms: $(STAMP) $(PEERS)/.installed ## measure what the six cost and can do (half an hour, 16 GB)
 	$(RUN) benchmarks.abilities

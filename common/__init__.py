@@ -14,6 +14,7 @@ The folders import one way, each only from those above it:
     measuring  tone, likelihood, next token, perplexity, effects, ratings
     sweeping   layers x coefficients x prompts in one batch, kept in a file
     checking   what is wrong with a steering, and what it left behind
+    choosing   layer and multiplier in one call, with a card that says how far to trust them
 
 `loading` brings a model, `embedded` is the one that comes with the project, `tensor_parallel` knows
 models that are split over processes, `plots` draws what `measuring` and `sweeping` found. `jobs` is

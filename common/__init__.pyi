@@ -13,6 +13,10 @@ from .checking.prompts import assert_same_length as assert_same_length
 from .checking.steering import assert_adds as assert_adds
 from .checking.steering import assert_same_place as assert_same_place
 from .checking.steering import assert_steers_every_row as assert_steers_every_row
+from .choosing.card import VectorCard as VectorCard
+from .choosing.choose import Choice as Choice
+from .choosing.choose import choose as choose
+from .choosing.trying import Budget as Budget
 from .loading import LoadError as LoadError
 from .loading import Preset as Preset
 from .loading import copy_sharing_weights as copy_sharing_weights
@@ -75,6 +79,7 @@ from .places.sites import LayerType as LayerType
 from .places.sites import ModelLayerConfig as ModelLayerConfig
 from .places.sites import get_num_matching_layers as get_num_matching_layers
 from .places.sites import guess_and_enhance_layer_config as guess_and_enhance_layer_config
+from .plots import plot_beside_controls as plot_beside_controls
 from .plots import plot_effect as plot_effect
 from .plots import plot_effectiveness_and_disruption as plot_effectiveness_and_disruption
 from .plots import plot_heat_map as plot_heat_map

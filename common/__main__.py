@@ -1,4 +1,4 @@
-"""The command line: `python -m common sweep job.toml`, `train job.toml`, `status file`."""
+"""The command line: `python -m common sweep job.toml`, `train`, `choose`, `status file`."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from common.jobs import Job, run_sweep, run_train, status
+from common.jobs import Job, run_choose, run_sweep, run_train, status
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 JobFile = Annotated[Path, typer.Argument(help="A job, as common/jobs.py describes it.")]
@@ -28,6 +28,14 @@ def train_command(job: JobFile, engine: Address = None) -> None:
     """Train the vectors of a job that are not there yet."""
     for name, path in _said(run_train, _said(Job.read, job), engine).items():
         typer.echo(f"{name}: {path}")
+
+
+@app.command("choose")
+def choose_command(job: JobFile) -> None:
+    """Choose layer and multiplier for the vectors of a job, and write each with its card."""
+    for name, (choice, files) in _said(run_choose, _said(Job.read, job)).items():
+        typer.echo(f"{name}: layer {choice.layer}, multiplier {choice.multiplier:.4g}")
+        typer.echo(f"  {choice.card.verdict}\n  {', '.join(map(str, files[:3]))}")
 
 
 @app.command("status")

@@ -25,6 +25,10 @@ A job is a TOML file; `python -m common` runs it. Names of files in it are relat
     [train]                         # of `train_steering_vector`: batch_size, read_token_index, …
     batch_size = 16
 
+    [choose]                        # of `choose`, which reads model, prompts and pairs above
+    metric = "tone"                 # or another one, see `metric_of`
+    budget = "minutes"              # or a table, as `Budget`
+
     [engine]                        # of `RayEngine`: address, workers, gpus_per_worker, …
     workers = 2
 """
@@ -32,15 +36,19 @@ A job is a TOML file; `python -m common` runs it. Names of files in it are relat
 import os
 import shutil
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from common.choosing.card import KEY, VectorCard
+from common.choosing.choose import Choice, choose, files_of, refuse_existing
+from common.choosing.described import metric_of
+from common.choosing.trying import Budget, budget_of
 from common.loading import Loaded, load_model
 from common.scaling.ray_engine import RayEngine
 from common.serving.vllm_runner import VllmRunner
@@ -48,12 +56,24 @@ from common.sweeping.grid import Grid
 from common.sweeping.store import progress, read_sweep
 from common.sweeping.sweep import sweep
 from common.texts.sampling import Sampling
-from common.vectors.pairs import hash_of_pairs, samples_of
+from common.vectors.pairs import SteeringVectorTrainingSample, hash_of_pairs, samples_of
 from common.vectors.steering_vector import SteeringVector
+from common.vectors.tables import pairs_from
 from common.vectors.training import train_steering_vector
 
 KEYS = {
-    "": {"model", "results", "prompts", "steering", "grid", "sampling", "sweep", "train", "engine"},
+    "": {
+        "model",
+        "results",
+        "prompts",
+        "steering",
+        "grid",
+        "sampling",
+        "sweep",
+        "train",
+        "choose",
+        "engine",
+    },
     "grid": {
         "layers",
         "coeffs",
@@ -64,6 +84,7 @@ KEYS = {
     },
     "sampling": {field.name for field in fields(Sampling)},
     "sweep": {"per_prompt", "seed", "prepend_bos", "max_memory"},
+    "choose": {"metric", "budget", "seed", "instructions", "other_texts"},
     "train": {"batch_size", "read_token_index", "prepend_bos"},
     "engine": {
         *("address", "workers", "tensor_parallel", "gpus_per_worker", "cpus_per_worker"),
@@ -74,7 +95,7 @@ TYPES = {
     "model": (str, "a name or a folder"),
     "results": (str, "the name of a file"),
     "prompts": (str | list, "a list of texts, or the name of a file"),
-    "pairs": (list, "a list of pairs of texts"),
+    "pairs": (str | list, "a list of pairs of texts, or the name of a file"),
     "vector": (str, "the name of a file"),
 }
 GREEDY = {"max_new_tokens": 16, "temperature": 0}
@@ -150,11 +171,14 @@ class Job:
         Raises:
             ValueError: there are none.
         """
-        given = self.content.get("prompts")
-        if isinstance(given, str):
-            given = self.file(given).read_text(encoding="utf-8").splitlines()
-        if not given:
+        if not (given := self.content.get("prompts")):
             raise ValueError(f"{str(self.path)!r} has no prompts")
+        return self.texts(given)
+
+    def texts(self, given: str | Sequence[str]) -> list[str]:
+        """Return texts, also those of a file with one on each line."""
+        if isinstance(given, str):
+            return self.file(given).read_text(encoding="utf-8").splitlines()
         return list(given)
 
     @property
@@ -170,6 +194,35 @@ class Job:
         needs = table.get("gpus_per_worker", 0), table.get("tensor_parallel", 1)
         several = any(isinstance(number, int | float) and number > 1 for number in needs)
         return partial(load, device="auto") if several else load
+
+    def pairs(self, name: str) -> list[SteeringVectorTrainingSample]:
+        """Return the pairs of a steering, also those of a file as `pairs_from` reads it.
+
+        Raises:
+            ValueError: it has none, or something that is not a pair.
+        """
+        if not (given := self.content["steering"][name].get("pairs")):
+            raise ValueError(f"[steering.{name}] has no pairs")
+        return pairs_from(self.file(given)) if isinstance(given, str) else samples_of(given)
+
+    def budget(self, given: str | Mapping[str, Any]) -> Budget:
+        """Return a budget by its name, or of a table; completions are drawn as [sampling] says.
+
+        Raises:
+            ValueError: no such name, or something in the table that nobody reads.
+        """
+        if isinstance(given, Mapping):
+            if unknown := sorted(given.keys() - {field.name for field in fields(Budget)}):
+                raise ValueError(f"the budget has {', '.join(map(repr, unknown))}: nobody reads it")
+            budget = Budget(**given)
+        else:
+            budget = budget_of(given)
+        sampling = asdict(budget.sampling) | self.table("sampling")
+        return replace(budget, sampling=Sampling(**sampling))
+
+    def vector(self, name: str) -> Path:
+        """Return the file of a vector."""
+        return self.file(self.content["steering"][name].get("vector", f"{name}.safetensors"))
 
     def engine(self, address: str | None) -> RayEngine | None:
         """Return the engine: None where neither the file nor the command line asks for one.
@@ -237,6 +290,33 @@ def run_sweep(job: Job, address: str | None = None) -> pd.DataFrame:
         return frame
 
 
+def run_choose(job: Job) -> dict[str, tuple[Choice, list[Path]]]:
+    """Choose layer and multiplier for the vectors of a job, and write them with their cards.
+
+    Returns:
+        By name, what was chosen, and the files.
+
+    Raises:
+        FileExistsError: a file is there already; nothing was computed.
+        ValueError: what `choose` and `metric_of` refuse.
+    """
+    table, prompts = job.table("choose"), job.prompts
+    pairs = {name: job.pairs(name) for name in job.content["steering"]}
+    for name in pairs:
+        refuse_existing(files_of(job.vector(name)))
+    budget = job.budget(table.pop("budget", "minutes"))
+    if "other_texts" in table:
+        table["other_texts"] = job.texts(table["other_texts"])
+    model, tokenizer, _ = job.load()
+    metric, next_token = metric_of(table.pop("metric", None), job.path.parent, tokenizer)
+    found = {}
+    for name, given in pairs.items():
+        options = {"name": name, "next_token": next_token, **table, **job.table("train")}
+        choice = choose(model, tokenizer, given, prompts, metric, budget, **options)
+        found[name] = choice, choice.save(job.vector(name))
+    return found
+
+
 def _open(job: Job, address: str | None) -> AbstractContextManager[RayEngine | None]:
     return job.engine(address) or nullcontext()
 
@@ -245,14 +325,17 @@ def _train(job: Job, engine: RayEngine | None, load: Callable[[], Loaded]) -> di
     """Train the vectors that are not there; returns the files of all."""
     files, missing = {}, {}
     for name, table in job.content["steering"].items():
-        files[name] = job.file(table.get("vector", f"{name}.safetensors"))
-        pairs = samples_of(table["pairs"]) if "pairs" in table else None
+        files[name] = job.vector(name)
+        pairs = job.pairs(name) if "pairs" in table else None
         if not files[name].exists():
             if pairs is None:
                 raise ValueError(f"[steering.{name}] has no pairs, and {files[name]} is not there")
             missing[name] = pairs
         elif pairs is not None:
-            found = SteeringVector.load(files[name]).metadata.get("pairs_sha256")
+            vector = SteeringVector.load(files[name])
+            found = vector.metadata.get("pairs_sha256")
+            if KEY in vector.metadata:  # trained on a part of them
+                found = VectorCard.of(vector).data["pairs, SHA-256"]
             if found not in (None, hash_of_pairs(pairs)):
                 raise ValueError(
                     f"{files[name]} was trained on other pairs than [steering.{name}] has: delete"

@@ -387,6 +387,37 @@ def plot_steerability(slopes: pd.DataFrame, layer: int | None, title: str = "") 
 
 
 @styled
+def plot_beside_controls(frame: pd.DataFrame, label: str, title: str = "") -> Figure:
+    """Draw effects one below the other, with their intervals; controls of a kind share a line.
+
+    Args:
+        frame: `name` of the line, `kind` ("vector" in colour), `mean`, and `low` and `high`, NaN
+            where there is no interval.
+        label: of the axis.
+        title: above the picture; say which model it shows.
+    """
+    groups = list(frame.groupby("name", sort=False))
+    figure, axes = _lines(len(groups), 0.6)
+    for line, (_, group) in enumerate(groups):
+        means = group["mean"].to_numpy(dtype=float)
+        if len(group) > 1:
+            # Dots of equal effects side by side: in turn above and below the middle.
+            places = line + 0.24 * np.sin(2.4 * np.arange(len(means)))
+            axes.scatter(means, places, color=UNSTEERED, alpha=0.6, s=20, linewidths=0)
+            continue
+        (kind,), ends = group["kind"], group[["low", "high"]].to_numpy(dtype=float)
+        error = np.nan_to_num(np.abs(ends - means[:, None])).T
+        colour = STEERED if kind == "vector" else REVERSED
+        axes.errorbar(means, [line], xerr=error, fmt="o", color=colour, linewidth=2)
+    axes.axvline(0, **RULE)
+    names = [textwrap.fill(str(name).replace("$", r"\$"), 30) for name, _ in groups]
+    axes.set_yticks(range(len(groups)), names)
+    axes.set(xlabel=textwrap.fill(label, 60), title=textwrap.fill(title, 60))
+    axes.set_ylim(len(groups) - 0.5, -0.5)
+    return figure
+
+
+@styled
 def plot_moves(tones: pd.DataFrame, title: str = "") -> Figure:
     """Draw how far every prompt moved under each condition, and the mean as a bar.
 

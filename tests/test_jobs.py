@@ -13,6 +13,7 @@ from common import (
     LostRowsError,
     Sampling,
     SteeringVector,
+    VectorCard,
     read_sweep,
     sweep,
     train_steering_vector,
@@ -20,6 +21,8 @@ from common import (
 from common.__main__ import app
 from common.jobs import Job, run_sweep, status
 from common.sweeping.store import SweepStore
+from embedded_model import grammar
+from embedded_model.prompts import TABLE_PROMPTS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
@@ -193,7 +196,10 @@ def test_what_goes_wrong_while_a_job_runs(job, monkeypatch):
         ("model = 3", "expected a name or a folder as model, got 3"),
         (HERE.replace("results = ", "results = 3 #"), "name of a file as results, got 3"),
         (HERE.replace("prompts = ", "prompts = 3 #"), "as prompts, got 3"),
-        (HERE.replace("pairs = ", "pairs = 3 #"), "expected a list of pairs of texts as pairs"),
+        (
+            HERE.replace("pairs = ", "pairs = 3 #"),
+            "expected a list of pairs of texts, or .* as pairs",
+        ),
         (HERE.replace("pairs = [", "pairs = [3, "), "pair 0: expected"),
         (HERE.replace("vector = ", "vector = 3 #"), "expected the name of a file as vector"),
         ("[steering.a]\nlayers = [1]", "needs pairs, or the file of a vector"),
@@ -241,3 +247,77 @@ def test_a_model_that_needs_several_gpus_is_spread_or_split(job, monkeypatch, en
     job.write_text(f"{HERE}\n[engine]\n{engine}", encoding="utf-8")
     found = Job.read(job)
     assert found.load.keywords == here and found.engine(None).load.keywords == there
+
+
+# --- choosing ---
+
+BUDGET = "{ layers = 1, strengths = [0.5], prompts = 4, calibrating = 1, instructions = 1 }"
+CHOOSING = """
+prompts = "prompts.txt"
+
+[steering.love]
+pairs = "pairs.csv"
+
+[choose]
+metric = METRIC
+BUDGET
+
+[sampling]
+max_new_tokens = 2
+temperature = 0
+"""
+
+
+@pytest.fixture
+def choosing(tmp_path) -> Path:
+    """A job whose pairs, prompts and metric are files."""
+    pairs = grammar.contrast_pairs(4, seed=3)
+    pd.DataFrame(pairs, columns=["positive", "negative"]).to_csv(
+        tmp_path / "pairs.csv", index=False
+    )
+    (tmp_path / "prompts.txt").write_text("\n".join(TABLE_PROMPTS[:8]), encoding="utf-8")
+    (tmp_path / "mine.py").write_text("def length(texts):\n    return list(map(len, texts))\n")
+    return tmp_path / "job.toml"
+
+
+@pytest.mark.parametrize(
+    "metric, name",
+    [
+        ("'tone'", "tone_sign"),
+        ("'mine.py:length'", "length"),
+        ("{ answers = ['good', 'bad'] }", ""),
+        ("{ words = { good = 1, bad = -1 } }", ""),
+    ],
+)
+def test_a_vector_is_chosen_and_written_with_its_card(choosing, metric, name):
+    text = CHOOSING.replace("METRIC", metric).replace("BUDGET", f"budget = {BUDGET}")
+    choosing.write_text(text, encoding="utf-8")
+    code, said = call("choose", choosing)
+    card = VectorCard.of(SteeringVector.load(choosing.parent / "love.safetensors"))
+    assert code == 0 and f"layer {card.place['layer']}" in said and card.verdict in said
+    assert card.name == "love" and name in card.data["metric"]
+    assert card.verdict in (choosing.parent / "love.md").read_text(encoding="utf-8")
+    before = (choosing.parent / "love.md").read_bytes()
+    code, said = call("choose", choosing)
+    assert code == 1 and "love.safetensors' is there already" in said
+    assert (choosing.parent / "love.md").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "metric, says",
+    [
+        ("'warmth'", "expected as metric 'tone', .*got 'warmth'"),
+        ("{ answers = ['good'] }", "expected as metric"),
+        ("'other.py:length'", "no file .*other.py"),
+        ("'mine.py:width'", "expected a function 'width'"),
+        ("'tone'\nbudget = { layer = 3 }", "the budget has 'layer'"),
+        ("'tone'\nbudget = 'days'", "expected a Budget, or one of"),
+        ("'tone'\nbudgets = 3", "'budgets' in .choose., which nobody reads"),
+    ],
+)
+def test_what_cannot_be_chosen_by_is_refused(choosing, metric, says):
+    text = CHOOSING.replace("METRIC", metric).replace("BUDGET", "")
+    choosing.write_text(text, encoding="utf-8")
+    code, said = call("choose", choosing)
+    assert code == 1 and re.search(says, said) and "Traceback" not in said
+    assert not (choosing.parent / "love.safetensors").exists()

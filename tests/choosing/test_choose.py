@@ -1,0 +1,331 @@
+"""Choosing on the embedded model: what a card says can be measured again, and bad pairs are told.
+
+Metrics of the next token and small budgets: the whole of it many times, in seconds.
+"""
+
+import json
+import random
+import re
+from functools import partial
+from html.parser import HTMLParser
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common import (
+    Budget,
+    Choice,
+    Sampling,
+    SteeringVector,
+    VectorCard,
+    ab_metric,
+    choose,
+    encode,
+    steering_kl,
+    tone_sign,
+)
+from common.checking.pristine import assert_pristine, snapshot
+from common.choosing.evidence import Evidence, asked
+from common.choosing.judging import gentlest_of_the_best
+from common.choosing.splitting import Split, split_at_random
+from common.choosing.trying import Subject, layers_to_try, try_strength, with_controls
+from common.vectors.training import train_steering_vector
+from embedded_model import grammar
+from embedded_model.prompts import NEW_PROMPTS, TABLE_PROMPTS
+
+PROMPTS = [*NEW_PROMPTS, *TABLE_PROMPTS]
+SHORT = Sampling(max_new_tokens=4, temperature=0.0)
+SMALL = Budget(layers=1, strengths=(0.5,), prompts=4, calibrating=1, instructions=0, sampling=SHORT)
+GOOD = ["wonderful", "lovely", "good", "nice", "great"]
+BAD = ["terrible", "horrible", "bad", "poor", "awful"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def unchanged(model):
+    before = snapshot(model)
+    yield
+    assert_pristine(model, before)
+
+
+@pytest.fixture(scope="module")
+def praise(tokenizer):
+    """How much likelier praise is than blame, as the next word."""
+    return ab_metric(tokenizer, GOOD, BAD)
+
+
+def pairs_of(kind: str, seed: int) -> list[tuple[str, str]]:
+    """Good pairs; good ones with sides swapped at random; sentences that have nothing in common."""
+    draw = random.Random(seed)
+    if kind == "unrelated":
+        _, sentences = grammar.topic_sentences(seed=444_100_000 + seed, on=0, off=60)
+        draw.shuffle(sentences)
+        return list(zip(sentences[::2], sentences[1::2]))
+    pairs = grammar.contrast_pairs(24, seed=seed)
+    if kind == "good":
+        return pairs
+    return [pair if draw.random() < 0.5 else pair[::-1] for pair in pairs]
+
+
+@pytest.fixture(scope="module")
+def choice(model, tokenizer, praise) -> Choice:
+    budget = Budget(layers=2, strengths=(0.3, 1.0), prompts=8, calibrating=2, sampling=SHORT)
+    given = (pairs_of("good", 0), PROMPTS, praise, budget)
+    return choose(model, tokenizer, *given, name="praise", next_token=True)
+
+
+# --- the law ---
+
+
+def test_bad_pairs_are_told_and_good_ones_are_found(model, tokenizer, praise):
+    """Of 20 bad sets at most one passes as better than random; of 3 good ones all do."""
+
+    def better(kind: str, seed: int) -> bool:
+        given = (pairs_of(kind, seed), PROMPTS, praise, SMALL)
+        quick = {"next_token": True, "other_texts": PROMPTS[:2]}
+        card = choose(model, tokenizer, *given, seed=seed, **quick).card
+        said = "Better than random" if card.better else "No better than random"
+        assert card.verdict.startswith(said) and said in card.markdown()
+        return card.better
+
+    bad = [better(kind, seed) for seed in range(10) for kind in ("swapped", "unrelated")]
+    assert sum(bad) <= 0.05 * len(bad)
+    assert all(better("good", seed) for seed in range(3))
+
+
+# --- what the card says ---
+
+
+def test_the_effect_can_be_measured_again(model, tokenizer, praise, choice):
+    """By plain passes over the prompts of the judgement, one at a time."""
+
+    def found(prompt: str) -> float:
+        with torch.no_grad():
+            scores = model(**encode(tokenizer, [prompt], None)).logits[:, -1]
+        return float(praise(scores, scores))
+
+    prompts = list(choice.card.slopes)
+    plain = [found(prompt) for prompt in prompts]
+    with choice.vector.apply(model, multiplier=choice.multiplier):
+        steered = [found(prompt) for prompt in prompts]
+    effect = choice.card.effect
+    assert effect["mean"] == pytest.approx(np.subtract(steered, plain).mean(), abs=1e-4)
+    assert effect["unsteered"] == pytest.approx(np.mean(plain), abs=1e-4)
+    assert effect["low"] < effect["mean"] < effect["high"]
+    steering = partial(choice.vector.apply, model, multiplier=choice.multiplier)
+    kl = steering_kl(model, tokenizer, steering, prompts, new_tokens=4)
+    assert choice.card.place["kl"] == pytest.approx(kl, rel=1e-4)
+
+
+def test_what_is_judged_was_not_chosen_on(choice):
+    data = choice.card.data
+    assert data["prompts to choose on"] == 8 and data["prompts to judge on"] == 16
+    assert len(choice.card.slopes) == choice.card.effect["prompts"] == 16
+    assert (data["pairs to train on"], data["pairs kept back"]) == (16, 8)
+
+
+@given(pairs=st.integers(2, 40), prompts=st.integers(8, 60), most=st.integers(4, 12))
+def test_a_split_parts_everything(tokenizer, pairs, prompts, most):
+    given_pairs = [(f"good {n}", f"bad {n}") for n in range(pairs)]
+    given_prompts = [f"prompt {n}" for n in range(prompts)]
+    split = split_at_random(tokenizer, given_pairs * 2, given_prompts, most, seed=prompts)
+    used = [(one.positive_str, one.negative_str) for one in (*split.trained, *split.kept)]
+    assert sorted(used) == sorted(given_pairs)
+    assert len(split.kept) == (max(5, pairs // 3) if pairs >= 10 else 0)
+    both = [*split.choosing, *split.judging]
+    assert len(set(both)) == len(both) and set(both) <= set(given_prompts)
+    assert 4 <= len(split.choosing) <= most and len(split.choosing) <= len(split.judging)
+
+
+def test_all_directions_have_the_same_settings_at_the_same_divergence(model, tokenizer, praise):
+    subject = Subject(model, tokenizer, praise, True, SMALL, 0, None)
+    vector = train_steering_vector(model, tokenizer, pairs_of("good", 0), [1, 4])
+    directions = with_controls(subject, vector, PROMPTS[:8])
+    tried = try_strength(subject, directions, PROMPTS[:8], 0.5)
+    settings_ = tried.groupby("steering")[["layer", "target_kl"]].apply(lambda one: one.to_numpy())
+    assert len(settings_) == 39 and all((one == settings_.iloc[0]).all() for one in settings_)
+    assert (tried["kl"] - 0.5).abs().max() <= 0.06
+    assert tried["kind"].value_counts().to_dict() == {"random": 38, "unrelated": 38, "vector": 2}
+
+    chosen = gentlest_of_the_best(tried)
+    split = Split([], [], PROMPTS[:8], PROMPTS[8:12])
+    rows = Evidence.gather(subject, split, directions, chosen).rows
+    assert set(rows["prompt"]) == set(split.judging)
+    steered = rows[rows["kind"] != "unsteered"].drop_duplicates("steering")
+    where = dict(zip(steered["steering"], steered["layer"]))
+    assert where == dict(zip(chosen["steering"], chosen["layer"]))  # each where it chose itself
+    assert set(where.values()) == {1, 4} and len(where) == 39
+
+
+def test_controls_have_nothing_to_do_with_the_pairs(model, tokenizer, praise):
+    """They are the same for other pairs, other ones for another seed, and all different."""
+
+    def controls(seed: int, kind: str) -> torch.Tensor:
+        subject = Subject(model, tokenizer, praise, True, SMALL, seed, None)
+        vector = train_steering_vector(model, tokenizer, pairs_of(kind, 1), [2])
+        found = with_controls(subject, vector, PROMPTS[:12]).vectors
+        rows = [one.unit().layer_activations[2] for name, one in found.items() if name != "vector"]
+        return torch.stack(rows)
+
+    one, same, other = controls(0, "good"), controls(0, "unrelated"), controls(1, "good")
+    assert torch.equal(one, same)
+    alike = one @ torch.cat([one, other]).T - torch.eye(38, 76)
+    assert alike.abs().max() < 0.999
+    assert alike[:19, 38:57].abs().max() < 0.4  # random directions of 256 numbers
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 6, 12, 48])
+def test_layers_are_spread_over_the_model(blocks):
+    layers = layers_to_try(blocks, 4, None)
+    assert len(set(layers)) == len(layers) == min(4, blocks)
+    assert layers[0] >= 0 and layers[-1] < blocks
+    assert len({b - a for a, b in pairwise(layers)}) <= 2
+
+
+# --- files and pages ---
+
+
+def test_the_card_is_in_the_file(choice, tmp_path):
+    files = choice.save(tmp_path / "praise.safetensors")
+    assert sorted(files) == sorted(tmp_path.iterdir())
+    loaded = SteeringVector.load(files[0])
+    assert VectorCard.of(loaded) == choice.card
+    assert list(loaded.layer_activations) == [choice.layer]
+    text = (tmp_path / "praise.md").read_text(encoding="utf-8")
+    for name in re.findall(r"\((praise-\w+\.png)\)", text):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert choice.card.verdict in text and text.count("png") == 2
+
+
+def test_what_is_there_stays(choice, tmp_path):
+    (tmp_path / "praise.md").write_text("mine")
+    with pytest.raises(FileExistsError, match="praise.md"):
+        choice.save(tmp_path / "praise.safetensors")
+    assert [file.name for file in tmp_path.iterdir()] == ["praise.md"]
+    assert (tmp_path / "praise.md").read_text() == "mine"
+    choice.save(tmp_path / "praise.safetensors", overwrite=True)
+    assert (tmp_path / "praise.md").read_text() != "mine"
+
+
+class Tags(HTMLParser):
+    """Collects the tags of a page, and refuses what is closed in another order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[tuple[str, dict]] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append((tag, dict(attrs)))
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_and_takes_texts_as_texts(choice):
+    content = json.loads(choice.card.to_json())
+    content.pop("format")
+    wild = "<b>$x$ | `y`</b>\n| z"
+    content |= {"name": wild, "examples": [dict.fromkeys(("prompt", "unsteered", "steered"), wild)]}
+    card = VectorCard(**content)
+    page = Tags()
+    page.feed(card.html())
+    assert not page.open and "b" not in dict(page.seen)
+    sources = [attrs["src"] for tag, attrs in page.seen if tag == "img"]
+    assert len(sources) == 2 and all(one.startswith("data:image/png;base64,") for one in sources)
+    for table in re.findall(r"(?:^\|.*\n)+", card.markdown(), flags=re.MULTILINE):
+        widths = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
+        assert len(widths) == 1, table
+
+
+def test_a_vector_has_an_ending_of_its_own(choice, tmp_path):
+    with pytest.raises(ValueError, match=r"ends in \.safetensors"):
+        choice.save(tmp_path / "praise.md")
+
+
+def test_a_vector_without_a_card_says_so(choice):
+    with pytest.raises(ValueError, match="no card"):
+        VectorCard.of(SteeringVector({0: torch.ones(4)}))
+    later = json.dumps(json.loads(choice.card.to_json()) | {"format": "2"})
+    with pytest.raises(ValueError, match="format '2'"):
+        VectorCard.of(SteeringVector({0: torch.ones(4)}, metadata={"card": later}))
+
+
+# --- texts, few pairs, other settings ---
+
+
+def test_metrics_of_texts_and_few_pairs(model, tokenizer):
+    """Few pairs: their labels cannot be checked, and the card says so."""
+    budget = Budget(
+        layers=1, strengths=(1.0,), prompts=4, calibrating=2, instructions=1, sampling=SHORT
+    )
+    given = (pairs_of("good", 0)[:6], PROMPTS[:9], tone_sign, budget)
+    card = choose(model, tokenizer, *given, layers=[-2], instructions=["I love it."]).card
+    assert card.data["pairs kept back"] == 0 and "too few pairs" in card.markdown()
+    assert card.place["layer"] == 4 and card.rival["instruction"] == "I love it."
+    assert len(card.examples) == 4 and card.data["metric"] == "tone_sign"
+    assert card.cost["texts"] >= 5 and card.cost["what"] == "what the unsteered model writes"
+
+
+def test_messages_are_prompts_too(model, tokenizer, praise, monkeypatch):
+    monkeypatch.setattr(
+        tokenizer, "chat_template", "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    )
+    prompts = [[{"role": "user", "content": prompt}] for prompt in PROMPTS[:8]]
+    given = (pairs_of("good", 0), prompts, praise, SMALL)
+    card = choose(model, tokenizer, *given, next_token=True).card
+    assert card.rival is None and card.effect["mean"] > 0 and card.effect["prompts"] == 4
+    assert all(text.rstrip() in PROMPTS[:8] for text in card.slopes)  # as the template shows them
+    given = {"instruction": "Be kind.", "prompt": prompts[0]}
+    assert asked(**given) == [{"role": "user", "content": f"Be kind.\n\n{PROMPTS[0]}"}]
+
+
+# --- refused ---
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"budget": "days"}, "expected a Budget, or one of minutes, hours, got 'days'"),
+        ({"pairs": [("a", "b")] * 3}, "expected 2 different pairs or more, got 1"),
+        ({"pairs": ["ab", "cd"]}, r"pair 0: expected \(positive_str, negative_str\), got 'ab'"),
+        ({"prompts": PROMPTS[:7]}, "expected 8 prompts or more, got 7"),
+        ({"prompts": [*PROMPTS[:8], PROMPTS[0]]}, "expected different prompts, got .* twice"),
+        ({"prompts": "I think"}, "expected a list of prompts"),
+        ({"seed": -1}, "expected an integer of 0 or more as seed"),
+        ({"layers": [99]}, r"expected layers from 0 to 5, got \[99\]"),
+    ],
+)
+def test_what_means_nothing_is_refused(model, tokenizer, praise, changes, message):
+    given = {"pairs": pairs_of("good", 0), "prompts": PROMPTS, "metric": praise, "budget": SMALL}
+    with pytest.raises(ValueError, match=message):
+        choose(model, tokenizer, **(given | changes), next_token=True)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"controls": 18}, "controls"),
+        ({"prompts": 3}, "prompts"),
+        ({"strengths": ()}, "strengths"),
+        ({"strengths": (0.3, 0.3)}, "strengths"),
+        ({"strengths": (0.0,)}, "strengths"),
+    ],
+)
+def test_a_budget_that_can_prove_nothing_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Budget(**changes)
+
+
+def test_a_metric_without_values_is_refused(model, tokenizer):
+    given = (pairs_of("good", 0), PROMPTS, lambda steered, plain: [NAN] * len(steered), SMALL)
+    with pytest.raises(ValueError, match="no value"):
+        choose(model, tokenizer, *given, next_token=True)
+
+
+NAN = float("nan")
