@@ -35,7 +35,8 @@ def choose_command(job: JobFile) -> None:
     """Choose layer and multiplier for the vectors of a job, and write each with its card."""
     for name, (choice, files) in _said(run_choose, _said(Job.read, job)).items():
         typer.echo(f"{name}: layer {choice.layer}, multiplier {choice.multiplier:.4g}")
-        typer.echo(f"  {choice.card.verdict}\n  {', '.join(map(str, files[:3]))}")
+        typer.echo(f"  {choice.card.verdict}\n  {choice.card.beside_prompting}")
+        typer.echo(f"  {', '.join(map(str, files[:3]))}")
 
 
 @app.command("status")

@@ -321,3 +321,25 @@ def test_what_cannot_be_chosen_by_is_refused(choosing, metric, says):
     code, said = call("choose", choosing)
     assert code == 1 and re.search(says, said) and "Traceback" not in said
     assert not (choosing.parent / "love.safetensors").exists()
+
+
+def test_a_chosen_vector_is_that_of_its_pairs(choosing):
+    """It was trained on a part of them; training leaves it alone, and refuses it for others."""
+    text = CHOOSING.replace("METRIC", "'tone'").replace("BUDGET", f"budget = {BUDGET}")
+    choosing.write_text(text, encoding="utf-8")
+    assert call("choose", choosing)[0] == 0
+    before = (choosing.parent / "love.safetensors").read_bytes()
+    code, said = call("train", choosing)
+    assert code == 0 and "love.safetensors" in said
+    assert (choosing.parent / "love.safetensors").read_bytes() == before
+    pairs = (choosing.parent / "pairs.csv").read_text(encoding="utf-8")
+    (choosing.parent / "pairs.csv").write_text(f"{pairs}good,bad\n", encoding="utf-8")
+    code, said = call("train", choosing)
+    assert code == 1 and "other pairs" in said
+
+
+def test_pairs_of_a_job_are_pairs(choosing):
+    text = CHOOSING.replace("METRIC", "'tone'").replace("BUDGET", "")
+    choosing.write_text(text.replace('"pairs.csv"', "[['a', 'b'], ['c']]"), encoding="utf-8")
+    code, said = call("choose", choosing)
+    assert code == 1 and "pair 1: expected (positive_str, negative_str)" in said

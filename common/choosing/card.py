@@ -112,6 +112,21 @@ class VectorCard:
             return f"Better than random: {_signed(self.effect)}.{but}"
         return f"No better than random: {'; '.join(failed)}."
 
+    @property
+    def beside_prompting(self) -> str:
+        """Say in a sentence whether steering does more than prompting, each as strong as it is."""
+        if self.rival is None:
+            return "No prompt was tried beside it."
+        more, low, high = (self.rival[name] for name in ("more", "more low", "more high"))
+        if more is None or low is None or high is None:
+            return "Whether prompting does more is not known: the metric has too few values."
+        if low <= 0 <= high:
+            by = f"{_number(more)} ({_number(low)} to {_number(high)})"
+            return f"It cannot be told from prompting: steering minus prompting is {by}."
+        what = "It does more than prompting" if low > 0 else "Prompting does more"
+        ends = sorted((abs(low), abs(high)))
+        return f"{what}, by {_number(abs(more))} ({_number(ends[0])} to {_number(ends[1])})."
+
     def markdown(self, pictures: str = "") -> str:
         """Return the page in Markdown.
 
@@ -145,7 +160,8 @@ class VectorCard:
         label = (
             f"{self.data['metric']}: move from unsteered, mean of {self.effect['prompts']} prompts"
         )
-        return plot_beside_controls(frame, label, self.name)
+        title = f"{self.name}: {self.data['model']}, layer {self.place['layer']}"
+        return plot_beside_controls(frame, label, title)
 
     def plot_slopes(self) -> Figure:
         """Draw the slope of every prompt."""

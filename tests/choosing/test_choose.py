@@ -6,6 +6,7 @@ Metrics of the next token and small budgets: the whole of it many times, in seco
 import json
 import random
 import re
+from dataclasses import replace
 from functools import partial
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -254,6 +255,25 @@ def test_a_vector_without_a_card_says_so(choice):
     later = json.dumps(json.loads(choice.card.to_json()) | {"format": "2"})
     with pytest.raises(ValueError, match="format '2'"):
         VectorCard.of(SteeringVector({0: torch.ones(4)}, metadata={"card": later}))
+
+
+@pytest.mark.parametrize(
+    "more, says",
+    [
+        ((0.5, 0.2, 0.8), "It does more than prompting, by 0.50 (0.20 to 0.80)."),
+        ((-0.5, -0.8, -0.2), "Prompting does more, by 0.50 (0.20 to 0.80)."),
+        ((0.5, -0.1, 1.1), "It cannot be told from prompting: steering minus prompting is 0.50"),
+        ((0.5, None, None), "Whether prompting does more is not known"),
+        (None, "No prompt was tried beside it."),
+    ],
+)
+def test_the_card_says_whether_a_prompt_does_more(choice, more, says):
+    rival = None if more is None else dict(zip(("more", "more low", "more high"), more))
+    if rival is not None:
+        rival = {"instruction": "Be kind.", "mean": 1.0, "low": 0.5, "high": 1.5, **rival}
+    card = replace(choice.card, rival=rival)
+    assert card.beside_prompting.startswith(says)
+    assert says in card.markdown() and says in card.html()
 
 
 # --- texts, few pairs, other settings ---
