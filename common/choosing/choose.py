@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -28,7 +29,7 @@ from common.measuring.logit_metrics import LogitMetric
 from common.measuring.metrics import Metric
 from common.passes.prompts import Prompt
 from common.places.blocks import get_blocks
-from common.progress import progress_bar
+from common.progress import DELAY, progress_bar
 from common.vectors.files import write_whole
 from common.vectors.pairs import Sample
 from common.vectors.steering_vector import SteeringVector
@@ -183,7 +184,7 @@ def choose(
         step("judging")
         found = Evidence.gather(subject, split, directions, gentlest_of_the_best(tried))
         answers = [
-            moves_the_right_way(found.effect[1]),
+            moves_the_right_way(*found.effect[1:]),
             *(beats(found.effect[0], found.controls[kind], CONTROLS[kind]) for kind in CONTROLS),
             tells_apart(found.apart(training), FEWEST_PAIRS),
         ]
@@ -221,7 +222,8 @@ def _steps(count: int, show: bool) -> Iterator[Any]:
         def step(title: str) -> None:
             bar.update(1 if begun else 0)
             begun.append(title)
-            bar.set_description(f"Choosing: {title}")
+            long = show and time.time() - bar.start_t > DELAY
+            bar.set_description(f"Choosing: {title}", refresh=long)
 
         yield step
         bar.update(1)

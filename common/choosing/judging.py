@@ -95,10 +95,17 @@ def beats(effect: float, others: Sequence[float], what: str) -> Judged:
     return Judged(f"Does it do more than {what}?", found, p, p <= LEVEL)
 
 
-def moves_the_right_way(low: float) -> Judged:
-    """Ask whether the interval of the effect lies above 0."""
+def moves_the_right_way(low: float, high: float) -> Judged:
+    """Ask whether the interval of the effect lies above 0.
+
+    Args:
+        low: where the interval begins.
+        high: where it ends.
+    """
     passed = low > 0
     found = f"the interval of the effect begins at {low:.2f}"
+    if high < 0:
+        found = f"it lowers the metric (the interval ends at {high:.2f}): are the sides swapped?"
     return Judged("Does it move the metric the right way?", found, None, bool(passed))
 
 

@@ -14,6 +14,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from architectures import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,6 +26,7 @@ from common import (
     VectorCard,
     ab_metric,
     choose,
+    complete,
     encode,
     steering_kl,
     tone_sign,
@@ -276,7 +278,32 @@ def test_the_card_says_whether_a_prompt_does_more(choice, more, says):
     assert says in card.markdown() and says in card.html()
 
 
-# --- texts, few pairs, other settings ---
+# --- other models, texts, few pairs, other settings ---
+
+
+def vowels(texts: list[str]) -> list[int]:
+    return [sum(text.count(one) for one in "aeiou") for text in texts]
+
+
+@pytest.mark.parametrize("name", ["Llama", "OPT", "BART decoder", "RecurrentGemma"])
+def test_any_model_gets_a_card_and_stays_as_it_was(tokenizer, name, capsys):
+    """With a metric that nothing trained for: the card does not believe in it."""
+    tiny = tiny_model(name, len(tokenizer))
+    before = snapshot(tiny)
+    given = (pairs_of("good", 0)[:10], PROMPTS[:8], vowels, replace(SMALL, instructions=1))
+    choice = choose(tiny, tokenizer, *given)
+    assert_pristine(tiny, before)
+    assert "Choosing" not in capsys.readouterr().err  # no bar within five seconds
+    prompts = list(choice.card.slopes)
+    found = {}
+    for multiplier in (0.0, choice.multiplier):
+        with choice.vector.apply(tiny, multiplier=multiplier):
+            rows = complete(tiny, tokenizer, prompts, sampling=SHORT, seed=0, prepend_bos=None)
+            texts = rows["completions"].tolist()
+        found[multiplier] = np.mean(vowels(texts))
+    effect = found[choice.multiplier] - found[0.0]
+    assert choice.card.effect["mean"] == pytest.approx(effect)
+    assert choice.card.place["layer"] == 2 and not choice.card.better
 
 
 def test_metrics_of_texts_and_few_pairs(model, tokenizer):

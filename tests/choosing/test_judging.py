@@ -68,8 +68,11 @@ def test_without_pairs_nobody_is_asked():
 
 
 def test_an_effect_has_to_lie_above_zero():
-    assert moves_the_right_way(0.1).passed
-    assert not any(moves_the_right_way(low).passed for low in (0.0, -0.1, NAN))
+    assert moves_the_right_way(0.1, 0.2).passed
+    assert not any(moves_the_right_way(low, 0.2).passed for low in (0.0, -0.1, NAN))
+    wrong = moves_the_right_way(-0.2, -0.1)
+    assert not wrong.passed and "swapped" in wrong.found
+    assert "swapped" not in moves_the_right_way(-0.2, 0.0).found
 
 
 # --- choosing ---
