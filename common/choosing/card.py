@@ -222,7 +222,11 @@ class VectorCard:
                 ends = known[len(known) // 2], known[0], known[-1]
                 title = f"{CONTROLS[kind]}: median, least, most"
                 rows.append((title, *map(_number, ends)))
-        said = "" if self.rival is None else f" The prompt is {self.rival['instruction']!r}."
+        said = (
+            ""
+            if self.rival is None
+            else f" The best of the prompts was {self.rival['instruction']!r}."
+        )
         cost = (
             f" It makes {self.cost['what']} ({self.cost['texts']}) {_number(self.cost['ratio'])}"
             f" times as perplexing, random directions {_number(self.cost['random'])} times."

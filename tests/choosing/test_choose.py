@@ -143,6 +143,13 @@ def test_a_split_parts_everything(tokenizer, pairs, prompts, most):
     assert 4 <= len(split.choosing) <= most and len(split.choosing) <= len(split.judging)
 
 
+def test_another_seed_splits_otherwise(tokenizer):
+    given = (tokenizer, pairs_of("good", 0), PROMPTS, 8)
+    one, again, other = (split_at_random(*given, seed) for seed in (0, 0, 1))
+    assert one == again
+    assert one.judging != other.judging and one.kept != other.kept
+
+
 def test_all_directions_have_the_same_settings_at_the_same_divergence(model, tokenizer, praise):
     subject = Subject(model, tokenizer, praise, True, SMALL, 0, None)
     vector = train_steering_vector(model, tokenizer, pairs_of("good", 0), [1, 4])
@@ -312,7 +319,9 @@ def test_metrics_of_texts_and_few_pairs(model, tokenizer):
         layers=1, strengths=(1.0,), prompts=4, calibrating=2, instructions=1, sampling=SHORT
     )
     given = (pairs_of("good", 0)[:6], PROMPTS[:9], tone_sign, budget)
-    card = choose(model, tokenizer, *given, layers=[-2], instructions=["I love it."]).card
+    options = {"layers": [-2], "instructions": ["I love it."], "seed": 3}
+    card = choose(model, tokenizer, *given, **options).card
+    assert list(card.slopes) == split_at_random(tokenizer, *given[:2], 4, seed=3).judging
     assert card.data["pairs kept back"] == 0 and "too few pairs" in card.markdown()
     assert card.place["layer"] == 4 and card.rival["instruction"] == "I love it."
     assert len(card.examples) == 4 and card.data["metric"] == "tone_sign"
