@@ -66,10 +66,10 @@ def rates(seeds: int, of: str) -> dict[str, Any]:
     for kind in KINDS:
         cards = []
         for seed in range(seeds):
-            pairs, options = pairs_of(kind, seed), {"next_token": of == "next token"}
+            pairs = pairs_of(kind, seed)
             others = {"other_texts": PROMPTS[:4], "show_progress": False}
             given = (pairs, PROMPTS, metric, BUDGET)
-            cards.append(choose(model, tokenizer, *given, seed=seed, **options, **others).card)
+            cards.append(choose(model, tokenizer, *given, seed=seed, **others).card)
         passed = sum(card.better for card in cards)
         interval = stats.binomtest(passed, seeds).proportion_ci(0.95, "wilson")
         each = {

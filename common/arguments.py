@@ -92,6 +92,14 @@ def takes_two(function: Callable) -> bool:
     return _needs(function, 2)
 
 
+def first_name(function: Callable) -> str | None:
+    """Return the name of the first argument of a function, if it has one."""
+    try:
+        return next(iter(inspect.signature(function).parameters), None)
+    except (TypeError, ValueError):  # some built-in callables have none
+        return None
+
+
 def _needs(function: Callable, count: int) -> bool:
     try:
         signature = inspect.signature(function)

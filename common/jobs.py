@@ -308,10 +308,10 @@ def run_choose(job: Job) -> dict[str, tuple[Choice, list[Path]]]:
     if "other_texts" in table:
         table["other_texts"] = job.texts(table["other_texts"])
     model, tokenizer, _ = job.load()
-    metric, next_token = metric_of(table.pop("metric", None), job.path.parent, tokenizer)
+    metric = metric_of(table.pop("metric", None), job.path.parent, tokenizer)
     found = {}
     for name, given in pairs.items():
-        options = {"name": name, "next_token": next_token, **table, **job.table("train")}
+        options = {"name": name, **table, **job.table("train")}
         choice = choose(model, tokenizer, given, prompts, metric, budget, **options)
         found[name] = choice, choice.save(job.vector(name))
     return found

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from common.arguments import integer
+from common.arguments import first_name, integer
 from common.choosing.card import CONTROLS, KEY, PICTURES, VectorCard
 from common.choosing.evidence import Evidence, settings_of_vector, shares_of
 from common.choosing.judging import beats, gentlest_of_the_best, moves_the_right_way, tells_apart
@@ -27,7 +27,7 @@ from common.choosing.trying import (
 )
 from common.measuring.logit_metrics import LogitMetric
 from common.measuring.metrics import Metric
-from common.passes.prompts import Prompt
+from common.passes.prompts import Prompt, check_prompts
 from common.places.blocks import get_blocks
 from common.progress import DELAY, progress_bar
 from common.vectors.files import write_whole
@@ -116,7 +116,7 @@ def choose(
     budget: str | Budget = "minutes",
     *,
     name: str = "the vector",
-    next_token: bool = False,
+    next_token: bool | None = None,
     other_texts: Sequence[Prompt] | None = None,
     instructions: Sequence[str] | None = None,
     seed: int = 0,
@@ -142,11 +142,12 @@ def choose(
             than 10 none are kept back, and the card says that their labels were not checked.
         prompts: texts, or messages for a chat model: what the model will be used for. 24 or more
             are better than the 8 that are needed.
-        metric: one number for each completion (see `add_metric_cols`), or, with `next_token`, for
-            each row of logits (see `sweep_logits`, `ab_metric`). Positive prompts are to raise it.
+        metric: one number for each completion (see `add_metric_cols`), or for each row of logits
+            (see `sweep_logits`, `ab_metric`). The positive sides of the pairs are to raise it.
         budget: "minutes", "hours", or a `Budget`.
         name: of the vector, for the card.
-        next_token: the metric is of the next token; no text is written.
+        next_token: whether the metric is of logits, so that no text is written. By default it is
+            where its first argument is called `steered`, as that of `ab_metric` is.
         other_texts: texts that steering should leave alone, to see how much likelier or less likely
             they become; by default what the unsteered model writes after the prompts.
         instructions: prompts in words, which compete: each is put in front of a prompt, and the
@@ -161,11 +162,19 @@ def choose(
         The vector of the chosen layer, layer, multiplier, and the card.
 
     Raises:
-        ValueError: an unknown budget; fewer than 2 pairs or 8 different prompts; a metric that does
-            not give one number, or none at all on these prompts; what training, calibration and
-            sweeps refuse.
+        ValueError: an unknown budget; fewer than 2 pairs or 8 different prompts; a metric that
+            cannot be called, does not give one number, or none at all on these prompts; one text
+            where several are expected; what training, calibration and sweeps refuse.
     """
     budget, seed = budget_of(budget), integer(seed, "seed")
+    if not callable(metric):
+        raise ValueError(f"expected a function as metric, got {metric!r}")
+    if isinstance(instructions, str):
+        raise ValueError(f"expected a list of texts as instructions, got {instructions!r}")
+    if other_texts is not None:
+        check_prompts(other_texts)
+    if next_token is None:
+        next_token = first_name(metric) == "steered"
     split = split_at_random(tokenizer, pairs, prompts, budget.prompts, seed)
     bos = training.get("prepend_bos")
     subject = Subject(model, tokenizer, metric, next_token, budget, seed, bos)

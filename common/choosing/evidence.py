@@ -232,7 +232,7 @@ class Evidence:
         prompts = [prompt_text(subject.tokenizer, p) for p in (*split.choosing, *split.judging)]
         return {
             "model": model_name(subject.model),
-            "metric": getattr(subject.metric, "__name__", type(subject.metric).__name__),
+            "metric": _name(subject.metric),
             "of": "the next token" if subject.next_token else "completions",
             "pairs to train on": len(split.trained),
             "pairs kept back": len(split.kept),
@@ -269,6 +269,11 @@ def asked(instruction: str, prompt: Prompt) -> Prompt:
         return f"{instruction} {prompt}"
     first, *others = prompt
     return [{**first, "content": f"{instruction}\n\n{first['content']}"}, *others]
+
+
+def _name(metric: Any) -> str:
+    name = getattr(metric, "__name__", type(metric).__name__)
+    return "the metric" if name == "<lambda>" else name
 
 
 def _sha(content: Any) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from common.passes.prompts import Prompt, prompt_text
+from common.passes.prompts import Prompt, check_prompts, prompt_text
 from common.vectors.pairs import Sample, SteeringVectorTrainingSample, hash_of_pairs, samples_of
 
 FEWEST_PROMPTS = 8
@@ -52,9 +52,8 @@ def split_at_random(
         ValueError: a text instead of a list, something that is no pair, fewer than 2 pairs, fewer
             than 8 prompts, or one that is there twice.
     """
-    if isinstance(prompts, str):
-        raise ValueError(f"expected a list of prompts, got {prompts!r}")
-    given = samples_of(pairs)
+    check_prompts(prompts if isinstance(prompts, str) else (prompts := list(prompts)))
+    given = samples_of(pairs if isinstance(pairs, str) else list(pairs))
     samples = list({hash_of_pairs([one]): one for one in given}.values())
     if len(samples) < 2:
         raise ValueError(f"expected 2 different pairs or more, got {len(samples)}")

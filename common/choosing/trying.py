@@ -159,12 +159,16 @@ class Subject:
             prepend_bos=self.bos,
             show_progress=False,
         )
-        if "metric" not in rows:
-            several = [name for name in rows if str(name).startswith("metric_")]
+        if "metric" in rows:
+            return rows
+        columns = [name for name in rows if str(name).startswith("metric_")]
+        if len(columns) > 1:
             raise ValueError(
-                f"expected a metric that gives one number for each text, got columns: {several}"
+                "expected a metric that gives one number for each text, got columns:"
+                f" {', '.join(one.removeprefix('metric_') for one in columns)}. Of a pipeline take"
+                " one, as in lambda texts: [found['score'] for found in pipeline(texts)]"
             )
-        return rows
+        return rows.rename(columns={columns[0]: "metric"})
 
     def unsteered(self, prompts: Sequence[Prompt], judging: bool = False) -> np.ndarray:
         """Measure prompts as they are, in their order; means over their completions."""

@@ -42,7 +42,16 @@ def ab_metric(
     if both := sorted({*ids[0]} & {*ids[1]}):
         raise ValueError(f"{tokenizer.decode(both[:1])!r} is an answer of both: {a!r} and {b!r}")
     of_a, of_b = map(token_logprob, ids)
-    return lambda steered, unsteered: of_a(steered, unsteered) - of_b(steered, unsteered)
+
+    def difference(steered: Tensor, unsteered: Tensor) -> Tensor:
+        return of_a(steered, unsteered) - of_b(steered, unsteered)
+
+    difference.__name__ = f"log p({_or(a)}) - log p({_or(b)})"
+    return difference
+
+
+def _or(words: str | Sequence[str]) -> str:
+    return words if isinstance(words, str) else " or ".join(words)
 
 
 def mean_logprob(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str]) -> LogitMetric:
@@ -57,6 +66,9 @@ def mean_logprob(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str]) -> 
     if isinstance(answers, str) or not answers:
         raise ValueError(f"expected a list of answers, got {answers!r}")
     found = [token_logprob(token_set(tokenizer, [answer])) for answer in answers]
-    return lambda steered, unsteered: torch.stack(
-        [logprob(steered, unsteered) for logprob in found]
-    ).mean(0)
+
+    def mean(steered: Tensor, unsteered: Tensor) -> Tensor:
+        return torch.stack([logprob(steered, unsteered) for logprob in found]).mean(0)
+
+    mean.__name__ = f"mean log p of {', '.join(answers)}"
+    return mean

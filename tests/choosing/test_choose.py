@@ -77,7 +77,7 @@ def pairs_of(kind: str, seed: int) -> list[tuple[str, str]]:
 def choice(model, tokenizer, praise) -> Choice:
     budget = Budget(layers=2, strengths=(0.3, 1.0), prompts=8, calibrating=2, sampling=SHORT)
     given = (pairs_of("good", 0), PROMPTS, praise, budget)
-    return choose(model, tokenizer, *given, name="praise", next_token=True)
+    return choose(model, tokenizer, *given, name="praise")
 
 
 # --- the law ---
@@ -88,7 +88,7 @@ def test_bad_pairs_are_told_and_good_ones_are_found(model, tokenizer, praise):
 
     def better(kind: str, seed: int) -> bool:
         given = (pairs_of(kind, seed), PROMPTS, praise, SMALL)
-        quick = {"next_token": True, "other_texts": PROMPTS[:2]}
+        quick = {"other_texts": PROMPTS[:2]}
         card = choose(model, tokenizer, *given, seed=seed, **quick).card
         said = "Better than random" if card.better else "No better than random"
         assert card.verdict.startswith(said) and said in card.markdown()
@@ -125,6 +125,7 @@ def test_the_effect_can_be_measured_again(model, tokenizer, praise, choice):
 
 def test_what_is_judged_was_not_chosen_on(choice):
     data = choice.card.data
+    assert data["metric"].startswith("log p(wonderful or lovely or good or nice or great) - log p(")
     assert data["prompts to choose on"] == 8 and data["prompts to judge on"] == 16
     assert len(choice.card.slopes) == choice.card.effect["prompts"] == 16
     assert (data["pairs to train on"], data["pairs kept back"]) == (16, 8)
@@ -335,7 +336,7 @@ def test_messages_are_prompts_too(model, tokenizer, praise, monkeypatch):
     )
     prompts = [[{"role": "user", "content": prompt}] for prompt in PROMPTS[:8]]
     given = (pairs_of("good", 0), prompts, praise, SMALL)
-    card = choose(model, tokenizer, *given, next_token=True).card
+    card = choose(model, tokenizer, *given).card
     assert card.rival is None and card.effect["mean"] > 0 and card.effect["prompts"] == 4
     assert all(text.rstrip() in PROMPTS[:8] for text in card.slopes)  # as the template shows them
     given = {"instruction": "Be kind.", "prompt": prompts[0]}
@@ -356,12 +357,17 @@ def test_messages_are_prompts_too(model, tokenizer, praise, monkeypatch):
         ({"prompts": "I think"}, "expected a list of prompts"),
         ({"seed": -1}, "expected an integer of 0 or more as seed"),
         ({"layers": [99]}, r"expected layers from 0 to 5, got \[99\]"),
+        ({"layers": [1, -5]}, "layer 1 is given twice"),
+        ({"metric": "tone"}, "expected a function as metric, got 'tone'"),
+        ({"instructions": "Be kind."}, "expected a list of texts as instructions"),
+        ({"other_texts": "one text"}, "expected a list of prompts, got 'one text'"),
+        ({"prompts": [{"role": "user", "content": "Hi"}]}, "the messages of one"),
     ],
 )
 def test_what_means_nothing_is_refused(model, tokenizer, praise, changes, message):
     given = {"pairs": pairs_of("good", 0), "prompts": PROMPTS, "metric": praise, "budget": SMALL}
     with pytest.raises(ValueError, match=message):
-        choose(model, tokenizer, **(given | changes), next_token=True)
+        choose(model, tokenizer, **(given | changes))
 
 
 @pytest.mark.parametrize(
@@ -379,10 +385,26 @@ def test_a_budget_that_can_prove_nothing_is_refused(changes, message):
         Budget(**changes)
 
 
+def test_a_metric_of_one_column_is_a_number_and_two_are_refused(model, tokenizer):
+    given = (pairs_of("good", 0), iter(PROMPTS[:8]))
+
+    def one(texts: list[str]) -> list[dict]:
+        return [{"length": len(text)} for text in texts]
+
+    def two(texts: list[str]) -> list[dict]:
+        return [{"label": "long", "score": len(text)} for text in texts]
+
+    card = choose(model, tokenizer, *given, lambda texts: one(texts), SMALL).card
+    assert card.data["metric"] == "the metric"
+    assert card.effect["unsteered"] > 4 and card.data["of"] == "completions"
+    with pytest.raises(ValueError, match="got columns: label, score. Of a pipeline"):
+        choose(model, tokenizer, given[0], PROMPTS[:8], two, SMALL)
+
+
 def test_a_metric_without_values_is_refused(model, tokenizer):
     given = (pairs_of("good", 0), PROMPTS, lambda steered, plain: [NAN] * len(steered), SMALL)
     with pytest.raises(ValueError, match="no value"):
-        choose(model, tokenizer, *given, next_token=True)
+        choose(model, tokenizer, *given)
 
 
 NAN = float("nan")
