@@ -226,12 +226,12 @@ def choose(
 def _steps(count: int, show: bool) -> Iterator[Any]:
     """A bar of steps; what it gives is called with the name of each as it begins."""
     with progress_bar(count, "Choosing", "step", show) as bar:
-        begun: list[str] = []
+        begun: list[float] = []
 
         def step(title: str) -> None:
             bar.update(1 if begun else 0)
-            begun.append(title)
-            long = show and time.time() - bar.start_t > DELAY
+            begun.append(time.monotonic())
+            long = begun[-1] - begun[0] > DELAY
             bar.set_description(f"Choosing: {title}", refresh=long)
 
         yield step

@@ -28,6 +28,7 @@ from common import (
     choose,
     complete,
     encode,
+    pca_aggregator,
     steering_kl,
     tone_sign,
 )
@@ -129,6 +130,24 @@ def test_what_is_judged_was_not_chosen_on(choice):
     assert data["prompts to choose on"] == 8 and data["prompts to judge on"] == 16
     assert len(choice.card.slopes) == choice.card.effect["prompts"] == 16
     assert (data["pairs to train on"], data["pairs kept back"]) == (16, 8)
+
+
+def test_the_choice_does_not_know_what_the_judgement_finds(model, tokenizer):
+    """A metric that is turned round on the prompts of the judgement changes the judgement only."""
+    split = split_at_random(tokenizer, pairs_of("good", 0), PROMPTS[:12], 4, seed=0)
+
+    def found(turned: bool) -> VectorCard:
+        def metric(prompts: list[str], completions: list[str]) -> list[int]:
+            signs = [-1 if turned and prompt in split.judging else 1 for prompt in prompts]
+            return [sign * len(text) for sign, text in zip(signs, completions)]
+
+        budget = replace(SMALL, layers=2, strengths=(0.3, 1.0))
+        return choose(model, tokenizer, pairs_of("good", 0), PROMPTS[:12], metric, budget).card
+
+    card, turned = found(False), found(True)
+    assert list(card.slopes) == split.judging
+    assert (card.tried, card.place) == (turned.tried, turned.place)
+    assert card.effect["mean"] == -turned.effect["mean"] != 0
 
 
 @given(pairs=st.integers(2, 40), prompts=st.integers(8, 60), most=st.integers(4, 12))
@@ -300,7 +319,8 @@ def test_any_model_gets_a_card_and_stays_as_it_was(tokenizer, name, capsys):
     before = snapshot(tiny)
     given = (pairs_of("good", 0)[:10], PROMPTS[:8], vowels, replace(SMALL, instructions=1))
     bos = True if name == "OPT" else None
-    choice = choose(tiny, tokenizer, *given, prepend_bos=bos)
+    others = {"aggregator": pca_aggregator()} if name == "Llama" else {}
+    choice = choose(tiny, tokenizer, *given, prepend_bos=bos, **others)
     assert_pristine(tiny, before)
     assert "Choosing" not in capsys.readouterr().err  # no bar within five seconds
     prompts = list(choice.card.slopes)
@@ -312,6 +332,7 @@ def test_any_model_gets_a_card_and_stays_as_it_was(tokenizer, name, capsys):
         found[multiplier] = np.mean(vowels(texts))
     effect = found[choice.multiplier] - found[0.0]
     assert choice.card.effect["mean"] == pytest.approx(effect)
+    assert choice.card.judged[0]["passed"] == (choice.card.effect["low"] > 0)
     assert choice.card.place["layer"] == 2 and not choice.card.better
 
 
