@@ -61,6 +61,18 @@ DRAWN = {
         ),
         3,
     ],
+    "plot_beside_controls": [
+        pd.DataFrame(
+            {
+                "name": ["Love", "random directions", "random directions"],
+                "kind": ["vector", "random", "random"],
+                "mean": [0.5, 0.1, -0.1],
+                "low": [0.3, None, None],
+                "high": [0.7, None, None],
+            }
+        ),
+        "tone",
+    ],
     "plot_tones": [{"unsteered": {"positive": 0.3, "neither": 0.5, "negative": 0.2}}],
     "token_strip": [[["I", " a"]], [[1]], ["a text"]],
 }
