@@ -52,7 +52,7 @@ MOST_CELLS = {
     "training_vectors": 36,
     "activation_additions": 40,
     "nnsight_additions": 40,
-    "measuring": 40,
+    "measuring": 41,
 }
 
 
