@@ -33,7 +33,8 @@ from repository.mechanisms import MECHANISMS, ROOT
 from repository.notebooks import IGNORED, WIDGET, notebook_paths, problems, store
 
 OURS = ("common", "repository")
-READ = [*MECHANISMS, "comparison", "failures"]  # the lines of these fit a narrow window
+# the lines of these fit a narrow window
+READ = [*MECHANISMS, "comparison", "failures", "conditional_steering"]
 NAMES = [path.stem for path in notebook_paths()]
 HEADINGS = [
     "Setup",
@@ -53,6 +54,7 @@ MOST_CELLS = {
     "activation_additions": 40,
     "nnsight_additions": 40,
     "measuring": 41,
+    "conditional_steering": 40,
 }
 
 
