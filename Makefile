@@ -7,6 +7,7 @@ CONSTRAINTS ?= constraints.txt
 VENV := .venv
 PEERS := .venv-peers
 ENGINES := .venv-engines
+SITE := .venv-site
 BROWSER := .venv-browser
 LLAMA_CPP := $(ENGINES)/llama.cpp
 OUT ?= embedded-again
@@ -24,7 +25,7 @@ endif
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help run test lint notebooks lab colab embedded evaluate-embedded full-size gpt2-xl \
-  picture playground browser benchmark-extraction benchmark-sweep benchmark-choosing \
+  picture playground site browser benchmark-extraction benchmark-sweep benchmark-choosing \
   benchmark-mechanisms engines \
   scale update clean
 
@@ -78,7 +79,7 @@ picture: $(STAMP) ## draw the picture of the README again
 playground: $(STAMP) ## write the page that steers the embedded model in a browser (one HTML file)
 	$(RUN) repository.playground
 
-browser: $(BROWSER)/.installed ## try the pages in Chromium and their code in node (both from the system)
+browser: $(BROWSER)/.installed site ## try the pages in Chromium and their code in node (both from the system)
 	OMP_NUM_THREADS=1 $(BROWSER)/bin/python -m pytest -m browser tests
 
 benchmark-extraction: $(STAMP) $(PEERS)/.installed ## measure what training costs, beside steering-vectors (16 GB)
@@ -105,21 +106,29 @@ engines: $(LLAMA_CPP)/.built ## steer in vLLM and llama.cpp: check their laws, m
 	$(ENGINES)/bin/python -m benchmarks.engine_texts
 	$(ENGINES)/bin/python -m benchmarks.engine_costs
 
+site: $(SITE)/.installed playground ## build the site and check it: notebooks, pages, reference, search (site/_build/html)
+	$(SITE)/bin/python site/build.py
+	$(SITE)/bin/python -m pytest --quiet --noconftest -m site tests/site
+
 # Under the Python of the stored outputs. torch without its build, so that pip takes the build the
 # machine offers; what a CUDA build brings is pinned by torch itself.
-update: ## put the newest versions into constraints.txt (PYTHON=python3.11)
-	@$(PYTHON) -m venv --clear .venv-update
-	.venv-update/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt \
-	  -r requirements-scale.txt
-	.venv-update/bin/python -m pip freeze --all > .venv-update/frozen
-	grep '^#' constraints.txt > .venv-update/constraints.txt
-	sed -E '/^(pip|nvidia-.*|cuda-.*|triton)==/d; s/\+.*//' .venv-update/frozen \
-	  >> .venv-update/constraints.txt
-	mv .venv-update/constraints.txt constraints.txt
+update: ## put the newest versions into both constraints files (PYTHON=python3.11)
+	for written in constraints constraints-site; do \
+	  case $$written in constraints) wanted='-r requirements-dev.txt -r requirements-scale.txt';; \
+	    *) wanted='-r requirements-site.txt';; esac; \
+	  $(PYTHON) -m venv --clear .venv-update && \
+	  .venv-update/bin/python -m pip install --quiet --disable-pip-version-check $$wanted && \
+	  .venv-update/bin/python -m pip freeze --all > .venv-update/frozen && \
+	  grep '^#' $$written.txt > .venv-update/written && \
+	  sed -E '/^(pip|nvidia-.*|cuda-.*|triton)==/d; s/\+.*//' .venv-update/frozen \
+	    >> .venv-update/written && \
+	  mv .venv-update/written $$written.txt || exit 1; \
+	done
 	@rm -rf .venv-update
 
 clean: ## remove the environment and the caches, nothing else
-	rm -rf $(VENV) $(PEERS) $(ENGINES) $(BROWSER) .venv-update .pytest_cache .hypothesis .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(PEERS) $(ENGINES) $(SITE) $(BROWSER) site/_build .venv-update .pytest_cache \
+	  .hypothesis .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last, so that an installation that failed or was interrupted is done again.
@@ -143,6 +152,13 @@ $(PEERS)/.installed: benchmarks/peers.txt
 	@$(PYTHON) -m venv --clear $(PEERS)
 	@echo "Installing the peers into $(PEERS)."
 	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/peers.txt
+	@touch $@
+
+$(SITE)/.installed: requirements-site.txt constraints-site.txt
+	@$(PYTHON) -m venv --clear $(SITE)
+	@echo "Installing what the site needs into $(SITE)."
+	@$(SITE)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-site.txt \
+	  -c constraints-site.txt
 	@touch $@
 
 # Playwright stays apart, and sees the packages of the project. It drives the browser of the system:

@@ -150,9 +150,9 @@ def effectiveness_and_disruption(
     """Measure, after every token of a prompt, what steering does to the next token.
 
     With P the unsteered and Q the steered probabilities, A the aligned tokens and B all others:
-    effectiveness is log Q(A) - log P(A); disruption is Q(A) KL(Q|A || P|A) + Q(B) KL(Q|B || P|B),
-    where |A means given that the token is of A. KL(Q || P) is disruption plus what the shares of A
-    and B alone explain.
+    effectiveness is `log Q(A) - log P(A)`, disruption
+    `Q(A) KL(Q|A || P|A) + Q(B) KL(Q|B || P|B)`, where `|A` means given that the token is of A.
+    `KL(Q || P)` is disruption plus what the shares of A and B alone explain.
 
     Args:
         model: a causal language model.

@@ -44,8 +44,9 @@ def extract_activations(
     """Read the activations of both prompts of every pair.
 
     Args:
-        model, tokenizer, layers, layer_type, layer_config, move_to_cpu, show_progress, tqdm_desc,
-            prepend_bos: as for `reading.read_activations`, which also says what is computed.
+        model, tokenizer, layers, layer_type, layer_config: as for `reading.read_activations`, which
+            also says what is computed.
+        move_to_cpu, show_progress, tqdm_desc, prepend_bos: as for the same.
         training_samples: contrast pairs, as samples or as tuples of two prompts.
         read_token_index: which token to read where a sample does not say, or a callable of the
             prompt; -1 is the last.

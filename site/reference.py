@@ -1,0 +1,132 @@
+"""Writes the reference of the public names, from `common/__init__.pyi` and the docstrings.
+
+The sources are read, not imported: the site needs neither torch nor a model.
+"""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import griffe
+from sphinx.ext.napoleon import Config, GoogleDocstring
+
+# What is indented below a line that is not: code, which rst would take for a quotation.
+_CODE = re.compile(r"(^\S[^\n]*)\n\n( {4})", re.MULTILINE)
+STYLE = Config(napoleon_use_rtype=False, napoleon_use_param=False, napoleon_use_ivar=True)
+
+
+def public_names(package: Path) -> dict[str, dict[str, str]]:
+    """Return the modules that define the public names, by the first part of their path.
+
+    Args:
+        package: the folder of a package whose `__init__.pyi` imports each name from its module.
+
+    Returns:
+        For each folder or module of the package, in the order of the stub: its names, each with the
+        module that defines it, relative to the package.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for node in ast.parse((package / "__init__.pyi").read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = found.setdefault(node.module.split(".")[0], {})
+            names |= {alias.asname or alias.name: node.module for alias in node.names}
+    return found
+
+
+def write_reference(package: Path, folder: Path) -> list[Path]:
+    """Write a page for each folder or module of a package that has public names, and their list.
+
+    The list is `_pages.md`, which a page of the folder may include.
+
+    Args:
+        package: the package's folder.
+        folder: where the pages go; it is made.
+
+    Returns:
+        The pages, one rst file each, in the order of the stub.
+
+    Raises:
+        ValueError: a public name, or a public method of a class, has no docstring.
+    """
+    loaded = griffe.load(package.name, search_paths=[package.parent])
+    folder.mkdir(parents=True, exist_ok=True)
+    pages, rows = [], ["| page | what it has |", "| --- | --- |"]
+    for part, names in public_names(package).items():
+        title = f"{package.name}: {part}"
+        lines = [title, "=" * len(title), "", *_docstring(loaded[part], "module"), ""]
+        lines += [f".. py:currentmodule:: {package.name}", ""]
+        for name, module in sorted(names.items(), key=lambda item: item[0].lower()):
+            lines += _entry(loaded[f"{module}.{name}"], name)
+        summary = loaded[part].docstring.value.splitlines()[0]
+        rows.append(f"| [{part}]({part}.rst) | {summary} |")
+        pages.append(folder / f"{part}.rst")
+        pages[-1].write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "_pages.md").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return pages
+
+
+def _entry(item: griffe.Object, name: str) -> list[str]:
+    """Give the directive of a function, a class with its members, or a type alias."""
+    if item.is_attribute:  # an alias of a type explains itself
+        return _directive("py:data", name, [f"   :value: {item.value}"], [])
+    if item.is_function:
+        return _directive(
+            "py:function", str(item.signature(name=name)), [], _docstring(item, "function")
+        )
+    error = any(str(base).endswith(("Error", "Exception")) for base in item.bases)
+    body = _docstring(item, "class")
+    for member in _members(item):
+        body += _member(member)
+    return _directive("py:exception" if error else "py:class", name + _init(item), [], body)
+
+
+def _members(item: griffe.Class) -> Iterator[griffe.Object]:
+    """Give the public methods and properties of a class, inherited ones of this package included.
+
+    Fields stand in the docstring and the signature of their class.
+    """
+    for name, member in sorted(item.all_members.items()):
+        public = not name.startswith("_")
+        if public and (member.is_function or "property" in member.labels):
+            yield member
+
+
+def _member(member: griffe.Object) -> list[str]:
+    body = _docstring(member, "method")
+    if member.is_attribute:
+        kind = [f"   :type: {member.annotation}"] if member.annotation else []
+        return _directive("py:property", member.name, kind, body)
+    own = [f"   :{label}:" for label in ("classmethod", "staticmethod") if label in member.labels]
+    return _directive("py:method", _without_self(str(member.signature())), own, body)
+
+
+def _init(item: griffe.Class) -> str:
+    """Give the arguments of a class as they are passed, or nothing if it takes none."""
+    if init := item.all_members.get("__init__"):
+        return _without_self(str(init.signature(return_type=False))).removeprefix("__init__")
+    if any(str(base) == "NamedTuple" for base in item.bases):
+        fields = [it for it in item.members.values() if it.is_attribute]
+        return f"({', '.join(f'{field.name}: {field.annotation}' for field in fields)})"
+    return ""
+
+
+def _without_self(signature: str) -> str:
+    return re.sub(r"\((self|cls)(, |(?=\)))", "(", signature, count=1)
+
+
+def _directive(kind: str, signature: str, options: list[str], body: list[str]) -> list[str]:
+    indented = [f"   {line}" if line else "" for line in body]
+    return ["", f".. {kind}:: {signature}", *options, "", *indented, ""]
+
+
+def _docstring(item: griffe.Object, what: str) -> list[str]:
+    """Give the docstring of something as lines of rst.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if not item.docstring:
+        raise ValueError(f"{item.path} has no docstring: expected one, it is public")
+    marked = _CODE.sub(r"\1\n\n::\n\n\2", item.docstring.value)
+    return str(GoogleDocstring(marked, STYLE, what=what, name=item.path)).splitlines()

@@ -1,0 +1,132 @@
+"""The built site as a browser gets it, read without one; `make site` runs this.
+
+It needs nothing but pytest, so it does without the fixtures of the other tests.
+"""
+
+import ast
+import json
+import re
+from collections.abc import Iterator
+from functools import cache
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+pytestmark = pytest.mark.site
+
+ROOT = Path(__file__).resolve().parents[2]
+SITE = ROOT / "site/_build/html"
+PAGES = [
+    path
+    for path in sorted(SITE.rglob("*.html"))
+    if "_static" not in path.parts and path.parent.name != "playground"
+]
+NAMES = [str(page.relative_to(SITE)) for page in PAGES]
+
+
+class Page(HTMLParser):
+    """What a page points at, loads, shows as pictures, and can be pointed at."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.loaded: list[str] = []
+        self.pictures: list[dict] = []
+        self.ids: set[str] = set()
+        self.text = path.read_text(encoding="utf-8")
+        self.feed(self.text)
+
+    def handle_starttag(self, tag, attrs):
+        found = dict(attrs)
+        self.ids |= {found[key] for key in ("id", "name") if found.get(key)}
+        if tag == "a" and found.get("href"):
+            self.links.append(found["href"])
+        if tag in ("script", "img", "iframe") and found.get("src"):
+            self.loaded.append(found["src"])
+        if tag == "link" and found.get("rel") in ("stylesheet", "preload", "icon"):
+            self.loaded.append(found["href"])
+        if tag == "img":
+            self.pictures.append(found)
+
+
+@cache
+def read(path: Path) -> Page:
+    return Page(path)
+
+
+def inside(page: Path, addresses: list[str]) -> Iterator[tuple[str, Path, str]]:
+    """Give the addresses within the site, each with its file and the place in it."""
+    for address in addresses:
+        parts = urlsplit(address)
+        if not parts.scheme and not parts.netloc:
+            path = (page.parent / unquote(parts.path)).resolve() if parts.path else page
+            yield address, path, unquote(parts.fragment)
+
+
+def test_the_site_has_the_pages_it_is_for():
+    wanted = {"index.html", "search.html", "genindex.html", "pytorch_hooks.html", "comparison.html"}
+    wanted |= {"guides/failures.html", "docs/glossary.html", "embedded_model/README.html"}
+    assert wanted <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_links_lead_somewhere(name):
+    """To a file of the site, and to a place that is on its page."""
+    page = SITE / name
+    for address, path, place in inside(page, read(page).links):
+        assert path.exists(), address
+        if place and path.suffix == ".html":
+            assert place in read(path).ids, address
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_page_loads_nothing_from_elsewhere(name):
+    """Scripts, styles and pictures lie beside it, MathJax included: it works without a network."""
+    page = SITE / name
+    loaded = read(page).loaded
+    assert len(loaded) > 3
+    assert [it for it in loaded if urlsplit(it).netloc or it.startswith("http")] == []
+    assert [it for it, path, _ in inside(page, loaded) if not path.is_file()] == []
+
+
+def test_some_page_has_formulas():
+    """So the test above has seen MathJax."""
+    assert any("tex-svg.js" in it for it in read(SITE / "bias_editing.html").loaded)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pictures_have_texts(name):
+    """Whole ones, not the address of the picture, which Sphinx takes where there is none."""
+    for picture in read(SITE / name).pictures:
+        assert picture.get("alt") and picture["alt"] not in picture["src"], picture
+        assert " " in picture["alt"], picture
+
+
+def test_the_colab_cell_is_folded():
+    for name in ("pytorch_hooks.html", "guides/measuring.html"):
+        text = read(SITE / name).text
+        folded = re.findall(r"<details class=\"[^\"]*hide.*?</details>", text, re.DOTALL)
+        assert len(folded) == 1 and "on_colab" in folded[0]
+
+
+def test_every_public_name_is_in_the_reference():
+    """Under its own name, on one page, with a text."""
+    stub = ast.parse((ROOT / "common/__init__.pyi").read_text(encoding="utf-8"))
+    names = {
+        alias.asname
+        for node in stub.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    places = [it for page in SITE.glob("reference/*.html") for it in read(page).ids]
+    assert len(names) > 100
+    assert {name: places.count(f"common.{name}") for name in names} == dict.fromkeys(names, 1)
+
+
+def test_the_search_knows_every_page():
+    index = (SITE / "searchindex.js").read_text(encoding="utf-8")
+    known = json.loads(index.removeprefix("Search.setIndex(").removesuffix(")"))["docnames"]
+    found = {f"{it}.html" for it in known}
+    assert set(NAMES) - {"search.html", "genindex.html"} == found
