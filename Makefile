@@ -94,6 +94,7 @@ benchmark-choosing: $(STAMP) ## measure how often `choose` errs, and how long it
 benchmark-mechanisms: $(STAMP) $(PEERS)/.installed ## measure what the six cost and can do (half an hour, 16 GB)
 	$(RUN) benchmarks.abilities
 	$(RUN) benchmarks.mechanism_costs --peer $(PEERS)/bin/python
+	$(RUN) benchmarks.added_costs
 
 scale: $(VENV)/.scale ## kill workers, nodes and drivers of the engine, and measure it (installs Ray)
 	OMP_NUM_THREADS=1 $(RUN) pytest -m "scale or not scale" tests/scaling

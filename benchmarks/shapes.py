@@ -17,12 +17,15 @@ SHAPES = {
 WORDS = [f"w{number}" for number in range(1000)]
 
 
-def random_gpt2(shape: str) -> GPT2LMHeadModel:
+def random_gpt2(shape: str | dict[str, int]) -> GPT2LMHeadModel:
     """Build a GPT-2 from its config, in fp32 on the CPU, with random weights from a seed.
 
     It is made in place, without a second copy, and is the same in every version of transformers.
+
+    Args:
+        shape: a name in `SHAPES`, or the settings of a config.
     """
-    config = GPT2Config(**SHAPES[shape])
+    config = GPT2Config(**SHAPES[shape] if isinstance(shape, str) else shape)
     with torch.device("meta"):
         model = GPT2LMHeadModel(config)
     model = model.to_empty(device="cpu").eval()

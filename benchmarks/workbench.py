@@ -40,7 +40,7 @@ class Case(NamedTuple):
     """A model to measure on. One thread is fastest for the embedded one, which is so small."""
 
     name: str
-    shape: str | None  # None: the embedded model
+    shape: str | dict[str, int] | None  # None: the embedded model
     dtype: torch.dtype
     layer: int
     new_tokens: int
