@@ -30,7 +30,8 @@ def plot_agreement(agreements: dict[str, list[dict[str, Any]]]) -> Figure:
     Args:
         agreements: what `pairwise` returned, by title.
     """
-    figure = Figure(figsize=(5.6 * len(agreements), 4.4), layout="constrained")
+    # No larger than it is shown in a page, so that labels are read there.
+    figure = Figure(figsize=(4 * len(agreements) + 1, 4.2), layout="constrained")
     colours = colormaps["YlOrRd"].with_extremes(
         under="#cfe8cf"
     )  # 0, which has no place on a log scale
@@ -53,16 +54,14 @@ def plot_agreement(agreements: dict[str, list[dict[str, Any]]]) -> Figure:
                 f"{value:.0e}".replace("e-0", "e-") if value else "0",
                 ha="center",
                 va="center",
-                fontsize=9,
+                fontsize=10,
             )
         shades = axes.imshow(grid, norm=norm, cmap=colours)
-        axes.set_xticks(
-            range(len(names) - 1), [name.replace("_", "\n") for name in names[:-1]], fontsize=8
-        )
-        axes.set_yticks(
-            range(len(names) - 1), [name.replace("_", "\n") for name in names[1:]], fontsize=8
-        )
-        axes.set_title(title, fontsize=10)
+        written = [name.replace("_", " ") for name in names]
+        slanted = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"}
+        axes.set_xticks(range(len(names) - 1), written[:-1], fontsize=10, **slanted)
+        axes.set_yticks(range(len(names) - 1), written[1:], fontsize=10)
+        axes.set_title(title, fontsize=11)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
     figure.colorbar(shades, ax=figure.axes, label="largest difference of a logit", shrink=0.8)

@@ -299,7 +299,7 @@ def plot_prompts(
     label: str = "",
     title: str = "",
 ) -> Figure:
-    """Draw a metric for each prompt, unsteered and steered both ways.
+    """Draw a metric for each prompt, unsteered as a ring and steered both ways as dots.
 
     The prompts that moved furthest, and the right way, stand on top.
 
@@ -330,10 +330,12 @@ def plot_prompts(
     ends = found.assign(plain=plain).agg(["min", "max"], axis=1).to_numpy()
     for line, (low, high) in enumerate(ends):
         axes.plot([low, high], [line, line], color="0.88", linewidth=3, zorder=1)
-    axes.plot(plain, lines, "o", color=UNSTEERED, label="unsteered", markersize=5)
     for value, colour in ((coeff, STEERED), (-coeff, REVERSED)):
         if value in found:
             axes.plot(found[value], lines, "o", color=colour, label=f"{value:+g}", markersize=6)
+    # A ring around whatever lies at the same place, so that it never hides nor is hidden.
+    ring = {"markerfacecolor": "none", "markersize": 10, "markeredgewidth": 1.5}
+    axes.plot(plain, lines, "o", color=UNSTEERED, label="unsteered", **ring)
     axes.set_yticks(lines, ["\n".join(name) for name in names], fontsize=9)
     axes.set(
         xlabel=textwrap.fill(label or metric, 45),

@@ -68,7 +68,7 @@ def _note(axes: Axes, x: float, y: float, lines: Sequence[tuple[str, str]], targ
 
 def plot_where() -> Figure:
     """Draw a block of GPT-2 with the place and the means of each of the six mechanisms."""
-    figure, axes = plt.subplots(figsize=(11, 6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9.6, 5.4), layout="constrained")
     axes.add_patch(
         Rectangle((0.9, -0.75), 11.5, 3.05, facecolor="none", edgecolor="0.5", linestyle="--")
     )

@@ -5,6 +5,7 @@ The names are those of the library of the activation-addition post
 """
 
 import html
+import textwrap
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
@@ -33,6 +34,7 @@ from common.vectors.activation_additions import (
 
 DEFAULT = Sampling(max_new_tokens=40)
 UNSTEERED, STEERED = "Unsteered completions", "Steered completions"
+PLAIN_WIDTH = 96  # columns of a plain text
 
 
 def complete(
@@ -226,7 +228,8 @@ def print_n_comparisons(
 def pretty_print_completions(results: pd.DataFrame) -> None:
     """Show completions as a table, unsteered and steered side by side.
 
-    In a notebook it is HTML, elsewhere text in the terminal.
+    In a notebook it is HTML, with a plain text beside it for tools that read no HTML; elsewhere it
+    is text in the terminal.
 
     Args:
         results: `prompts`, `completions` and `is_modified`, as `gen_normal_and_modified` returns
@@ -239,9 +242,9 @@ def pretty_print_completions(results: pd.DataFrame) -> None:
     columns = side_by_side(results)
     console = Console()
     if console.is_jupyter:
-        from IPython.display import HTML, display
+        from IPython.display import display
 
-        display(HTML(_as_html(columns)))
+        display({"text/html": _as_html(columns), "text/plain": _as_text(columns)}, raw=True)
         return
     table = Table(*columns, show_lines=True)
     for row in zip(*columns.values()):
@@ -274,6 +277,20 @@ def side_by_side(results: pd.DataFrame) -> dict[str, list[tuple[str, str]]]:
             f" {counts}"
         )
     return columns
+
+
+def _as_text(columns: dict[str, list[tuple[str, str]]]) -> str:
+    """The same row by row: a heading and a text in turn, no wider than `PLAIN_WIDTH`."""
+    rows = zip(*([(title, *pair) for pair in pairs] for title, pairs in columns.items()))
+    blocks = []
+    for number, row in enumerate(rows, 1):
+        for title, prompt, completion in row:
+            written = [
+                textwrap.fill(line, PLAIN_WIDTH, initial_indent="  ", subsequent_indent="  ")
+                for line in (prompt + completion).splitlines()
+            ]
+            blocks.append("\n".join([f"{title}, {number}", *written]))
+    return "\n".join(blocks)
 
 
 def _as_html(columns: dict[str, list[tuple[str, str]]]) -> str:

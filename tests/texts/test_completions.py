@@ -354,7 +354,7 @@ def test_html_is_escaped_and_pairs_stay_together(monkeypatch):
     monkeypatch.setattr(
         "common.texts.completions.Console", lambda: type("Console", (), {"is_jupyter": True})()
     )
-    monkeypatch.setattr("IPython.display.display", shown.append)
+    monkeypatch.setattr("IPython.display.display", lambda forms, raw: shown.append(forms))
     frame = pd.DataFrame(
         {
             "prompts": ["<p>", "q", "<p>", "q"],
@@ -363,11 +363,15 @@ def test_html_is_escaped_and_pairs_stay_together(monkeypatch):
         }
     )
     pretty_print_completions(frame)
-    rows = re.findall("<tr>(.*?)</tr>", shown[0].data)
+    rows = re.findall("<tr>(.*?)</tr>", shown[0]["text/html"])
     assert len(rows) == 3
     assert [re.findall("<td[^>]*>(.*?)</td>", row) for row in rows[1:]] == [
         ["<b>&lt;p&gt;</b> a&amp;b", "<b>&lt;p&gt;</b> e"],
         ["<b>q</b> c<br>d", "<b>q</b> f"],
+    ]
+    assert shown[0]["text/plain"].splitlines() == [
+        *("Unsteered completions, 1", "  <p> a&b", "Steered completions, 1", "  <p> e"),
+        *("Unsteered completions, 2", "  q c", "  d", "Steered completions, 2", "  q f"),
     ]
 
 
