@@ -12,6 +12,7 @@ default_role = "py:obj"
 nitpick_ignore_regex = [("py:.*", r"[\s\S]*")]
 maximum_signature_line_length = 80
 add_module_names = False
+highlight_language = "none"  # what pages fence without a language is for a shell, or printed
 toc_object_entries_show_parents = "hide"
 python_use_unqualified_type_names = True
 

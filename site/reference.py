@@ -13,6 +13,7 @@ from sphinx.ext.napoleon import Config, GoogleDocstring
 
 # What is indented below a line that is not: code, which rst would take for a quotation.
 _CODE = re.compile(r"(^\S[^\n]*)\n\n( {4})", re.MULTILINE)
+FIRST = ("loading", "places", "passes", "vectors", "texts", "measuring", "sweeping")
 STYLE = Config(napoleon_use_rtype=False, napoleon_use_param=False, napoleon_use_ivar=True)
 
 
@@ -37,33 +38,34 @@ def public_names(package: Path) -> dict[str, dict[str, str]]:
 def write_reference(package: Path, folder: Path) -> list[Path]:
     """Write a page for each folder or module of a package that has public names, and their list.
 
-    The list is `_pages.md`, which a page of the folder may include.
+    The list is `_pages.md`, which a page of the folder includes: a table, and the side bar's part.
 
     Args:
         package: the package's folder.
         folder: where the pages go; it is made.
 
     Returns:
-        The pages, one rst file each, in the order of the stub.
+        The pages, one rst file each, those that a reader needs `FIRST` before all others.
 
     Raises:
         ValueError: a public name, or a public method of a class, has no docstring.
     """
     loaded = griffe.load(package.name, search_paths=[package.parent])
     folder.mkdir(parents=True, exist_ok=True)
-    pages, rows = [], ["| page | what it has |", "| --- | --- |"]
-    for part, names in public_names(package).items():
+    found = public_names(package)
+    parts = sorted(found, key=lambda part: FIRST.index(part) if part in FIRST else len(FIRST))
+    rows = ["| page | what it has |", "| --- | --- |"]
+    for part in parts:
         title = f"{package.name}: {part}"
         lines = [title, "=" * len(title), "", *_docstring(loaded[part], "module"), ""]
-        lines += [f".. py:currentmodule:: {package.name}", ""]
-        for name, module in sorted(names.items(), key=lambda item: item[0].lower()):
+        lines += [f".. py:currentmodule:: {package.name}", "", ".. highlight:: python", ""]
+        for name, module in sorted(found[part].items(), key=lambda item: item[0].lower()):
             lines += _entry(loaded[f"{module}.{name}"], name)
-        summary = loaded[part].docstring.value.splitlines()[0]
-        rows.append(f"| [{part}]({part}.rst) | {summary} |")
-        pages.append(folder / f"{part}.rst")
-        pages[-1].write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (folder / "_pages.md").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    return pages
+        rows.append(f"| [{part}]({part}.rst) | {loaded[part].docstring.value.splitlines()[0]} |")
+        (folder / f"{part}.rst").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    side_bar = ["", "```{toctree}", ":hidden:", "", *parts, "```"]
+    (folder / "_pages.md").write_text("\n".join(rows + side_bar) + "\n", encoding="utf-8")
+    return [folder / f"{part}.rst" for part in parts]
 
 
 def _entry(item: griffe.Object, name: str) -> list[str]:
