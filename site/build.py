@@ -33,6 +33,12 @@ ALT_TEXTS = HERE / "alt_texts.toml"
 EVERYWHERE = "shared"  # in alt_texts.toml: cells that several notebooks have
 PLAYGROUND = HERE / "playground" / "index.html"  # `make playground` writes it
 MATHJAX = "tex-svg.js"  # one file: it draws, so it needs no fonts
+# What the theme and Sphinx write so that a screen reader cannot make sense of it.
+MENDED = {
+    "<summary><span": '<summary aria-label="its pages"><span',
+    # lists of arguments, which define nothing
+    "<dl>\n<dd>": '<dl role="presentation">\n<dd role="presentation">',
+}
 
 
 def pictures(notebook: dict) -> list[str]:
@@ -116,6 +122,15 @@ def add_files(site: Path) -> None:
     shutil.copy(PLAYGROUND, site / "playground")
 
 
+def mend(site: Path) -> None:
+    """Write into the pages what screen readers miss in them."""
+    for page in site.rglob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        for written, mended in MENDED.items():
+            text = text.replace(written, mended)
+        page.write_text(text, encoding="utf-8")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Build the site; a warning of Sphinx is an error."""
     parser = argparse.ArgumentParser(prog="site/build.py", description=main.__doc__)
@@ -146,6 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     if failed := sphinx(["--quiet", "--fresh-env", *checks, *places]):
         return failed
+    mend(site)
     add_files(site)
     print("Site:", site / "index.html")
     return 0
