@@ -329,13 +329,13 @@ def _tags(cell: NotebookNode) -> set[str]:
 
 
 def _plain_texts(cell: NotebookNode) -> Iterator[str]:
-    """Give what a cell printed, as a terminal would show it."""
+    """Give what a cell printed and a reader sees as it is; a table's cells wrap."""
     for output in cell.outputs:
-        yield (
-            output.text
-            if output.output_type == "stream"
-            else output.get("data", {}).get("text/plain", "")
-        )
+        data = output.get("data", {})
+        if output.output_type == "stream":
+            yield output.text
+        elif "text/html" not in data:
+            yield data.get("text/plain", "")
 
 
 def _texts(cell: NotebookNode) -> Iterator[str]:
