@@ -216,7 +216,7 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="only the narrowest, few rounds; writes nothing"
     )
-    parser.add_argument("--rounds", type=int, default=150, help="runs of each comparison")
+    parser.add_argument("--rounds", type=int, default=100, help="runs of each comparison")
     options = parser.parse_args()
     rounds = 10 if options.quick else options.rounds
     stored = load_results()["models"]
