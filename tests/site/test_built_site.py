@@ -125,6 +125,11 @@ def test_every_public_name_is_in_the_reference():
     assert {name: places.count(f"common.{name}") for name in names} == dict.fromkeys(names, 1)
 
 
+def test_code_in_docstrings_is_shown_as_code():
+    """Indented lines are shown as the code that they are."""
+    assert "<blockquote" not in "".join(read(page).text for page in SITE.glob("reference/*.html"))
+
+
 def test_the_search_knows_every_page():
     index = (SITE / "searchindex.js").read_text(encoding="utf-8")
     known = json.loads(index.removeprefix("Search.setIndex(").removesuffix(")"))["docnames"]

@@ -140,13 +140,14 @@ def test_the_front_page_leads_on_by_keyboard(page, complaints, address):
     assert complaints == []
 
 
-def test_the_playground_is_loaded_when_it_is_asked_for(page, complaints, address):
-    page.goto(address + "index.html")
-    if not (SITE / "playground/index.html").exists():
-        assert page.get_by_text("make playground").is_visible()
-        pytest.skip("built without the playground: make playground site")
+@pytest.mark.parametrize("where", ["served", "from disk"])
+def test_the_playground_steers_when_it_is_asked_for(page, complaints, address, where):
+    """Not before: it is as large as all other pages together."""
+    page.goto((address if where == "served" else f"{SITE.as_uri()}/") + "index.html")
     assert page.locator("iframe").count() == 0
     page.get_by_role("button", name="Load the model").click()
     frame = page.frame_locator(".playground iframe")
-    frame.get_by_label("Prompt").first.wait_for()
+    frame.locator("body[data-state=counted]").wait_for(timeout=120_000)
+    assert "wonderful" in frame.locator(".card.steered .text").inner_text()
+    assert "wonderful" not in frame.locator(".card.unsteered .text").inner_text()
     assert complaints == []
