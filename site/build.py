@@ -89,7 +89,7 @@ def gather(folder: Path) -> None:
     """Write everything that Sphinx reads into a folder, which is emptied before.
 
     Raises:
-        ValueError: pictures of a notebook have no text, a public name no docstring, or there is no
+        ValueError: pictures of notebooks have no text, a public name no docstring, or there is no
             playground.
     """
     from reference import write_reference  # the tests of this module do without griffe
@@ -99,14 +99,22 @@ def gather(folder: Path) -> None:
 
     shutil.rmtree(folder, ignore_errors=True)
     texts = tomllib.loads(ALT_TEXTS.read_text(encoding="utf-8"))
+    missing = []
     for path in sorted(path for pattern in SHOWN for path in ROOT.glob(pattern)):
         copy = folder / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".ipynb":
             notebook = json.loads(path.read_text(encoding="utf-8"))
-            copy.write_text(json.dumps(for_the_site(notebook, path.stem, texts)), encoding="utf-8")
+            try:
+                shown = for_the_site(notebook, path.stem, texts)
+            except ValueError as error:
+                missing.append(str(error))
+            else:
+                copy.write_text(json.dumps(shown), encoding="utf-8")
         else:
             shutil.copy(path, copy)
+    if missing:
+        raise ValueError("\n\n".join(missing))
     shutil.copytree(HERE / "pages", folder, dirs_exist_ok=True)
     write_reference(ROOT / "common", folder / "reference")
     part = folder / "_playground.md"
