@@ -67,7 +67,8 @@ def find_condition(
         held_out: which share of each side has no part in the search.
         absolute: compare the absolute value of the cosine, see `Condition`.
         seed: of the drawing.
-        prepend_bos: see `prompt_ids`; it should be as in generation.
+        prepend_bos: see `prompt_ids`; it should be as in generation, for `encode` puts a BOS in
+            front by default, and some tokenizers by themselves do not.
 
     Raises:
         ValueError: fewer than two prompts on a side, so that none is held out or none is left; a
