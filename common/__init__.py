@@ -11,6 +11,7 @@ The folders import one way, each only from those above it:
     vectors    what is added: read, trained, saved, or taken from a prompt
     texts      generating, sampling, completing
     serving    the same steering in other engines: vLLM, a request at a time, and llama.cpp
+    learning   steering by gradient: vectors of three losses, and weights
     measuring  tone, likelihood, next token, perplexity, effects, ratings
     sweeping   layers x coefficients x prompts in one batch, kept in a file
     checking   what is wrong with a steering, and what it left behind

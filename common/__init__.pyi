@@ -17,6 +17,13 @@ from .choosing.card import VectorCard as VectorCard
 from .choosing.choose import Choice as Choice
 from .choosing.choose import choose as choose
 from .choosing.trying import Budget as Budget
+from .learning.descent import Descent as Descent
+from .learning.likelihood import learn_likelihood_vector as learn_likelihood_vector
+from .learning.preference import learn_bipo_vector as learn_bipo_vector
+from .learning.rank_one import detect_concept as detect_concept
+from .learning.rank_one import learn_reft_r1 as learn_reft_r1
+from .learning.weights import WeightSteering as WeightSteering
+from .learning.weights import learn_weight_steering as learn_weight_steering
 from .loading import LoadError as LoadError
 from .loading import Preset as Preset
 from .loading import copy_sharing_weights as copy_sharing_weights
@@ -104,6 +111,7 @@ from .sweeping.store import read_sweep as read_sweep
 from .sweeping.strength import calibrate as calibrate
 from .sweeping.strength import calibrate_grid as calibrate_grid
 from .sweeping.strength import kl_by_cell as kl_by_cell
+from .sweeping.strength import prompting_kl as prompting_kl
 from .sweeping.strength import steering_kl as steering_kl
 from .sweeping.sweep import sweep as sweep
 from .sweeping.sweep import sweep_logits as sweep_logits

@@ -84,6 +84,45 @@ def steering_kl(
 
 @evaluating
 @torch.no_grad()
+def prompting_kl(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompted: Sequence[Prompt],
+    prompts: Sequence[Prompt],
+    *,
+    new_tokens: int = 20,
+    prepend_bos: bool | None = None,
+) -> float:
+    """Measure how far other prompts move the predictions of a model: prompting as a steering.
+
+    It is the divergence of `steering_kl`, on the same text: what the model writes after the plain
+    prompts is read once more after the others. A steering that is calibrated to it is as strong as
+    the prompting.
+
+    Args:
+        model, tokenizer, prompts, new_tokens, prepend_bos: see `steering_kl`.
+        prompted: what takes the place of each prompt: the prompt with an instruction in front, say,
+            or its messages with another system prompt.
+
+    Returns:
+        The 95th percentile of KL(prompted || plain) over the tokens after all prompts, in nats.
+
+    Raises:
+        ValueError: another number of `prompted` than of prompts, one that is empty or too long for
+            the model, and what `steering_kl` raises.
+    """
+    if isinstance(prompted, str) or len(prompted) != len(prompts):
+        raise ValueError(
+            f"expected a list of {len(prompts)} prompts, one in place of each, got {prompted!r}"
+        )
+    instead = Texts(model, tokenizer, prompted, prepend_bos)
+    instead.check((), integer(new_tokens, "new_tokens", 1))
+    written = _Written(model, tokenizer, prompts, new_tokens, prepend_bos)
+    return written.kl_of_prompts(instead)
+
+
+@evaluating
+@torch.no_grad()
 def calibrate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -230,10 +269,11 @@ def kl_by_cell(
 class _Batch(NamedTuple):
     """Prompts, [batch, pos], and what is written after them.
 
-    `ids` [batch, pos + new]; `real` [batch, new], which tokens count; `plain`, the unsteered logits
-    that predict them, [batch, new, vocab].
+    `numbers` [batch], which prompts they are; `ids` [batch, pos + new]; `real` [batch, new], which
+    tokens count; `plain`, the unsteered logits that predict them, [batch, new, vocab].
     """
 
+    numbers: list[int]
     inputs: BatchEncoding
     ids: Tensor
     real: Tensor
@@ -260,7 +300,7 @@ class _Written:
         written: dict[int, list[int]] = {}
         for numbers in _by_length(prompted, new_tokens):
             inputs = prompted.inputs(numbers)
-            batch = _write(model, inputs, new_tokens)
+            batch = _write(model, numbers, inputs, new_tokens)
             self.batches.append(batch)
             new = batch.ids[:, inputs["input_ids"].shape[1] :]
             written |= {n: ids[kept].tolist() for n, ids, kept in zip(numbers, new, batch.real)}
@@ -272,10 +312,20 @@ class _Written:
     def kl(self, steering: Steering) -> float:
         """The divergence under a steering."""
         found = []
-        for inputs, ids, real, plain in self.batches:
+        for batch in self.batches:
             with steering():
-                steered = _predictions(self.model, inputs, ids)
-            found.append(kl_divergence(steered, plain)[real].cpu().numpy())
+                steered = _predictions(self.model, batch.inputs, batch.ids)
+            found.append(kl_divergence(steered, batch.plain)[batch.real].cpu().numpy())
+        return _percentile(found)
+
+    def kl_of_prompts(self, instead: Texts) -> float:
+        """The divergence with other prompts in front of the same text."""
+        found = []
+        for numbers, inputs, ids, real, plain in self.batches:
+            new, own = ids[:, inputs["input_ids"].shape[1] :], instead.inputs(numbers)
+            whole = torch.cat([own["input_ids"], new], dim=1)
+            prompted = _predictions(self.model, own, whole)
+            found.append(kl_divergence(prompted, plain)[real].cpu().numpy())
         return _percentile(found)
 
     def kl_of_cells(self, cells: Sequence[Cell], max_memory: int) -> list[float]:
@@ -313,11 +363,13 @@ def _by_length(texts: Texts, new_tokens: int) -> Iterator[list[int]]:
     return texts.batches(order, max(1, size), int)
 
 
-def _write(model: PreTrainedModel, inputs: BatchEncoding, new_tokens: int) -> _Batch:
+def _write(
+    model: PreTrainedModel, numbers: list[int], inputs: BatchEncoding, new_tokens: int
+) -> _Batch:
     greedy, start = Sampling(max_new_tokens=new_tokens, temperature=0.0), inputs["input_ids"].shape
     ids = sample(model, inputs, [0] * start[0], greedy)
     real = real_tokens(model, inputs, ids)[:, start[1] :]
-    return _Batch(inputs, ids, real, _predictions(model, inputs, ids))
+    return _Batch(numbers, inputs, ids, real, _predictions(model, inputs, ids))
 
 
 def _predictions(model: PreTrainedModel, inputs: BatchEncoding, ids: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from common import (
     encode,
     kl_by_cell,
     norm_preserving_addition_operator,
+    prompting_kl,
     random_directions,
     steering_kl,
     sweep_logits,
@@ -328,3 +329,42 @@ def test_what_cannot_be_calibrated_is_refused(model, tokenizer, vector):
     love = [ActivationAddition(1.0, 3, "Love")]
     with pytest.raises(ValueError, match="at the front of the prompt"):
         kl_by_cell(model, tokenizer, Grid({"w": love}, addition_location="back"), PROMPTS)
+
+
+# --- prompting ---
+
+
+def test_prompting_is_measured_on_the_plain_text(model, tokenizer):
+    """By transformers alone; prompts of other lengths may take their place, and the same give 0."""
+    fronts = ["I am happy.", "What a terrible day! It was awful.", "You"]
+    prompted = [f"{front} {prompt}" for front, prompt in zip(fronts, PROMPTS)]
+    pooled = []
+    for prompt, changed in zip(PROMPTS, prompted):
+        given, other = (
+            tokenizer(text, return_tensors="pt")["input_ids"] for text in (prompt, changed)
+        )
+        new = model.generate(given, max_new_tokens=NEW, do_sample=False)[:, given.shape[1] :]
+        with torch.no_grad():
+            plain, after = (
+                model(torch.cat([ids, new[:, :-1]], dim=1)).logits[0, ids.shape[1] - 1 :].double()
+                for ids in (given, other)
+            )
+        plain, after = plain.log_softmax(-1), after.log_softmax(-1)
+        pooled += (after.exp() * (after - plain)).sum(-1).tolist()
+    found = prompting_kl(model, tokenizer, prompted, PROMPTS, new_tokens=NEW)
+    assert found == pytest.approx(np.quantile(pooled, 0.95), rel=1e-4) and found > 0.1
+    assert prompting_kl(model, tokenizer, PROMPTS, PROMPTS, new_tokens=NEW) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("prompted", "message"),
+    [
+        (PROMPTS[:2], "expected a list of 3 prompts, one in place of each"),
+        ("Love", "expected a list of 3 prompts"),
+        (["", "I", "You"], "one token or more"),
+        (["I " * 300, "I", "You"], "more than the 256 positions"),
+    ],
+)
+def test_prompts_that_cannot_take_a_place_are_refused(model, tokenizer, prompted, message):
+    with pytest.raises(ValueError, match=message):
+        prompting_kl(model, tokenizer, prompted, PROMPTS, new_tokens=NEW)
