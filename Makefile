@@ -26,8 +26,7 @@ endif
 .DELETE_ON_ERROR:
 .PHONY: help run test lint notebooks lab colab embedded evaluate-embedded full-size gpt2-xl \
   picture playground site browser benchmark-extraction benchmark-sweep benchmark-choosing \
-  benchmark-mechanisms engines \
-  scale update clean
+  benchmark-methods benchmark-mechanisms engines scale update clean
 
 help: ## list the targets
 	@awk -F ': .*## ' '/^[a-z0-9-]+: .*## / { printf "make %-22s %s\n", $$1, $$2 }' Makefile
@@ -95,6 +94,10 @@ benchmark-mechanisms: $(STAMP) $(PEERS)/.installed ## measure what the six cost 
 	$(RUN) benchmarks.abilities
 	$(RUN) benchmarks.mechanism_costs --peer $(PEERS)/bin/python
 	$(RUN) benchmarks.added_costs
+
+benchmark-methods: export OMP_NUM_THREADS ?= 1
+benchmark-methods: $(STAMP) ## compare all methods at equal divergence, prompting among them (a quarter of an hour)
+	$(RUN) benchmarks.methods
 
 scale: $(VENV)/.scale ## kill workers, nodes and drivers of the engine, and measure it (installs Ray)
 	OMP_NUM_THREADS=1 $(RUN) pytest -m "scale or not scale" tests/scaling

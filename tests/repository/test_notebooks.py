@@ -34,7 +34,7 @@ from repository.notebooks import IGNORED, WIDGET, notebook_paths, problems, stor
 
 OURS = ("common", "repository")
 # these say everything in sentences
-READ = [*MECHANISMS, "comparison", "failures", "conditional_steering"]
+READ = [*MECHANISMS, "comparison", "failures", "conditional_steering", "methods"]
 NAMES = [path.stem for path in notebook_paths()]
 HEADINGS = [
     "Setup",
@@ -55,6 +55,7 @@ MOST_CELLS = {
     "nnsight_additions": 40,
     "measuring": 41,
     "conditional_steering": 40,
+    "methods": 40,
 }
 
 
