@@ -57,15 +57,16 @@ def summary(results: Results) -> list[dict[str, Any]]:
         is only what intervals that do not touch decide. The divergence has none, and neither has
         the unsteered model.
     """
-    frame = pd.DataFrame(results["rows"])
-    frame["at"] = frame["at"].map(str)
+    trials: dict[tuple[str, str], dict[int, list[Mapping]]] = {}
+    for row in results["rows"]:
+        seeds = trials.setdefault((row["method"], str(row["at"])), {})
+        seeds.setdefault(row["seed"], []).append(row)
     found = []
-    measures = [name for name in frame if name not in SETTINGS]
-    for (method, at), group in frame.groupby(["method", "at"], sort=False):
-        both = group.groupby("seed")[measures].agg(["mean", "size"])
-        for name in measures:
-            values = both[name][both[name]["size"] == 2]["mean"].dropna().tolist()
-            if values:
+    for (method, at), seeds in trials.items():
+        for name in [name for name in results["rows"][0] if name not in SETTINGS]:
+            both = [[row[name] for row in rows] for rows in seeds.values() if len(rows) == 2]
+            means = [sum(values) / 2 for values in both]
+            if values := [mean for mean in means if not math.isnan(mean)]:
                 texts = 2 * results["texts"][name] if name in results["shares"] else None
                 place = {"method": method, "at": at, "measure": name, "seeds": len(values)}
                 found.append(place | dict(zip(("mean", "low", "high"), interval(values, texts))))

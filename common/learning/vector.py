@@ -15,6 +15,7 @@ from common.passes.hooks import refuse_hooks, uncompiled
 from common.passes.recording import record_pass
 from common.passes.running import in_evaluation_mode, input_device
 from common.places.blocks import get_block, text_config
+from common.tensor_parallel import refuse_split
 from common.vectors.pairs import Sample, hash_of_pairs
 from common.vectors.steering_vector import SteeringVector, model_name
 
@@ -33,7 +34,8 @@ class VectorTask:
         scale: what a number of a hidden state is typically, at this layer.
 
     Raises:
-        ValueError: what `contrasts_of` raises; no such layer; a model that is steered already.
+        ValueError: what `contrasts_of` raises; no such layer; a model that is steered already, or
+            split over processes.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class VectorTask:
     ):
         block = get_block(model, layer)
         refuse_hooks(model, "learning a vector")
+        refuse_split(model, "learning a vector")
         self.model, self.layer, self.block = model, layer, block
         self.contrasts: Contrasts = contrasts_of(model, tokenizer, training_samples, prepend_bos)
         self.d_model = text_config(model).hidden_size
