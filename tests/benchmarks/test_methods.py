@@ -1,6 +1,8 @@
 """The comparison of methods: equal is equal, a rank needs intervals, any model takes part."""
 
 import math
+import sys
+import types
 
 import pytest
 import torch
@@ -223,7 +225,20 @@ def test_the_embedded_task_holds_words_out():
     assert not any(map(methods.tone, task.neutral)) and len(task.neutral) == 60
 
 
-@pytest.mark.parametrize("name", ["no_colon", "math:pi", "benchmarks.methods:main_"])
-def test_a_task_that_is_none_is_refused(name):
-    with pytest.raises((ValueError, TypeError, AttributeError)):
-        methods.task_named(name)
+def test_a_task_of_your_own_is_named(tokenizer, monkeypatch):
+    """By module and function; another form, or a function that returns something else, is not."""
+    task = small_task()
+    module = types.ModuleType("mine")
+    module.task, module.other = (lambda: ("model", tokenizer, task)), (lambda: task)
+    monkeypatch.setitem(sys.modules, "mine", module)
+    assert methods.task_named("mine:task") == ("model", tokenizer, task)
+    with pytest.raises(ValueError, match="expected module:function"):
+        methods.task_named("mine.task")
+    with pytest.raises(ValueError, match="expected \\(model, tokenizer, task\\) from mine:other"):
+        methods.task_named("mine:other")
+
+
+def test_the_quick_run_has_hardly_any_text():
+    _, _, task = embedded_task(quick=True)
+    assert len(task.pairs(1)) == 8 and task.steps == 2 and task.sampling.max_new_tokens == 4
+    assert sum(len(judge.prompts) for judge in task.judges.values()) == 8
