@@ -360,6 +360,21 @@ def test_reft_r1_is_as_long_as_the_most_that_was_detected(small, tokenizer):
     assert vector.norm()[LAYER] == pytest.approx(found.max().item(), rel=1e-5)
 
 
+@torch.no_grad()
+def test_the_first_step_is_a_share_of_the_hidden_states(small, tokenizer):
+    """Each number moves by the rate times what a number of a median hidden state is."""
+    lengths = []
+    for positive, _ in PAIRS:
+        with record_activations(small, layer_nums=[LAYER]) as seen:
+            small(**tokenizer(positive, return_tensors="pt"))
+        lengths += seen[LAYER][0][0].norm(dim=-1).tolist()
+    median = torch.tensor(lengths).median()
+    vector = learn("likelihood", small, tokenizer, Descent(1, 3, learning_rate=0.02))
+    moved = vector.layer_activations[LAYER].abs()
+    expected = 0.02 * median / D_MODEL**0.5
+    torch.testing.assert_close(moved, expected.expand_as(moved), rtol=1e-3, atol=0)
+
+
 def test_the_length_of_hidden_states_sets_the_length_of_the_steps(tokenizer):
     """A stream that is 8 times as long, which every layer norm takes back, gets 8 times as much."""
     learned = []
