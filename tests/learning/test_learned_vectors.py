@@ -419,6 +419,17 @@ def test_steps_that_are_too_long_are_named(tokenizer):
         learn("likelihood", model, tokenizer)
 
 
+@pytest.mark.parametrize("name", LEARNERS)
+def test_a_model_in_16_bit_teaches_a_vector_in_32(tokenizer, name):
+    """In which steps that are shorter than its rounding still add up."""
+    model = tiny_model("Llama", len(tokenizer)).bfloat16()
+    before = snapshot(model)
+    vector = learn(name, model, tokenizer)
+    assert vector.layer_activations[LAYER].dtype == torch.float32
+    assert torch.isfinite(vector.layer_activations[LAYER]).all()
+    assert_pristine(model, before)
+
+
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, *(ODD | RECURRENT)])
 def test_every_architecture_learns(tokenizer, architecture):
     """Positive texts are likelier under the vector than without, and weights keep no gradient."""

@@ -196,3 +196,14 @@ def test_other_architectures_learn(tokenizer, architecture):
         moved = side_losses(model, tokenizer) - plain
     assert moved[0] < moved[1]
     assert_pristine(model, before)
+
+
+def test_a_model_in_16_bit_is_fine_tuned_in_32(tokenizer):
+    """Its differences are finer than its weights; added, they are rounded to its dtype."""
+    model = tiny_model("Llama", len(tokenizer)).bfloat16()
+    before = snapshot(model)
+    found = learn(model, tokenizer)
+    assert {tensor.dtype for tensor in found.differences.values()} == {torch.float32}
+    with found.apply(model, 20.0):
+        assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    assert_pristine(model, before)
