@@ -207,6 +207,44 @@ def test_the_stored_figures_are_those_of_a_whole_run():
     assert found["same texts"] == 1
 
 
+def test_what_the_guide_says_is_what_was_measured():
+    """Its sentences, in the order in which they stand there."""
+    rows = {(row["at"], row["measure"], row["method"]): row for row in summary(load("methods"))}
+    at = {
+        name: {m: rows["prompt", name, m] for m in methods_of(rows)} for name in measures_of(rows)
+    }
+    best = {"prompt", "weights", "BiPO", "logistic", "mean", "bias editing", "PCA"}
+    lagging = {"ReFT-r1", "likelihood"}
+    concept, new = at["concept"], at["held-out words"]
+    assert {m for m in concept if concept[m]["mean"] > 0.94} == best
+    assert all(parted(concept[m], concept[other]) == 1 for m in best for other in lagging)
+    assert all(parted(concept[m], concept["random"]) == 1 for m in best | lagging)
+    assert not parted(concept["random"], rows["None", "concept", "unsteered"])
+    for method in best - {"prompt", "weights"}:
+        assert 0.33 < new[method]["mean"] < 0.39 and not parted(new[method], new["prompt"])
+    assert new["weights"]["mean"] < rows["None", "held-out words", "unsteered"]["mean"]
+    assert min(row["mean"] for row in at["topic kept"].values()) > 0.85
+    assert max(row["mean"] for row in at["breaks"].values()) < 0.04
+    likeliest = sorted(at["perplexity"], key=lambda method: at["perplexity"][method]["mean"])[:2]
+    assert set(likeliest) == {"prompt", "weights"}
+    cost = {method: row["mean"] for method, row in at["off-topic cost"].items()}
+    assert round(cost.pop("prompt"), 1) == 1.3 and max(cost.values()) < 1.07
+    assert 0 < cost["mean"] - cost["PCA"] < 0.01
+    weakest = {
+        m: rows["0.1", "concept", m] for m in methods_of(rows) if ("0.1", "concept", m) in rows
+    }
+    ahead = {m for m, row in weakest.items() if parted(weakest["weights"], row) == 1}
+    assert weakest.keys() - ahead == {"weights", "BiPO"}
+
+
+def methods_of(rows) -> list[str]:
+    return [method for at, measure, method in rows if (at, measure) == ("prompt", "concept")]
+
+
+def measures_of(rows) -> set[str]:
+    return {measure for at, measure, _ in rows if at == "prompt"}
+
+
 def test_the_embedded_task_holds_words_out():
     """No pair has a word that is counted as held out, and announced subjects are the grammar's."""
     _, _, task = embedded_task()

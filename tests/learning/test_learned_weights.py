@@ -75,8 +75,10 @@ def test_multiplier_scales_the_difference_and_0_changes_nothing(small, tokenizer
     plain, before = logits(small, inputs), snapshot(small)
     named = dict(small.named_parameters())
     originals = {name: weight.detach().clone() for name, weight in named.items()}
+    places = [weight.data_ptr() for weight in small.parameters()]
     with steering.apply(small, 0):
         assert_pristine(small, before)
+        assert [weight.data_ptr() for weight in small.parameters()] == places
         assert torch.equal(logits(small, inputs), plain)
     with steering.apply(small, -2.5):
         for name, difference in steering.differences.items():
