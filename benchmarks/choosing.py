@@ -3,13 +3,15 @@
     python -m benchmarks.choosing [--seeds 20] [--part rates|times]
 
 prints tables and writes `results/choosing.json`. Rates are those of the embedded model: vectors of
-good pairs, of the same pairs with sides swapped at random, and of sentences that have nothing in
-common; each seed draws pairs, splits and controls of its own. Times are those of the budget
-"minutes": on the embedded model, and on random weights in the shape of the smallest GPT-2.
+good pairs; of the same pairs with sides swapped at random; of texts that are positive or negative
+by lot, each beside each; and of sentences that have nothing in common. Each seed draws pairs,
+splits and controls of its own. Times are those of the budget "minutes": on the embedded model, and
+on random weights in the shape of the smallest GPT-2.
 """
 
 import argparse
 import datetime
+import itertools
 import random
 import time
 from typing import Any
@@ -28,7 +30,7 @@ from common.texts.sampling import Sampling
 from embedded_model import grammar, vocabulary
 from embedded_model.prompts import NEW_PROMPTS, OUTSIDE_PROMPTS, TABLE_PROMPTS
 
-KINDS = ("good", "swapped", "unrelated")
+KINDS = ("good", "swapped", "crossed", "unrelated")
 PROMPTS = [*NEW_PROMPTS, *TABLE_PROMPTS, *OUTSIDE_PROMPTS]
 # A choice among several settings, small enough to be made many times.
 BUDGET = Budget(
@@ -49,6 +51,10 @@ def pairs_of(kind: str, seed: int) -> list[tuple[str, str]]:
         _, sentences = grammar.topic_sentences(seed=444_200_000 + seed, on=0, off=2 * COUNT)
         draw.shuffle(sentences)
         return list(zip(sentences[::2], sentences[1::2]))
+    if kind == "crossed":
+        texts = [side for pair in grammar.contrast_pairs(8, seed=seed) for side in pair]
+        draw.shuffle(texts)
+        return list(itertools.product(texts[:8], texts[8:]))
     pairs = grammar.contrast_pairs(COUNT, seed=seed)
     if kind == "swapped":
         return [pair if draw.random() < 0.5 else pair[::-1] for pair in pairs]

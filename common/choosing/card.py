@@ -17,11 +17,14 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
+from common.choosing.judging import shown
+from common.identity import hash_of_tensors
 from common.plots import plot_beside_controls, plot_steerability
 from common.vectors.steering_vector import SteeringVector
 
 KEY = "card"  # of the metadata
 FORMAT = "1"
+HASH = "vector, SHA-256"  # of the data
 Number = float | None  # None where there is none: JSON has no NaN
 
 
@@ -44,7 +47,7 @@ class VectorCard:
 
     Attributes:
         name: of the vector.
-        better: whether it is better than random: no test says otherwise.
+        better: whether it is better than random: all tests were asked, and say so.
         judged: the tests: `question`, `found`, `p`, `passed`.
         place: `layer`, `layer_type`, `multiplier`, `kl` (on the prompts of the judgement, in nats),
             `target_kl`.
@@ -91,14 +94,20 @@ class VectorCard:
         """Return the card that a vector carries.
 
         Raises:
-            ValueError: it has none, or one of a later format.
+            ValueError: it has none, one of a later format, or that of the vector from which it was
+                computed, as `-vector` and `2 * vector` are.
         """
         if KEY not in vector.metadata:
             raise ValueError("this vector has no card: expected one that `choose` returned")
         content = json.loads(vector.metadata[KEY])
         if (version := content.pop("format", None)) != FORMAT:
             raise ValueError(f"the card has format {version!r}; this version reads {FORMAT!r}")
-        return cls(**content)
+        card = cls(**content)
+        if card.data[HASH] != hash_of_tensors(vector.layer_activations.values()):
+            raise ValueError(
+                "the card is of another vector: this one was computed from it, and nobody judged it"
+            )
+        return card
 
     # --- the page ---
 
@@ -108,9 +117,10 @@ class VectorCard:
         unasked = [one["found"] for one in self.judged if one["passed"] is None]
         failed = [one["found"] for one in self.judged if one["passed"] is False]
         if self.better:
-            but = f" Not known: {'; '.join(unasked)}." if unasked else ""
-            return f"Better than random: {_signed(self.effect)}.{but}"
-        return f"No better than random: {'; '.join(failed)}."
+            return f"Better than random: {_signed(self.effect)}."
+        if failed:
+            return f"No better than random: {'; '.join(failed)}."
+        return f"Not shown to be better than random: {'; '.join(unasked)}; {_signed(self.effect)}."
 
     @property
     def beside_prompting(self) -> str:
@@ -121,11 +131,11 @@ class VectorCard:
         if more is None or low is None or high is None:
             return "Whether prompting does more is not known: the metric has too few values."
         if low <= 0 <= high:
-            by = f"{_number(more)} ({_number(low)} to {_number(high)})"
+            by = f"{_value(more)} ({_value(low)} to {_value(high)})"
             return f"It cannot be told from prompting: steering minus prompting is {by}."
         what = "It does more than prompting" if low > 0 else "Prompting does more"
         ends = sorted((abs(low), abs(high)))
-        return f"{what}, by {_number(abs(more))} ({_number(ends[0])} to {_number(ends[1])})."
+        return f"{what}, by {_value(abs(more))} ({_value(ends[0])} to {_value(ends[1])})."
 
     def markdown(self, pictures: str = "") -> str:
         """Return the page in Markdown.
@@ -215,33 +225,38 @@ class VectorCard:
         if self.rival is not None:
             rows.append(("prompting", *_with_interval(self.rival)))
             more = {name: self.rival[f"more{name}"] for name in ("", " low", " high")}
-            rows.append(("steering minus prompting", *map(_number, more.values())))
+            rows.append(("steering minus prompting", *map(_value, more.values())))
         for kind, effects in self.controls.items():
             known = sorted(effect for effect in effects if effect is not None)
             if known:
                 ends = known[len(known) // 2], known[0], known[-1]
                 title = f"{CONTROLS[kind]}: median, least, most"
-                rows.append((title, *map(_number, ends)))
+                rows.append((title, *map(_value, ends)))
         said = (
             ""
             if self.rival is None
             else f" The best of the prompts was {self.rival['instruction']!r}."
         )
-        cost = (
-            f" It makes {self.cost['what']} ({self.cost['texts']}) {_number(self.cost['ratio'])}"
-            f" times as perplexing, random directions {_number(self.cost['random'])} times."
-        )
         text = (
-            f"The metric is {_number(self.effect['unsteered'])} unsteered and"
-            f" {_number(self.effect['steered'])} steered.{cost}{said}"
+            f"The metric is {_value(self.effect['unsteered'])} unsteered and"
+            f" {_value(self.effect['steered'])} steered.{self._cost()}{said}"
         )
         return Table("Effect and cost", text, ("", "effect", "low", "high"), rows)
+
+    def _cost(self) -> str:
+        cost = self.cost
+        if cost["ratio"] is None:
+            return ""
+        return (
+            f" It makes {cost['what']} ({cost['texts']}) {_number(cost['ratio'])} times as"
+            f" perplexing, random directions {_number(cost['random'])} times."
+        )
 
     def _reliability(self) -> Table:
         shares = self.shares
         text = (
             f"Over {_number(shares['prompts'], 0)} prompts the metric rises by"
-            f" {_number(shares['slope'])} ({_number(shares['low'])} to {_number(shares['high'])})"
+            f" {_value(shares['slope'])} ({_value(shares['low'])} to {_value(shares['high'])})"
             " from 0 to the chosen multiplier. Of the prompts"
             f" {_percent(shares['anti'])} go the wrong way ({_percent(shares['anti low'])} to"
             f" {_percent(shares['anti high'])})."
@@ -254,8 +269,8 @@ class VectorCard:
                 _number(one["layer"], 0),
                 _number(one["target_kl"], 1),
                 f"{one['multiplier']:.4g}",
-                _number(one["effect"]),
-                _number(one["error"]),
+                _value(one["effect"]),
+                _value(one["error"]),
                 "chosen" if self._is_chosen(one) else "",
             )
             for one in self.tried
@@ -293,12 +308,17 @@ def _number(value: Number, decimals: int = 2) -> str:
     return "" if value is None else f"{round(value, decimals) + 0.0:.{decimals}f}"
 
 
+def _value(value: Number) -> str:
+    """A number in units of the metric."""
+    return "" if value is None else shown(value)
+
+
 def _percent(value: Number) -> str:
     return "" if value is None else f"{value:.0%}"
 
 
 def _with_interval(found: Mapping[str, Any]) -> tuple[str, str, str]:
-    mean, low, high = (_number(found[name]) for name in ("mean", "low", "high"))
+    mean, low, high = (_value(found[name]) for name in ("mean", "low", "high"))
     return mean, low, high
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.arguments import first_name, integer
 from common.choosing.card import CONTROLS, KEY, PICTURES, VectorCard
-from common.choosing.evidence import Evidence, settings_of_vector, shares_of
+from common.choosing.evidence import Evidence, competing, settings_of_vector, shares_of
 from common.choosing.judging import beats, gentlest_of_the_best, moves_the_right_way, tells_apart
 from common.choosing.splitting import FEWEST_PAIRS, split_at_random
 from common.choosing.trying import (
@@ -27,7 +27,7 @@ from common.choosing.trying import (
 )
 from common.measuring.logit_metrics import LogitMetric
 from common.measuring.metrics import Metric
-from common.passes.prompts import Prompt, check_prompts
+from common.passes.prompts import Prompt
 from common.places.blocks import get_blocks
 from common.progress import DELAY, progress_bar
 from common.vectors.files import write_whole
@@ -36,6 +36,10 @@ from common.vectors.steering_vector import SteeringVector
 from common.vectors.training import train_steering_vector
 
 PACKAGES = ("torch", "transformers")
+TRAINING = {
+    *("layers", "layer_type", "aggregator", "read_token_index", "batch_size", "prepend_bos")
+}
+LARGEST_SEED = 10**9  # seeds of controls are made of it, in 64 bits
 
 
 @dataclass(frozen=True)
@@ -135,11 +139,15 @@ def choose(
     sides of the pairs apart that were kept back (p ≤ 0.05). All of these have to hold, so that
     together they let through less than one in twenty that is none.
 
+    Unrelated vectors lie in as many dimensions as there are prompts to choose on, less one: with
+    few prompts they are much alike, and random directions are the stricter control.
+
     Args:
         model: a causal language model; as it was afterwards and after any exception.
         tokenizer: its tokenizer.
         pairs: contrast pairs; of a pair that is there twice the second does not count. With fewer
-            than 10 none are kept back, and the card says that their labels were not checked.
+            than 10 none are kept back: nobody knows then whether the labels mean something, and no
+            card calls the vector better than random. Of pairs that share texts, only some are used.
         prompts: texts, or messages for a chat model: what the model will be used for. 24 or more
             are better than the 8 that are needed.
         metric: one number for each completion (see `add_metric_cols`), or for each row of logits
@@ -152,11 +160,12 @@ def choose(
             they become; by default what the unsteered model writes after the prompts.
         instructions: prompts in words, which compete: each is put in front of a prompt, and the
             best on the first half is judged on the other. By default the positive sides of some
-            pairs.
+            pairs, as many as the budget says and as fit in front.
         seed: of the splits, the controls and the completions.
         show_progress: show a bar where it takes more than five seconds.
         training: more of `train_steering_vector`: `aggregator`, `read_token_index`, `layer_type`,
-            `prepend_bos` (of everything that is run here), and `layers`, among which to choose.
+            `batch_size`, `prepend_bos` (of everything that is run here), and `layers`, among which
+            to choose.
 
     Returns:
         The vector of the chosen layer, layer, multiplier, and the card.
@@ -167,12 +176,17 @@ def choose(
             where several are expected; what training, calibration and sweeps refuse.
     """
     budget, seed = budget_of(budget), integer(seed, "seed")
+    if seed > LARGEST_SEED:
+        raise ValueError(f"expected a seed of {LARGEST_SEED:,} at most, got {seed:,}")
     if not callable(metric):
         raise ValueError(f"expected a function as metric, got {metric!r}")
-    if isinstance(instructions, str):
-        raise ValueError(f"expected a list of texts as instructions, got {instructions!r}")
-    if other_texts is not None:
-        check_prompts(other_texts)
+    if unknown := sorted(training.keys() - TRAINING):
+        raise ValueError(f"expected of training {', '.join(sorted(TRAINING))}; got {unknown[0]!r}")
+    if instructions is not None:
+        given: list[Any] = [None] if isinstance(instructions, str) else list(instructions)
+        if not all(isinstance(one, str) and one.strip() for one in given):
+            raise ValueError(f"expected a list of texts as instructions, got {instructions!r}")
+        instructions = given
     if next_token is None:
         next_token = first_name(metric) == "steered"
     split = split_at_random(tokenizer, pairs, prompts, budget.prompts, seed)
@@ -180,6 +194,13 @@ def choose(
     subject = Subject(model, tokenizer, metric, next_token, budget, seed, bos)
     blocks = len(get_blocks(model)[1])
     training["layers"] = layers_to_try(blocks, budget.layers, training.get("layers"))
+    # What would be refused later, before anything that takes long.
+    subject.check([*split.choosing, *split.judging])
+    instructions = competing(subject, split, instructions)
+    if other_texts is not None:
+        other_texts = other_texts if isinstance(other_texts, str) else list(other_texts)
+        subject.perplexities(other_texts)
+    subject.unsteered(split.choosing)
     with _steps(len(budget.strengths) + 4, show_progress) as step:
         step("training")
         vector = train_steering_vector(model, tokenizer, split.trained, **training)
@@ -203,7 +224,7 @@ def choose(
         slopes = found.slopes()
         card = VectorCard(
             name=name,
-            better=all(answer.passed is not False for answer in answers),
+            better=all(answer.passed for answer in answers),
             judged=[asdict(answer) for answer in answers],
             place=found.place(),
             effect=found.effect_in_full(),

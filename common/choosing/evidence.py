@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from common.choosing.card import HASH
 from common.choosing.judging import interval
 from common.choosing.splitting import Split
 from common.choosing.trying import VECTOR, Directions, Subject, settings_of
@@ -24,7 +25,7 @@ from common.measuring.reliability import steerability, steerable_shares
 from common.passes.prompts import Prompt, prompt_text
 from common.sweeping.grid import Grid
 from common.sweeping.strength import steering_kl
-from common.sweeping.sweep import sweep_perplexity
+from common.vectors.pairs import SteeringVectorTrainingSample
 from common.vectors.steering_vector import SteeringVector, model_name
 from common.vectors.training import extract_activations
 
@@ -127,13 +128,10 @@ class Evidence:
 
     def effect_in_full(self) -> dict[str, float]:
         """Return the effect with its interval, and the metric without and with steering."""
-        (mean, low, high), plain = self.effect, float(np.nanmean(self.unsteered))
+        (mean, low, high), known = self.effect, ~np.isnan(self.moves)
+        plain = float(self.unsteered[known].mean()) if known.any() else np.nan
         effect = {"mean": mean, "low": low, "high": high}
-        return effect | {
-            "unsteered": plain,
-            "steered": plain + mean,
-            "prompts": int((~np.isnan(self.moves)).sum()),
-        }
+        return effect | {"unsteered": plain, "steered": plain + mean, "prompts": int(known.sum())}
 
     def apart(self, training: Mapping[str, Any]) -> list[float]:
         """Return how the sides of the pairs that were kept back lie along the vector.
@@ -163,48 +161,45 @@ class Evidence:
 
         Args:
             texts: by default what the unsteered model writes; where it writes nothing, the prompts.
+                Of these, those that are too long or too short to be read again are left out.
         """
         what = "other texts"
         if texts is None:
             texts, what = self._own_texts()
         settings = settings_of(self.chosen).items()
         kinds = self.directions.kinds
-        costs = sweep_perplexity(
-            self.subject.model,
-            self.subject.tokenizer,
-            self.directions.grid({one: place for one, place in settings if kinds[one] != UNUSED}),
-            texts,
-            prepend_bos=True if self.subject.bos is None else self.subject.bos,
-            show_progress=False,
-        )
+        if not texts:
+            return {"ratio": np.nan, "random": np.nan, "texts": 0, "what": what}
+        chosen = {one: place for one, place in settings if kinds[one] != UNUSED}
+        costs = self.subject.perplexities(texts, self.directions.grid(chosen))
         table = perplexity_ratio_by_cell(costs)
         ratios = dict(zip(table["steering"].tolist(), table["ratio"].tolist(), strict=True))
         found = {"ratio": ratios.pop(VECTOR), "random": float(np.median([*ratios.values()]))}
         return found | {"texts": len(texts), "what": what}
 
     def _own_texts(self) -> tuple[list[str], str]:
-        if self.subject.next_token:
-            return list(dict.fromkeys(self.rows["prompt"].tolist())), "the prompts"
-        plain = self.rows.query("kind == 'unsteered'")
-        texts = dict.fromkeys((plain["prompt"] + plain["completion"]).tolist())
-        return list(texts), "what the unsteered model writes"
+        plain, what = self.rows.query("kind == 'unsteered'"), "the prompts"
+        texts = plain["prompt"]
+        if not self.subject.next_token:
+            texts, what = texts + plain["completion"], "what the unsteered model writes"
+        return [text for text in dict.fromkeys(texts.tolist()) if self.subject.reads(text)], what
 
-    def rival(self, given: Sequence[str] | None) -> dict[str, Any] | None:
+    def rival(self, instructions: Sequence[str]) -> dict[str, Any] | None:
         """Measure prompting: the instruction that is best on one half, on the other.
 
         Args:
-            given: the instructions; by default positive sides of pairs. None is returned where
-                there are none.
+            instructions: see `competing`.
+
+        Returns:
+            None where there are none, or none under which the metric has a value.
         """
-        if given is None:
-            sides = [sample.positive_str for sample in self.split.trained]
-            given = [side for side in sides if isinstance(side, str)]
-        instructions = list(dict.fromkeys(given))[: self.subject.budget.instructions]
         if not instructions:
             return None
         trial = [asked(one, prompt) for one in instructions for prompt in self.split.choosing]
         values = self.subject.unsteered(trial).reshape(len(instructions), -1)
         means = [interval(of_one)[0] for of_one in values]
+        if np.isnan(means).all():
+            return None
         best = instructions[int(np.argmax(np.nan_to_num(means, nan=-np.inf)))]
         prompts = [asked(best, prompt) for prompt in self.split.judging]
         moved = self.subject.unsteered(prompts, judging=True) - self.unsteered
@@ -243,11 +238,44 @@ class Evidence:
             "model, SHA-256": _sha(identity_of_model(subject.model)),
             "pairs, SHA-256": split.pairs_sha256,
             "prompts, SHA-256": _sha(prompts),
-            "vector, SHA-256": hash_of_tensors(self.vector.layer_activations.values()),
+            HASH: hash_of_tensors(self.vector.layer_activations.values()),
         }
 
 
 UNUSED = "unrelated"  # vectors whose cost nobody asks for
+
+
+def competing(subject: Subject, split: Split, given: Sequence[str] | None) -> list[str]:
+    """Return the instructions that compete.
+
+    Args:
+        subject: the model.
+        split: the prompts, and pairs.
+        given: all of the user's compete. By default the positive sides of some pairs do, as many as
+            the budget says, of those that fit in front of every prompt.
+
+    Raises:
+        ValueError: one of the user's is too long.
+    """
+    prompts = [*split.choosing, *split.judging]
+    if given is not None:
+        for one in given:
+            subject.check([asked(one, prompt) for prompt in prompts])
+        return list(dict.fromkeys(given))
+    found: list[str] = []
+    for side in dict.fromkeys(str(pair.positive_str) for pair in split.trained if _is_text(pair)):
+        if len(found) == subject.budget.instructions:
+            break
+        try:
+            subject.check([asked(side, prompt) for prompt in prompts])
+        except ValueError:
+            continue
+        found.append(side)
+    return found
+
+
+def _is_text(pair: SteeringVectorTrainingSample) -> bool:
+    return isinstance(pair.positive_str, str)
 
 
 def shares_of(slopes: pd.DataFrame) -> dict[str, Any]:

@@ -65,6 +65,13 @@ def gentlest_of_the_best(tried: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=tried.columns)
 
 
+def shown(value: float) -> str:
+    """Return a number in units of a metric: two decimals, or as many as show it at all."""
+    if not value or 0.1 <= abs(value) < 1e6:
+        return f"{value + 0.0:.2f}"
+    return f"{value:.2g}"
+
+
 def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float, float]:
     """Return a mean and its 95 % interval, Student's t; NaN where it has none."""
     known = np.asarray(values, dtype=float)
@@ -103,9 +110,9 @@ def moves_the_right_way(low: float, high: float) -> Judged:
         high: where it ends.
     """
     passed = low > 0
-    found = f"the interval of the effect begins at {low:.2f}"
+    found = f"the interval of the effect begins at {shown(low)}"
     if high < 0:
-        found = f"it lowers the metric (the interval ends at {high:.2f}): are the sides swapped?"
+        found = f"it lowers the metric (the interval ends at {shown(high)}): are the sides swapped?"
     return Judged("Does it move the metric the right way?", found, None, bool(passed))
 
 
@@ -119,7 +126,12 @@ def tells_apart(projections: Sequence[float], least: int) -> Judged:
     question = "Does it tell the sides of other pairs apart?"
     count, right = len(projections), sum(value > 0 for value in projections)
     if not count:
-        return Judged(question, f"too few pairs to ask: expected {least} or more", None, None)
+        return Judged(
+            question,
+            f"too few pairs of different texts to ask: expected {least} or more",
+            None,
+            None,
+        )
     p = float(stats.binomtest(right, count, 0.5, "greater").pvalue)
     found = f"it tells {right} of {count} pairs apart that were kept back"
     if p > LEVEL:

@@ -1,5 +1,6 @@
 """What is used for what: pairs to train on and to keep back, prompts to choose and to judge on."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ class Split:
 
     Attributes:
         trained: the pairs that the vector is trained on.
-        kept: those that are kept back; none where there are fewer than 10.
+        kept: those that are kept back, see `keep_back`; none where there are fewer than 10.
         choosing: the prompts on which the setting is chosen.
         judging: those on which it is judged.
         pairs_sha256: a hash of the pairs as they were given.
@@ -64,8 +65,37 @@ def split_at_random(
         raise ValueError(f"expected {FEWEST_PROMPTS} prompts or more, got {len(shown)}")
     random = np.random.default_rng(seed)
     mixed = [samples[number] for number in random.permutation(len(samples))]
-    kept = max(FEWEST_KEPT, len(mixed) // 3) if len(mixed) >= FEWEST_PAIRS else 0
+    trained, kept = keep_back(mixed)
     order = [prompts[number] for number in random.permutation(len(shown))]
     half = min(most, len(order) // 2)
-    parts = mixed[kept:], mixed[:kept], order[:half], order[half : 3 * half]
+    parts = trained, kept, order[:half], order[half : 3 * half]
     return Split(*parts, hash_of_pairs(given))
+
+
+def keep_back(pairs: list[SteeringVectorTrainingSample]) -> tuple[list, list]:
+    """Part pairs into those that are trained on, and some that are kept back: a third, or fewer.
+
+    A text is on one side of the parting only, and in one kept pair only: copies would be counted
+    as evidence. Pairs that share a text with a kept one are used for nothing.
+
+    Returns:
+        The pairs to train on, and those kept back; none of these where there are too few.
+    """
+    most = max(FEWEST_KEPT, len(pairs) // 3) if len(pairs) >= FEWEST_PAIRS else 0
+    for count in range(most, FEWEST_KEPT - 1, -1):
+        kept: list[SteeringVectorTrainingSample] = []
+        texts: set[str] = set()
+        for pair in pairs:
+            if len(kept) < count and not texts & _texts(pair):
+                kept.append(pair)
+                texts |= _texts(pair)
+        trained = [pair for pair in pairs if not texts & _texts(pair)]
+        if len(kept) == count and len(trained) >= count:
+            return trained, kept
+    return pairs, []
+
+
+def _texts(pair: SteeringVectorTrainingSample) -> set[str]:
+    """Both sides, alike where they differ in blanks at their ends only."""
+    sides = pair.positive_str, pair.negative_str
+    return {side.strip() if isinstance(side, str) else json.dumps(side) for side in sides}

@@ -14,13 +14,15 @@ from common.measuring.effects import effect_by_cell, with_numbers
 from common.passes.prompts import Prompt
 from common.sweeping.grid import Grid
 from common.sweeping.strength import calibrate_grid
-from common.sweeping.sweep import sweep, sweep_logits
+from common.sweeping.sweep import sweep, sweep_logits, sweep_perplexity
+from common.sweeping.texts import Texts
 from common.texts.sampling import Sampling
 from common.vectors.directions import random_directions
 from common.vectors.reading import read_activations
 from common.vectors.steering_vector import SteeringVector
 
 VECTOR = "vector"
+ROUNDING = 1e-5  # of an activation, as a share of its length
 TOLERANCE = 0.1  # of the divergence, as a share
 FEWEST = 19  # with fewer controls none of them may win, and p is still above 0.05
 DRAWN = Sampling(max_new_tokens=12, temperature=1.0, top_p=0.9)
@@ -36,7 +38,7 @@ class Budget:
         controls: so many random directions, and as many unrelated vectors.
         prompts: on at most so many the setting is chosen, and on twice as many judged.
         calibrating: on at most so many of them the strength is measured.
-        instructions: how many prompts in words compete.
+        instructions: how many prompts in words compete, where the user names none.
         sampling: how completions are drawn and how long they are.
         per_prompt: completions of each prompt on which the setting is chosen; twice as many where
             it is judged, unless they are greedy.
@@ -59,6 +61,15 @@ class Budget:
             integer(getattr(self, name), name, least)
         integer(self.instructions, "instructions")
         integer(self.controls, "controls", FEWEST)
+        if not isinstance(self.sampling, Sampling):
+            raise ValueError(f"expected a Sampling as sampling, got {self.sampling!r}")
+        if self.per_prompt > 1 and not self.sampling.temperature:
+            raise ValueError(
+                f"{self.per_prompt} completions of each prompt need a temperature above 0: greedy"
+                " ones are all the same"
+            )
+        if isinstance(self.strengths, str | int | float):
+            raise ValueError(f"expected a list of strengths in nats, got {self.strengths!r}")
         given = [finite_number(strength, "strength") for strength in self.strengths]
         if not given or min(given) <= 0 or len(set(given)) < len(given):
             raise ValueError(f"expected different strengths above 0, in nats, got {given}")
@@ -171,11 +182,43 @@ class Subject:
         return rows.rename(columns={columns[0]: "metric"})
 
     def unsteered(self, prompts: Sequence[Prompt], judging: bool = False) -> np.ndarray:
-        """Measure prompts as they are, in their order; means over their completions."""
-        zero = torch.zeros(self.model.config.get_text_config().hidden_size)
-        rows = self.rows(Grid({"nothing": SteeringVector({0: zero})}), prompts, judging)
+        """Measure prompts as they are, in their order; means over completions with a value."""
+        rows = self.rows(self._nothing(), prompts, judging)
         plain = with_numbers(rows, "metric").query("kind == 'unsteered'")
-        return plain["metric"].to_numpy(dtype=float).reshape(len(prompts), -1).mean(-1)
+        values = plain["metric"].to_numpy(dtype=float).reshape(len(prompts), -1)
+        return pd.DataFrame(values).mean(axis="columns").to_numpy()
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Refuse prompts that leave no room for what is written after them.
+
+        Raises:
+            ValueError: one that is too long for the model, or empty.
+        """
+        new = 1 if self.next_token else self.budget.sampling.max_new_tokens
+        Texts(self.model, self.tokenizer, prompts, self.bos).check((), new)
+
+    def perplexities(self, texts: Sequence[Prompt], grid: Grid | None = None) -> pd.DataFrame:
+        """Measure how likely the model finds texts, unsteered and under a grid.
+
+        Raises:
+            ValueError: what `sweep_perplexity` refuses.
+        """
+        bos = True if self.bos is None else self.bos
+        given = self.model, self.tokenizer, self._nothing() if grid is None else grid, texts
+        return sweep_perplexity(*given, prepend_bos=bos, show_progress=False)
+
+    def reads(self, text: Prompt) -> bool:
+        """Say whether a text is one that `perplexities` can measure."""
+        try:
+            read = Texts(self.model, self.tokenizer, [text], True if self.bos is None else self.bos)
+            read.check(())
+        except ValueError:
+            return False
+        return read.lengths[0] > 1
+
+    def _nothing(self) -> Grid:
+        zero = torch.zeros(self.model.config.get_text_config().hidden_size)
+        return Grid({"nothing": SteeringVector({0: zero})})
 
 
 @dataclass
@@ -234,11 +277,26 @@ def with_controls(
     for number in range(count):
         name, weights = f"unrelated {number + 1}", torch.tensor(random.normal(size=len(prompts)))
         mixed = {
-            layer: ((weights - weights.mean()) @ acts.double().cpu()).to(acts)
-            for layer, acts in read.items()
+            layer: (weights @ _differences(acts, layer)).to(acts) for layer, acts in read.items()
         }
         found[name], kinds[name] = SteeringVector(mixed, vector.layer_type), "unrelated"
     return Directions(found, kinds)
+
+
+def _differences(acts: torch.Tensor, layer: int) -> torch.Tensor:
+    """What activations [prompt, d_model] differ by, in float64.
+
+    Raises:
+        ValueError: they are the same, but for rounding.
+    """
+    wide = acts.double().cpu()
+    apart = wide - wide.mean(0)
+    if apart.norm(dim=1).max() <= ROUNDING * wide.norm(dim=1).max():
+        raise ValueError(
+            f"at layer {layer} the activations of all prompts are the same: there is nothing to"
+            " make unrelated vectors of; expected prompts that end differently, or another layer"
+        )
+    return apart
 
 
 def try_strength(

@@ -9,7 +9,7 @@ import re
 from dataclasses import replace
 from functools import partial
 from html.parser import HTMLParser
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -33,10 +33,11 @@ from common import (
     tone_sign,
 )
 from common.checking.pristine import assert_pristine, snapshot
-from common.choosing.evidence import Evidence, asked
+from common.choosing.evidence import Evidence, asked, competing
 from common.choosing.judging import gentlest_of_the_best
-from common.choosing.splitting import Split, split_at_random
+from common.choosing.splitting import Split, keep_back, split_at_random
 from common.choosing.trying import Subject, layers_to_try, try_strength, with_controls
+from common.vectors.pairs import samples_of
 from common.vectors.training import train_steering_vector
 from embedded_model import grammar
 from embedded_model.prompts import NEW_PROMPTS, TABLE_PROMPTS
@@ -62,8 +63,15 @@ def praise(tokenizer):
 
 
 def pairs_of(kind: str, seed: int) -> list[tuple[str, str]]:
-    """Good pairs; good ones with sides swapped at random; sentences that have nothing in common."""
+    """Good pairs; good ones with sides swapped at random; sentences that have nothing in common.
+
+    And texts on sides at random, each beside each: many pairs, and few texts.
+    """
     draw = random.Random(seed)
+    if kind == "crossed":
+        texts = [side for pair in grammar.contrast_pairs(8, seed=seed) for side in pair]
+        draw.shuffle(texts)
+        return list(product(texts[:8], texts[8:]))
     if kind == "unrelated":
         _, sentences = grammar.topic_sentences(seed=444_100_000 + seed, on=0, off=60)
         draw.shuffle(sentences)
@@ -95,7 +103,8 @@ def test_bad_pairs_are_told_and_good_ones_are_found(model, tokenizer, praise):
         assert card.verdict.startswith(said) and said in card.markdown()
         return card.better
 
-    bad = [better(kind, seed) for seed in range(10) for kind in ("swapped", "unrelated")]
+    bad = [better(kind, seed) for seed in range(7) for kind in ("swapped", "unrelated")]
+    bad += [better("crossed", seed) for seed in range(6)]
     assert sum(bad) <= 0.05 * len(bad)
     assert all(better("good", seed) for seed in range(3))
 
@@ -141,7 +150,7 @@ def test_the_choice_does_not_know_what_the_judgement_finds(model, tokenizer):
             signs = [-1 if turned and prompt in split.judging else 1 for prompt in prompts]
             return [sign * len(text) for sign, text in zip(signs, completions)]
 
-        budget = replace(SMALL, layers=2, strengths=(0.3, 1.0))
+        budget = replace(SMALL, layers=2)
         return choose(model, tokenizer, pairs_of("good", 0), PROMPTS[:12], metric, budget).card
 
     card, turned = found(False), found(True)
@@ -161,6 +170,25 @@ def test_a_split_parts_everything(tokenizer, pairs, prompts, most):
     both = [*split.choosing, *split.judging]
     assert len(set(both)) == len(both) and set(both) <= set(given_prompts)
     assert 4 <= len(split.choosing) <= most and len(split.choosing) <= len(split.judging)
+
+
+TEXTS = st.lists(st.integers(0, 12), min_size=4, max_size=10, unique=True)
+
+
+@given(positive=TEXTS, negative=TEXTS, count=st.integers(2, 60), blank=st.booleans())
+def test_no_text_of_a_kept_pair_is_anywhere_else(positive, negative, count, blank):
+    """Copies are no evidence, whoever shares them, and whatever blanks end them."""
+    pairs = [(f"good {a}", f"good {b}" if a != b else "bad") for a in positive for b in negative]
+    pairs = samples_of(pairs[:count] + [(f"{a} ", b) for a, b in pairs[: count * blank]])
+    trained, kept = keep_back(pairs)
+    if not kept:
+        assert trained == pairs
+        return
+    assert 5 <= len(kept) <= max(5, len(pairs) // 3) and len(trained) >= len(kept)
+    texts = [{one.positive_str.strip(), one.negative_str.strip()} for one in (*kept, *trained)]
+    for number, mine in enumerate(texts[: len(kept)]):
+        others = texts[:number] + texts[number + 1 :]
+        assert not any(mine & other for other in others)
 
 
 def test_another_seed_splits_otherwise(tokenizer):
@@ -279,6 +307,9 @@ def test_a_vector_has_an_ending_of_its_own(choice, tmp_path):
 
 
 def test_a_vector_without_a_card_says_so(choice):
+    for other in (-choice.vector, 2 * choice.vector, choice.vector + choice.vector):
+        with pytest.raises(ValueError, match="the card is of another vector"):
+            VectorCard.of(other)
     with pytest.raises(ValueError, match="no card"):
         VectorCard.of(SteeringVector({0: torch.ones(4)}))
     later = json.dumps(json.loads(choice.card.to_json()) | {"format": "2"})
@@ -346,6 +377,11 @@ def test_metrics_of_texts_and_few_pairs(model, tokenizer):
     card = choose(model, tokenizer, *given, **options).card
     assert list(card.slopes) == split_at_random(tokenizer, *given[:2], 4, seed=3).judging
     assert card.data["pairs kept back"] == 0 and "too few pairs" in card.markdown()
+    assert not card.better and "Better than random" not in card.verdict
+    passed = [one | {"passed": True} if one["p"] is not None else one for one in card.judged]
+    passed[0] |= {"passed": True}
+    unasked = replace(card, judged=passed)
+    assert unasked.verdict.startswith("Not shown to be better than random: ")
     assert card.place["layer"] == 4 and card.rival["instruction"] == "I love it."
     assert len(card.examples) == 4 and card.data["metric"] == "tone_sign"
     assert card.cost["texts"] >= 5 and card.cost["what"] == "what the unsteered model writes"
@@ -379,6 +415,12 @@ def test_messages_are_prompts_too(model, tokenizer, praise, monkeypatch):
         ({"seed": -1}, "expected an integer of 0 or more as seed"),
         ({"layers": [99]}, r"expected layers from 0 to 5, got \[99\]"),
         ({"layers": [1, -5]}, "layer 1 is given twice"),
+        ({"layer_config": {}}, "expected of training .* got 'layer_config'"),
+        ({"seed": 10**10}, "expected a seed of 1,000,000,000 at most"),
+        ({"instructions": ["Be kind.", 2]}, "expected a list of texts as instructions"),
+        ({"instructions": ["kind " * 300]}, "positions of the model"),
+        ({"other_texts": ["kind " * 300]}, "positions of the model"),
+        ({"prompts": [*PROMPTS[:8], "kind " * 300]}, "positions of the model"),
         ({"metric": "tone"}, "expected a function as metric, got 'tone'"),
         ({"instructions": "Be kind."}, "expected a list of texts as instructions"),
         ({"other_texts": "one text"}, "expected a list of prompts, got 'one text'"),
@@ -399,11 +441,85 @@ def test_what_means_nothing_is_refused(model, tokenizer, praise, changes, messag
         ({"strengths": ()}, "strengths"),
         ({"strengths": (0.3, 0.3)}, "strengths"),
         ({"strengths": (0.0,)}, "strengths"),
+        ({"strengths": 0.5}, "expected a list of strengths"),
+        ({"sampling": None}, "expected a Sampling"),
+        ({"sampling": SHORT, "per_prompt": 2}, "need a temperature above 0"),
     ],
 )
 def test_a_budget_that_can_prove_nothing_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         Budget(**changes)
+
+
+def test_prompts_without_a_value_count_nowhere(model, tokenizer):
+    """The metric without and with steering is that of the prompts that the effect is of."""
+
+    def metric(steered: torch.Tensor, plain: torch.Tensor) -> list[float]:
+        found = plain.log_softmax(-1).max(-1).values
+        moved = (steered - plain).abs().amax(-1) > 0
+        return [NAN if one > -1.5 and hit else float(one) for one, hit in zip(found, moved)]
+
+    given = (pairs_of("good", 0), PROMPTS[:16], metric, replace(SMALL, prompts=8))
+    card = choose(model, tokenizer, *given).card
+    known = [prompt for prompt, slope in card.slopes.items() if slope is not None]
+    assert 0 < card.effect["prompts"] == len(known) < 8
+    with torch.no_grad():
+        logits = [model(**encode(tokenizer, [one], None)).logits[:, -1] for one in known]
+    plain = np.mean([float(one.log_softmax(-1).max()) for one in logits])
+    assert card.effect["unsteered"] == pytest.approx(plain, abs=1e-4)
+    assert card.effect["steered"] == pytest.approx(plain + card.effect["mean"], abs=1e-4)
+
+
+def test_a_completion_without_a_value_does_not_take_the_others_along(model, tokenizer):
+    budget = replace(
+        SMALL, per_prompt=2, instructions=2, sampling=Sampling(max_new_tokens=2, temperature=1.0)
+    )
+
+    def metric(texts: list[str]) -> list[float]:
+        return [NAN if len(text) % 2 else float(len(text)) for text in texts]
+
+    card = choose(model, tokenizer, pairs_of("good", 0), PROMPTS[:8], metric, budget).card
+    assert card.rival["mean"] is not None and card.effect["prompts"] >= 3
+    card = choose(
+        model, tokenizer, pairs_of("good", 0), PROMPTS[:8], vanishing, replace(budget, per_prompt=1)
+    ).card
+    assert card.rival is None
+
+
+def vanishing(prompts: list[str], completions: list[str]) -> list[float]:
+    """A metric that knows nothing of prompts with something in front."""
+    return [float(len(c)) if p in PROMPTS else NAN for p, c in zip(prompts, completions)]
+
+
+def test_all_instructions_of_the_user_compete_and_of_the_pairs_those_that_fit(tokenizer):
+    tiny = tiny_model("GPT-2", len(tokenizer))  # 64 positions
+    subject = Subject(tiny, tokenizer, vowels, False, replace(SMALL, instructions=1), 0, None)
+    samples = samples_of([("kind " * 70, "a"), ("good", "b"), ("nice", "c")])
+    split = Split(samples, [], PROMPTS[:4], PROMPTS[4:8])
+    assert competing(subject, split, None) == ["good"]
+    assert competing(subject, split, ["x", "y", "x"]) == ["x", "y"]
+
+
+def test_a_prompt_that_just_fits_gets_a_card(tokenizer):
+    """Where there is no room for more in front, nothing is put there."""
+    tiny = tiny_model("GPT-2", len(tokenizer))  # 64 positions
+    long = [f"{prompt}{' kind' * 70}" for prompt in PROMPTS[:8]]
+    ids = [tokenizer(text)["input_ids"][:61] for text in long]
+    prompts = tokenizer.batch_decode(ids)
+    assert [tokenizer(text)["input_ids"] for text in prompts] == ids
+    given = (pairs_of("good", 0)[:10], prompts, vowels, replace(SMALL, instructions=2))
+    card = choose(tiny, tokenizer, *given).card
+    assert card.rival is None and card.effect["mean"] is not None
+    assert card.cost["texts"] < 4 or card.cost["ratio"] is not None
+
+
+def test_controls_are_never_made_of_rounding(tokenizer):
+    tiny = tiny_model("Llama", len(tokenizer))
+    prompts = [f"{prompt} is" for prompt in PROMPTS[:8]]
+    pairs = [(f"w{number} good", f"w{number} bad") for number in range(10)]
+    given = (pairs, prompts, vowels, SMALL)
+    with pytest.raises(ValueError, match="activations of all prompts are the same"):
+        choose(tiny, tokenizer, *given, layer_type="input_layernorm", layers=[0])
 
 
 def test_a_metric_of_one_column_is_a_number_and_two_are_refused(model, tokenizer):

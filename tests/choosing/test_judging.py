@@ -15,6 +15,7 @@ from common.choosing.judging import (
     gentlest_of_the_best,
     interval,
     moves_the_right_way,
+    shown,
     tells_apart,
 )
 
@@ -73,6 +74,16 @@ def test_an_effect_has_to_lie_above_zero():
     wrong = moves_the_right_way(-0.2, -0.1)
     assert not wrong.passed and "swapped" in wrong.found
     assert "swapped" not in moves_the_right_way(-0.2, 0.0).found
+
+
+# --- numbers ---
+
+
+@given(st.floats(-1e9, 1e9))
+def test_a_number_that_is_not_zero_is_not_shown_as_zero(value):
+    assert float(shown(value)) == pytest.approx(value, rel=0.06)
+    assert float(shown(value)) != 0 or value == 0
+    assert shown(-0.0) == "0.00" and shown(0.96) == "0.96" and shown(-1.5) == "-1.50"
 
 
 # --- choosing ---

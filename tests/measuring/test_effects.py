@@ -751,7 +751,8 @@ def test_plot_prompts(signs):
         for line in axes.lines
         if not line.get_label().startswith("_")
     }
-    assert list(points) == ["unsteered", *(f"{2 * sign:+g}" for sign in signs)]
+    # The rings come last, so that no dot hides one.
+    assert list(points) == [*(f"{2 * sign:+g}" for sign in signs), "unsteered"]
     for sign in signs:
         assert list(points[f"{2 * sign:+g}"]) == pytest.approx(
             [UNSTEERED[int(name[-1])] + sign * up[int(name[-1])] for name in order]
