@@ -338,6 +338,16 @@ def counts(model) -> Iterator[str]:
     yield f"on tiny models of more than {words[20]} architectures"
 
 
+def added_figures() -> Iterator[str]:
+    """What steering adds, and that the control and what is like it include nothing."""
+    found = stored("benchmarks/results/added_costs.json")["sizes"]["gpt2-xl shape"]["added"]
+    ends = {name: [100 * end - 100 for end in one["ratio"][1:]] for name, one in found.items()}
+    low, high = ends.pop("nnsight")
+    yield f"nnsight adds {low:.1f} to {high:.1f} % at that size"
+    assert ends.pop("transformer_lens")[0] > 0
+    assert len(ends) == 5 and all(low < 0 < high for low, high in ends.values())
+
+
 @pytest.fixture(scope="module")
 def figures(model) -> list[str]:
     """Every measured figure of the pages, with the words that say what it is."""
@@ -346,6 +356,7 @@ def figures(model) -> list[str]:
         *extraction_figures(),
         *sweep_figures(),
         *scale_figures(),
+        *added_figures(),
         *counts(model),
     ]
 
