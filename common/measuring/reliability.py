@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from common.measuring.effects import CELL, with_numbers
+from common.places.sites import get_layers
 from common.vectors.pairs import Sample
 from common.vectors.steering_vector import SteeringVector
 from common.vectors.training import extract_activations
@@ -151,9 +152,9 @@ def pair_agreement(
             … of `extract_activations`.
 
     Returns:
-        By layer and pair (its number): `cosine` of the pair's difference and the vector (NaN where
-        the two sides do not differ), `positive` and `negative`, how far each side lies along the
-        vector at norm 1.
+        By layer (never negative) and pair (its number): `cosine` of the pair's difference and the
+        vector (NaN where the two sides do not differ), `positive` and `negative`, how far each side
+        lies along the vector at norm 1.
 
     Raises:
         ValueError: fewer than two pairs without a vector, layers beside those of the vector, or
@@ -166,15 +167,19 @@ def pair_agreement(
     elif len(pairs) < 2:
         raise ValueError("expected two pairs or more, or a vector to compare the pair with")
     sides = extract_activations(model, tokenizer, pairs, **reading)
-    tables = []
-    given = None if vector is None else list(vector.layer_activations.values())
-    for number, layer in enumerate(sides[0]):
+    tables, given = [], {}
+    if vector is not None:
+        # The activations come in the order of the layers, whatever the order of the vector.
+        config = reading.get("layer_config")
+        numbers = get_layers(model, vector.layer_type, config, vector.layers)
+        given = dict(zip(numbers, vector.layer_activations.values(), strict=True))
+    for layer in sides[0]:
         positive, negative = (torch.cat(side[layer]).double().cpu() for side in sides)
         difference = positive - negative
-        if given is None:
+        if vector is None:
             line = difference.sum(0) - difference
         else:
-            line = given[number].detach().double().cpu().expand_as(difference)
+            line = given[layer].detach().double().cpu().expand_as(difference)
         line = line / line.norm(dim=-1, keepdim=True)
         columns = {
             "cosine": _along(difference, line) / difference.norm(dim=-1),

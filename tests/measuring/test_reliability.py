@@ -14,6 +14,7 @@ from scipy import stats
 
 from common import (
     Grid,
+    SteeringVector,
     agreement_by_layer,
     extract_activations,
     pair_agreement,
@@ -192,6 +193,21 @@ def test_agreement_is_that_of_the_activations(model, tokenizer):
             ends = [(side @ line / line.norm()).item() for side in (p, n)]
             assert [row.positive, row.negative] == pytest.approx(ends, rel=1e-4, abs=1e-4)
     assert found["cosine"].mean() > 0.2
+
+
+def test_the_order_of_the_layers_does_not_matter(model, tokenizer):
+    """Nor do negative numbers: each layer is compared with its own vector."""
+    pairs = grammar.contrast_pairs(4)
+    vector = train_steering_vector(model, tokenizer, pairs, [1, 4])
+    count, own = model.config.num_hidden_layers, vector.layer_activations
+    expected = pair_agreement(model, tokenizer, pairs, vector)
+    for other in (
+        vector.select([4, 1]),
+        SteeringVector({4 - count: own[4], 1: own[1]}),
+        SteeringVector({4 - count: own[4], 1 - count: own[1]}),
+    ):
+        found = pair_agreement(model, tokenizer, pairs, other)
+        pd.testing.assert_frame_equal(found, expected)
 
 
 def test_separation_is_the_discriminability_index():
