@@ -1,5 +1,6 @@
 """Contrast pairs from the data that users have: tables, data sets, files."""
 
+import csv
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -10,6 +11,8 @@ import pandas as pd
 
 from common.passes.prompts import Prompt, is_prompt
 from common.vectors.pairs import SteeringVectorTrainingSample
+
+UTF_8 = "utf-8-sig"  # with or without the mark that Excel puts in front
 
 
 def pairs_from(
@@ -32,7 +35,8 @@ def pairs_from(
 
     Args:
         source: a table of pandas, a data set of Hugging Face `datasets`, any iterable of mappings,
-            or the path of a file: `.csv`, `.jsonl` (an object a line), `.json` (a list of objects).
+            or the path of a file in UTF-8: `.csv`, `.jsonl` (an object a line), `.json` (a list of
+            objects).
         positive: the column of the positive side: texts, or messages for a chat model.
         negative: the column of the negative side.
         prompt: a column with what comes before both sides. A text is put in front as it is, with no
@@ -44,7 +48,8 @@ def pairs_from(
 
     Raises:
         ValueError: no rows, a column that is missing, something that is no prompt, `chat` without a
-            prompt, or another kind of file.
+            prompt, or another kind of file; of a `.csv`, a column that is there twice, a row with
+            more or fewer fields than there are columns, or a field of over 131072 characters.
     """
     if chat and prompt is None:
         raise ValueError("expected the column of a prompt, which the user says in a chat")
@@ -75,14 +80,35 @@ def _rows(source: Any) -> Iterable[Any]:
         return source
     path = Path(source)
     if path.suffix == ".csv":
-        # "NA" and "null" are texts here.
-        return pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
-    text = path.read_text(encoding="utf-8") if path.suffix in (".json", ".jsonl") else ""
+        return _csv_rows(path)
+    text = path.read_text(encoding=UTF_8) if path.suffix in (".json", ".jsonl") else ""
     if path.suffix == ".jsonl":
         return [json.loads(line) for line in text.split("\n") if line.strip()]
     if path.suffix == ".json" and isinstance(found := json.loads(text), list):
         return found
     raise ValueError(f"expected a .csv, a .jsonl or a .json with a list, got {path}")
+
+
+def _csv_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a CSV file, as texts.
+
+    pandas takes surplus fields in front for an index, which would shift the columns.
+    """
+    with path.open(encoding=UTF_8, newline="") as file:
+        reader = csv.DictReader(file)
+        try:
+            names, rows = list(reader.fieldnames or []), list(reader)
+        except csv.Error as error:
+            raise ValueError(f"{path}: {error}") from None
+    if twice := [name for name in names if name and names.count(name) > 1]:
+        raise ValueError(f"{path}: the column {twice[0]!r} is there twice")
+    for number, row in enumerate(rows):
+        if None in row or None in row.values():  # fields too many, and too few
+            raise ValueError(
+                f"row {number}: expected {len(names)} fields, {', '.join(names)}, got"
+                f" {list(row.values())}; a text with a comma needs quotation marks around it"
+            )
+    return rows
 
 
 def _side(before: Prompt | None, side: Prompt, chat: bool, number: int) -> Prompt:

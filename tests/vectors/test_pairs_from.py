@@ -1,6 +1,8 @@
 """Contrast pairs from tables, data sets and files are those that are written out by hand."""
 
+import codecs
 import json
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -37,6 +39,31 @@ def test_every_source_gives_the_same_pairs(tmp_path):
     expected = [(row["love"], row["hate"]) for row in ROWS]
     for source in (ROWS, iter(ROWS), pd.DataFrame(ROWS), *files(tmp_path)):
         assert texts(pairs_from(source, "love", "hate")) == expected
+
+
+def test_a_mark_in_front_is_no_text(tmp_path):
+    """Excel writes a BOM at the beginning of a file."""
+    expected = [(row["love"], row["hate"]) for row in ROWS]
+    for path in map(Path, files(tmp_path)):
+        path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
+        assert texts(pairs_from(path, "love", "hate")) == expected
+
+
+@pytest.mark.parametrize(
+    "lines, message",
+    [
+        (["a,b", "I love it, truly,I hate it, truly"], "row 0: expected 2 fields, a, b, got"),
+        (["a,b,c", "1,2,3", "1,2,3,4"], "row 1: expected 3 fields"),
+        (["a,b,c", "1,2,3", "1,2"], "row 1: expected 3 fields, a, b, c, got .*quotation marks"),
+        (["a,b,a", "1,2,3"], "the column 'a' is there twice"),
+        (["a,b", "1," + 200_000 * "2"], "field larger than"),
+        ([""], "one pair or more"),
+    ],
+)
+def test_a_csv_whose_columns_are_uncertain_is_refused(tmp_path, lines, message):
+    (tmp_path / "rows.csv").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=message):
+        pairs_from(tmp_path / "rows.csv", "a", "b")
 
 
 def test_a_data_set_of_hugging_face_is_a_source():
