@@ -7,6 +7,7 @@ prompt.
 import re
 from dataclasses import dataclass
 from numbers import Real
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -55,11 +56,12 @@ def with_kl(table: pd.DataFrame, kls: pd.DataFrame) -> pd.DataFrame:
 
     Args:
         table: what a sweep, `effect_by_cell` or `perplexity_ratio_by_cell` returned.
-        kls: what `kl_by_cell` returned for the same grid.
+        kls: what `kl_by_cell` returned for the same grid, or several such tables joined: a cell
+            may be there more than once, with the same divergence.
 
     Raises:
         ValueError: a column that is missing, a `kl` that is there already, a cell that was not
-            measured.
+            measured, or that has two divergences.
     """
     for name, given, columns in (("table", table, {*CELL}), ("kls", kls, {*CELL, "kl"})):
         if not isinstance(given, pd.DataFrame) or not columns <= set(given):
@@ -68,12 +70,18 @@ def with_kl(table: pd.DataFrame, kls: pd.DataFrame) -> pd.DataFrame:
             raise ValueError(f"expected {name} with the columns {wanted}, got {found}")
     if "kl" in table:
         raise ValueError("the table has a column 'kl' already")
-    found = table.merge(kls[[*CELL, "kl"]], how="left", on=CELL, indicator=True)
+    kls = kls.reindex(columns=[*CELL, "kl"]).drop_duplicates()
+    for cell in kls.loc[kls.duplicated(CELL), CELL].to_numpy():
+        raise ValueError(f"two values as kl of {_where(*cell)}")
+    found = table.merge(kls, how="left", on=CELL, indicator=True)
     for cell in found.loc[found.pop("_merge") == "left_only", CELL].to_numpy():
-        steering, _, layer, coeff = cell
-        where = "all its layers" if pd.isna(layer) else f"layer {layer}"
-        raise ValueError(f"no kl of {steering!r} at {where}, coefficient {coeff:g}")
+        raise ValueError(f"no kl of {_where(*cell)}")
     return found
+
+
+def _where(steering: str, kind: str, layer: Any, coeff: float) -> str:
+    where = "all its layers" if pd.isna(layer) else f"layer {layer}"
+    return f"{steering!r} at {where}, coefficient {coeff:g}"
 
 
 def moves_by_prompt(rows: pd.DataFrame, metric: str) -> pd.DataFrame:

@@ -705,6 +705,23 @@ def test_a_table_gets_the_divergence_of_its_cells():
         with_kl(rows, rows)
 
 
+def test_divergences_of_two_tables_can_be_joined():
+    """Both have the unsteered cell: each row stays one row. Two values for a cell are no value."""
+    moved = {
+        ("Love", "steering", layer, coeff): good(1) for layer in (3, 4) for coeff in (1.0, 2.0)
+    }
+    rows = rows_of(moved)
+    kls = rows[["steering", "kind", "layer", "coeff"]].drop_duplicates()
+    kls = kls.assign(kl=[0.0, 0.1, float("nan"), 0.3, 0.4])
+    joined = pd.concat([kls[kls["layer"].isna() | (kls["layer"] == layer)] for layer in (3, 4)])
+    assert len(joined) == len(kls) + 1
+    pd.testing.assert_frame_equal(with_kl(rows, joined), with_kl(rows, kls))
+    pd.testing.assert_frame_equal(with_kl(rows, pd.concat([kls, kls])), with_kl(rows, kls))
+    other = pd.concat([kls, kls.assign(kl=kls["kl"] + (kls["coeff"] == 2))])
+    with pytest.raises(ValueError, match="two values as kl of 'Love' at layer 4, coefficient 2"):
+        with_kl(rows, other)
+
+
 def test_an_effect_can_be_drawn_over_the_divergence():
     """Each line at its own divergences, with the signs of the coefficients, through 0."""
     moved = {("Love", "steering", 3, coeff): good(coeff) for coeff in (-2.0, 1.0, 2.0)}
