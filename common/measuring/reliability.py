@@ -49,31 +49,41 @@ def steerability(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
         one coefficient only has no slope: NaN.
 
     Raises:
-        ValueError: other rows than these, no unsteered ones, or no coefficient but 0.
+        ValueError: other rows than these, no unsteered ones, no coefficient but 0, or a metric that
+            is one of the columns of a cell, or `prompt`.
     """
     if not isinstance(rows, pd.DataFrame) or not {*CELL, "prompt"} <= set(rows):
         given = list(rows) if isinstance(rows, pd.DataFrame) else rows
         raise ValueError(f"expected rows as sweep or sweep_logits returns them, got {given!r}")
-    rows = with_numbers(rows, metric)
-    plain = rows.loc[rows["kind"] == "unsteered", ["prompt", metric]]
+    if metric in (*CELL, "prompt"):
+        raise ValueError(
+            f"expected the column of a metric, got {metric!r}, which says what was swept"
+        )
+    rows = with_numbers(rows, metric).reindex(columns=[*CELL, "prompt", metric])
+    rows = rows.rename(columns={metric: "value"})
+    plain = rows.loc[rows["kind"] == "unsteered", ["prompt", "value"]]
     if plain.empty or set(rows["kind"]) == {"unsteered"}:
         raise ValueError("expected steered rows, and unsteered ones to compare them with")
     # What was "steered" by 0 is the unsteered text once more.
     steered = rows.loc[(rows["kind"] != "unsteered") & (rows["coeff"] != 0)]
-    lines = steered[LINE].drop_duplicates()
+    lines = steered[LINE].drop_duplicates(ignore_index=True)
     if lines.empty:
         raise ValueError("expected a coefficient other than 0")
-    points = pd.concat([steered, lines.merge(plain, on="prompt").assign(coeff=0.0)])
-    points = points.loc[points[metric].notna(), [*LINE, "coeff", metric]]
-    fitted = points.groupby(LINE, sort=False, dropna=False)[["coeff", metric]]
-    found = fitted.apply(lambda group: pd.Series(_line(*group.to_numpy(dtype=float).T)))
-    found = lines.merge(found.reset_index(), on=LINE, how="left")
-    return found.assign(points=found["points"].fillna(0).astype(int))
+    numbers = lines.reset_index(names="line")
+    unsteered = numbers.merge(plain, on="prompt").assign(coeff=0.0)
+    points = pd.concat([steered.merge(numbers, on=LINE), unsteered])[["line", "coeff", "value"]]
+    fits = [
+        _line(*group.dropna().to_numpy(dtype=float).T[1:])  # coefficients, values
+        for _, group in points.groupby("line")
+    ]
+    return lines.join(pd.DataFrame(fits))
 
 
 def _line(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
     """The slope of the least-squares line and its interval."""
     found = {"slope": np.nan, "low": np.nan, "high": np.nan, "points": len(x)}
+    if len(x) < 2:
+        return found
     x = x - x.mean()
     if not (spread := x @ x):
         return found

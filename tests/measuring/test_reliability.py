@@ -126,6 +126,17 @@ def test_gaps_and_zeros_count_as_they_should():
     assert steerable_shares(slopes.reset_index())["prompts"].tolist() == [1]
 
 
+@pytest.mark.parametrize("layer", [3, None])
+def test_without_any_value_there_is_no_slope(layer):
+    """Of any prompt: NaN, and not an error. Steerings at all layers together have no layer."""
+    rows = rows_of({UNSTEERED: {"I": [NAN]}, **line(NAN, layer=layer)})
+    (found,) = steerability(rows, "tone").to_dict("records")
+    assert found["prompt"] == "I" and found["points"] == 0
+    assert all(np.isnan(found[name]) for name in ("slope", "low", "high"))
+    rows = rows_of({UNSTEERED: {"I": [1.0]}, **line(0.5, layer=layer)})
+    assert steerability(rows, "tone")["slope"].tolist() == pytest.approx([0.5])
+
+
 def test_other_tables_are_refused():
     rows = rows_of({UNSTEERED: {"I": [1.0]}, **line(0.5)})
     steered, kinds = rows[rows["kind"] != "unsteered"], rows[rows["kind"] == "unsteered"]
@@ -136,6 +147,9 @@ def test_other_tables_are_refused():
         steerability(rows.assign(coeff=0.0), "tone")
     with pytest.raises(ValueError, match="as sweep or sweep_logits returns them"):
         steerability(rows.drop(columns="prompt"), "tone")
+    for column in ("coeff", "layer", "steering", "kind", "prompt"):
+        with pytest.raises(ValueError, match=f"the column of a metric, got '{column}'"):
+            steerability(rows.assign(prompt=1), column)
     with pytest.raises(ValueError, match="no column 'love'"):
         steerability(rows, "love")
     with pytest.raises(ValueError, match="as steerability returns"):
