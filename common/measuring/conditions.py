@@ -31,7 +31,8 @@ class FoundCondition:
         layers: a row for each layer, the best first: `layer`, `threshold`, `above`, `f1` (on the
             prompts of the search), `gap` (between the cosines of the two sides at the threshold, as
             a share of their range) and `held-out f1`.
-        held_out: the numbers of the prompts that were held out, on both sides.
+        held_out: the numbers of the prompts that were held out, on both sides; copies of a prompt
+            are held out together.
     """
 
     condition: Condition
@@ -71,22 +72,24 @@ def find_condition(
             front by default, and some tokenizers by themselves do not.
 
     Raises:
-        ValueError: fewer than two prompts on a side, so that none is held out or none is left; a
-            share that is not between 0 and 1; a prompt without tokens; a layer that is not there.
+        ValueError: fewer than two different prompts on a side, so that none is held out or none is
+            left; a prompt that is on both sides; a share that is not between 0 and 1; a prompt
+            without tokens; a layer that is not there.
     """
     if not 0 < finite_number(held_out, "held_out") < 1:
         raise ValueError(f"expected a share between 0 and 1 as held_out, got {held_out!r}")
     sides, generator = [], np.random.default_rng(integer(seed, "seed"))
     for name, prompts in (("matching", matching), ("others", others)):
-        count = 0 if isinstance(prompts, str) else len(prompts)
-        if count < 2:
+        if isinstance(prompts, str) or len(prompts) < 2:
             raise ValueError(f"expected a list of two prompts or more as {name}, got {prompts!r}")
-        out = min(max(round(count * held_out), 1), count - 1)
-        order = generator.permutation(count)
         rows = prompt_ids(tokenizer, prompts, prepend_bos)
-        wanted = get_layers(model, layers=layers)
-        sides.append((prompt_means(model, rows, wanted), order[out:], order[:out]))
-    (mine, search, rest), (theirs, other_search, other_rest) = sides
+        sides.append((rows, *_split(rows, held_out, generator, name)))
+    (my_rows, search, rest), (their_rows, other_search, other_rest) = sides
+    if both := {*map(tuple, my_rows)} & {*map(tuple, their_rows)}:
+        text = tokenizer.decode([*min(both)], skip_special_tokens=True)
+        raise ValueError(f"{text!r} is on both sides: no condition tells it from itself")
+    wanted = get_layers(model, layers=layers)
+    mine, theirs = (prompt_means(model, rows, wanted) for rows in (my_rows, their_rows))
     found = []
     for layer in mine:
         known = mine[layer][search], theirs[layer][other_search]
@@ -96,6 +99,24 @@ def find_condition(
     table = pd.DataFrame([row for _, row in found])
     out = sorted(rest.tolist()), sorted(other_rest.tolist())
     return FoundCondition(found[0][0], float(table["held-out f1"].iloc[0]), table, out)
+
+
+def _split(
+    rows: list[list[int]], share: float, generator: np.random.Generator, name: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers of the prompts for the search, and of those held out, with all their copies."""
+    copies: dict[tuple[int, ...], list[int]] = {}
+    for number, row in enumerate(rows):
+        copies.setdefault(tuple(row), []).append(number)
+    count = len(copies)
+    if count < 2:
+        raise ValueError(f"expected two different prompts or more as {name}, got {count}")
+    out = min(max(round(count * share), 1), count - 1)
+    groups, order = list(copies.values()), generator.permutation(count)
+    search, rest = (
+        np.concatenate([groups[n] for n in part]) for part in (order[out:], order[:out])
+    )
+    return search, rest
 
 
 def _best_at(

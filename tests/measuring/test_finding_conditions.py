@@ -5,6 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from architectures import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score
@@ -95,16 +96,29 @@ def test_a_condition_is_found_and_holds_for_new_prompts(model, tokenizer):
 def test_what_is_held_out_has_no_part_in_the_search(model, tokenizer):
     """Other prompts in its place change F1, and nothing else; what is known decides."""
     first = find_condition(model, tokenizer, ABOUT_WEDDINGS, OTHERS, layers=[2, 4])
-    sides = [list(ABOUT_WEDDINGS), list(OTHERS)]
-    for numbers, prompts, new in zip(first.held_out, sides, (OTHERS, ABOUT_WEDDINGS)):
-        for number in numbers:
-            prompts[number] = new[number]
+    sides = one, other = list(ABOUT_WEDDINGS), list(OTHERS)
+    for mine, theirs in zip(*first.held_out, strict=True):
+        one[mine], other[theirs] = other[theirs], one[mine]
     second = find_condition(model, tokenizer, *sides, layers=[2, 4])
     assert torch.equal(second.condition.vector, first.condition.vector)
     assert second.condition.threshold == first.condition.threshold
     assert second.f1 < first.f1
     drop = ["held-out f1"]
     assert second.layers.drop(columns=drop).equals(first.layers.drop(columns=drop))
+
+
+def test_copies_of_a_prompt_are_on_one_side_of_the_split(model, tokenizer):
+    """Whatever is held out, nothing of it was searched; in the mean a copy counts again."""
+    copied = [ABOUT_WEDDINGS[number] for number in (0, 1, 0, 2, 1, 0, 3)]
+    for seed in range(4):
+        found = find_condition(model, tokenizer, copied, OTHERS, layers=[3], seed=seed)
+        out = {copied[number] for number in found.held_out[0]}
+        searched = {text for n, text in enumerate(copied) if n not in found.held_out[0]}
+        assert len(out) == len(searched) == 2 and not out & searched
+    with pytest.raises(ValueError, match="two different prompts or more as others, got 1"):
+        find_condition(model, tokenizer, ABOUT_WEDDINGS, OTHERS[:1] * 4)
+    with pytest.raises(ValueError, match=f"'{OTHERS[2]}' is on both sides"):
+        find_condition(model, tokenizer, [*ABOUT_WEDDINGS, OTHERS[2]], OTHERS)
 
 
 def test_the_drawing_has_a_seed_and_a_share(model, tokenizer):
@@ -134,8 +148,11 @@ def test_the_vector_is_the_difference_of_the_means(model, tokenizer):
 
 
 def test_sides_that_are_the_same_are_refused(model, tokenizer):
+    blind = tiny_model("Llama", len(tokenizer))
+    with torch.no_grad():
+        blind.get_input_embeddings().weight.zero_()
     with pytest.raises(ValueError, match="both sides are the same in the mean"):
-        find_condition(model, tokenizer, ["You"] * 4, ["You"] * 4, layers=[2])
+        find_condition(blind, tokenizer, ABOUT_WEDDINGS, OTHERS, layers=[1])
     for arguments, says in (
         ((ABOUT_WEDDINGS, OTHERS[:1]), "two prompts or more as others"),
         (("a text", OTHERS), "two prompts or more as matching"),
