@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from numbers import Integral, Real
 from typing import Any, TypeGuard
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,6 +45,17 @@ def finite_number(value: object, name: str) -> float:
     except OverflowError:
         pass
     raise ValueError(f"expected a finite number as {name}, got {value!r}")
+
+
+def truth(value: object, name: str) -> bool:
+    """Return True or False, those of numpy included, as a bool.
+
+    Raises:
+        ValueError: something else, such as a text, which Python would take for True.
+    """
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    raise ValueError(f"expected True or False as {name}, got {value!r}")
 
 
 def layer_list(layers: Iterable[int]) -> list:

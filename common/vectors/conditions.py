@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
-from common.arguments import finite_number, integer
+from common.arguments import finite_number, integer, truth
 from common.passes.batching import unhooked
 from common.passes.hooks import unsteered
 from common.passes.prompts import Prompt, prompt_ids
@@ -66,7 +66,8 @@ class Rule(ABC):
             prepend_bos: see `prompt_ids`. What stands in front counts too.
 
         Raises:
-            ValueError: a prompt without tokens, or a model that the rule does not fit.
+            ValueError: a prompt without tokens, one whose hidden states hold nan or inf, or a model
+                that the rule does not fit.
         """
         self.check(model)
         rows = prompt_ids(tokenizer, prompts, prepend_bos)
@@ -92,6 +93,10 @@ class Rule(ABC):
         """It does not hold."""
         return _Combined(torch.logical_not, (self,))
 
+    def __bool__(self) -> bool:
+        """Refuse `and`, `or` and `not`, which would drop one of the rules without a word."""
+        raise TypeError("a rule is not true or false by itself: combine rules with &, | and ~")
+
 
 @dataclass(frozen=True, eq=False)
 class Condition(Rule):
@@ -108,7 +113,8 @@ class Condition(Rule):
 
     Raises:
         ValueError: something that is not a vector of finite numbers other than 0, a negative layer,
-            a threshold that is not a finite number.
+            a threshold that is not a finite number, `above` or `absolute` that are not True or
+            False.
     """
 
     vector: Tensor
@@ -126,6 +132,8 @@ class Condition(Rule):
             )
         integer(self.layer, "layer")
         finite_number(self.threshold, "threshold")
+        truth(self.above, "above")
+        truth(self.absolute, "absolute")
 
     def __repr__(self) -> str:
         sign, cosine = ">" if self.above else "<", "|cosine|" if self.absolute else "cosine"
@@ -146,7 +154,16 @@ class Condition(Rule):
             )
 
     def similarity(self, means: Tensor) -> Tensor:
-        """Return the similarity of mean hidden states [prompt, d_model], [prompt], in float64."""
+        """Return the similarity of mean hidden states [prompt, d_model], [prompt], in float64.
+
+        Raises:
+            ValueError: they hold nan or inf.
+        """
+        if not torch.isfinite(means).all():
+            raise ValueError(
+                f"the mean hidden states of a prompt after block {self.layer} hold nan or inf:"
+                " nothing can be decided"
+            )
         found = functional.cosine_similarity(means.double(), self.vector.to(means).double(), dim=-1)
         return found.abs() if self.absolute else found
 

@@ -113,7 +113,7 @@ class SteeringVector(LayerVectors):
                 multipliers; where positions are not known: of `generate_batch` and other packed
                 rows, if they count from the end or belong to rows; of a pass by hand with a state
                 that nobody counted (RWKV); of guidance without a cache; with a condition, of a
-                prompt whose token ids are not known.
+                prompt whose token ids are not known, or whose hidden states hold nan or inf.
 
         Warns:
             UserWarning: the vector was made for a model of another name.

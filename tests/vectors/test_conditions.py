@@ -1,5 +1,6 @@
 """Conditional steering: decided for each prompt, whatever stands beside it, and kept."""
 
+import numpy as np
 import pytest
 import torch
 from architectures import ARCHITECTURES, D_MODEL, LAYERS, ODD, tiny_model
@@ -271,6 +272,9 @@ def test_rules_are_combined_row_by_row(model, tokenizer):
     assert repr(one & ~other) == f"({one!r} & ~{other!r})" and " | " in repr(one | other)
     with pytest.raises(TypeError):
         one & True
+    for words in (lambda: one and other, lambda: one or other, lambda: not one):
+        with pytest.raises(TypeError, match="combine rules with &, [|] and ~"):
+            words()
 
 
 def test_the_similarity_is_that_of_the_paper(model, tokenizer):
@@ -320,9 +324,16 @@ def test_what_cannot_be_decided_is_refused(model, tokenizer):
         ((torch.ones(2, 4), 1, 0.0), "vector"),
         ((torch.ones(4), -1, 0.0), "layer"),
         ((torch.ones(4), 1, float("nan")), "threshold"),
+        ((torch.ones(4), 1, 0.0, "smaller"), "True or False as above, got 'smaller'"),
+        ((torch.ones(4), 1, 0.0, True, 1), "True or False as absolute, got 1"),
     ):
         with pytest.raises(ValueError, match=says):
             Condition(*values)
+    assert repr(Condition(torch.ones(4), 1, 0.5, np.bool_(False))).startswith("Condition(cosine <")
+    for rule in (condition, ~condition):
+        for endless in (float("nan"), float("inf")):
+            with pytest.raises(ValueError, match="block 3 hold nan or inf"):
+                rule.of_means({3: torch.full((1, model.config.hidden_size), endless)})
     with pytest.raises(ValueError, match="empty"):
         condition.holds(model, tokenizer, [""], prepend_bos=False)
     entries = model.get_input_embeddings()(inputs["input_ids"])
