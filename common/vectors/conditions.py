@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
 from common.arguments import finite_number, integer, truth
@@ -28,6 +27,7 @@ from common.passes.recording import Location, record_pass
 from common.passes.running import in_evaluation_mode, input_device
 from common.places.blocks import text_config
 from common.places.sites import get_layers
+from common.vectors.operators import direction_of
 
 
 class Rule(ABC):
@@ -164,7 +164,8 @@ class Condition(Rule):
                 f"the mean hidden states of a prompt after block {self.layer} hold nan or inf:"
                 " nothing can be decided"
             )
-        found = functional.cosine_similarity(means.double(), self.vector.to(means).double(), dim=-1)
+        vector = self.vector.to(means.device).double()
+        found = (direction_of(means.double()) * direction_of(vector)).sum(-1)
         return found.abs() if self.absolute else found
 
     def of_means(self, means: Mapping[int, Tensor]) -> Tensor:

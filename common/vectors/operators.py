@@ -28,7 +28,7 @@ def ablation_operator() -> PatchDeltaOperator:
     """
 
     def ablate(hidden: Tensor, vector: Tensor) -> Tensor:
-        direction = functional.normalize(vector, dim=-1)
+        direction = direction_of(vector)
         return -(hidden * direction).sum(-1, keepdim=True) * direction
 
     return ablate
@@ -51,8 +51,8 @@ def norm_preserving_addition_operator() -> PatchDeltaOperator:
     """
 
     def add(hidden: Tensor, vector: Tensor) -> Tensor:
-        moved = hidden + vector
-        return functional.normalize(moved, dim=-1) * hidden.norm(dim=-1, keepdim=True) - hidden
+        wide = _wide(hidden)
+        return direction_of(wide + vector) * wide.norm(dim=-1, keepdim=True) - wide
 
     return add
 
@@ -82,7 +82,7 @@ def cap_operator(upper: float | None = None, lower: float | None = None) -> Patc
         raise ValueError(f"expected lower below upper, got {lower!r} and {upper!r}")
 
     def cap(hidden: Tensor, vector: Tensor) -> Tensor:
-        wide, direction = _wide(hidden), functional.normalize(_wide(vector), dim=-1)
+        wide, direction = _wide(hidden), direction_of(vector)
         component = (wide * direction).sum(-1, keepdim=True)
         return (component.clamp(low, high) - component) * direction
 
@@ -129,8 +129,8 @@ def rotation_operator(angle: float, second: Tensor, adaptive: bool = False) -> P
             raise ValueError(
                 f"the second vector has {len(second)} numbers, the hidden states {hidden.shape[-1]}"
             )
-        wide, first = _wide(hidden), functional.normalize(_wide(vector), dim=-1)
-        other = functional.normalize(second.to(wide), dim=0)
+        wide, first = _wide(hidden), direction_of(vector)
+        other = direction_of(second.to(hidden.device)).to(wide)
         other = other - (first * other).sum(-1, keepdim=True) * first
         if bool((other.norm(dim=-1) < 1e-4).any()):
             raise ValueError("the second vector points along the first: they span no plane")
@@ -144,6 +144,16 @@ def rotation_operator(angle: float, second: Tensor, adaptive: bool = False) -> P
         return torch.where(turned, moved, 0.0)
 
     return rotate
+
+
+def direction_of(vectors: Tensor) -> Tensor:
+    """Return vectors [..., d_model] at length 1, in float32 at least; the vector 0 stays 0.
+
+    The length does not matter: the square of 1e-25 would be 0 in float32.
+    """
+    wide = _wide(vectors)
+    largest = wide.abs().amax(-1, keepdim=True)
+    return functional.normalize(wide / torch.where(largest > 0, largest, 1.0), dim=-1)
 
 
 def _wide(values: Tensor) -> Tensor:

@@ -289,6 +289,9 @@ def test_the_similarity_is_that_of_the_paper(model, tokenizer):
     signed = condition.similarity(means)
     torch.testing.assert_close(signed.abs(), paper, rtol=1e-5, atol=1e-8)
     assert (signed < 0).any() and (signed > 0).any()
+    for size in (1e-30, 1e-10, 1e30):  # float32 has no square of it
+        longer = Condition(size * condition.vector, 3, 0.0)
+        torch.testing.assert_close(longer.similarity(means), signed, rtol=1e-5, atol=1e-6)
     turned = Condition(-condition.vector, 3, -condition.threshold, above=not condition.above)
     assert turned.holds(model, tokenizer, PROMPTS) == condition.holds(model, tokenizer, PROMPTS)
 

@@ -92,6 +92,36 @@ def test_the_vector_0_does_nothing(operator):
     torch.testing.assert_close(hidden + operator(hidden, vector), hidden)
 
 
+BY_DIRECTION = {
+    "ablation": ablation_operator(),
+    "cap": cap_operator(0.1, -0.1),
+    "rotation": rotation_operator(40, torch.arange(8.0)),
+}
+
+
+@pytest.mark.parametrize("name", BY_DIRECTION)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_only_the_direction_counts_in_every_dtype(name, dtype):
+    """As far as the dtype holds the vector, whatever its length; and 0 is left alone."""
+    operator, (hidden, vector) = BY_DIRECTION[name], (part.to(dtype) for part in draw(2))
+    expected, sizes = operator(hidden, vector).double(), [2.0**-8, 2.0**8]
+    if dtype != torch.float16:
+        sizes += [2.0**-60, 2.0**60, 2.0**-100, 2.0**100]
+    for size in sizes:
+        found = operator(hidden, (size * vector).to(dtype)).double()
+        torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+    assert not operator(hidden, 0 * vector).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_ablation_and_the_norm_are_right_in_16_bit(dtype):
+    """Computed in float32: the only rounding is that of the result."""
+    hidden, vector = (part.to(dtype) for part in draw(0))
+    for operator in OPERATORS[1:]:
+        exact = operator(hidden.double(), vector.double())
+        torch.testing.assert_close(operator(hidden, vector).double(), exact, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_rows_and_positions_do_not_mix(operator):
     """What happens at one position depends on nothing else."""
