@@ -131,10 +131,11 @@ def rotation_operator(angle: float, second: Tensor, adaptive: bool = False) -> P
             )
         wide, first = _wide(hidden), direction_of(vector)
         other = direction_of(second.to(hidden.device)).to(wide)
-        other = other - (first * other).sum(-1, keepdim=True) * first
+        other = _orthogonal(other, first)
         if bool((other.norm(dim=-1) < 1e-4).any()):
             raise ValueError("the second vector points along the first: they span no plane")
-        other = functional.normalize(other, dim=-1)
+        # Of two that lie close together, rounding is a part of what is left: once more without it.
+        other = direction_of(_orthogonal(direction_of(other), first))
         x, y = ((wide * axis).sum(-1, keepdim=True) for axis in (first, other))
         length = torch.hypot(x, y)
         moved = (length * math.cos(turn) - x) * first + (length * math.sin(turn) - y) * other
@@ -144,6 +145,10 @@ def rotation_operator(angle: float, second: Tensor, adaptive: bool = False) -> P
         return torch.where(turned, moved, 0.0)
 
     return rotate
+
+
+def _orthogonal(vector: Tensor, direction: Tensor) -> Tensor:
+    return vector - (direction * vector).sum(-1, keepdim=True) * direction
 
 
 def direction_of(vectors: Tensor) -> Tensor:

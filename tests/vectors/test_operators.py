@@ -214,6 +214,16 @@ def test_a_rotation_keeps_the_norm_in_float32_too(seed, angle):
     torch.testing.assert_close(turned.norm(dim=-1), hidden.norm(dim=-1), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_a_rotation_keeps_the_norm_where_the_plane_is_narrow(seed):
+    """With a second vector that is hardly another one."""
+    hidden, vector = (part.float() for part in draw(seed))
+    first = functional.normalize(vector[0, 0], dim=0)
+    second = first + 2e-4 * functional.normalize(draw(seed + 1)[1][0, 0].float(), dim=0)
+    turned = turn(hidden, vector, 100, second)
+    torch.testing.assert_close(turned.norm(dim=-1), hidden.norm(dim=-1), rtol=1e-6, atol=0)
+
+
 @given(seeds)
 def test_ablation_and_negation_are_points_of_the_circle(seed):
     """At 90 and 270 degrees nothing is left along the vector; at 180 it points the other way."""
