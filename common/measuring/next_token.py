@@ -55,6 +55,8 @@ def next_token_probs(
 def token_set(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> list[int]:
     """Return the ids of words that are one token, each with and without a space in front.
 
+    A token for whatever the tokenizer does not know, such as "<unk>", is not that of a word.
+
     Raises:
         ValueError: no words, an empty one, or a word that is not a single token in either form.
     """
@@ -70,7 +72,11 @@ def token_set(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> list[
             tokenizer(form, add_special_tokens=False)["input_ids"]
             for form in (word.strip(), " " + word.strip())
         ]
-        single = [ids[0] for ids in forms if len(ids) == 1]
+        single = [
+            ids[0]
+            for ids in forms
+            if len(ids) == 1 and str(tokenizer.decode(ids)).strip() == word.strip()
+        ]
         if not single:
             raise ValueError(
                 f"{word!r} is not a single token of this tokenizer: it is"

@@ -11,6 +11,7 @@ import torch
 from architectures import ARCHITECTURES, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from odd_tokenizers import gemma
 from support import KNOWN_WORDS
 
 from common import (
@@ -116,7 +117,19 @@ def test_one_form_is_enough():
         def __call__(self, text, add_special_tokens):
             return {"input_ids": [7] if text == " wedding" else [1, 2]}
 
+        def decode(self, ids):
+            return {(7,): " wedding"}[tuple(ids)]
+
     assert token_set(Tokenizer(), ["wedding"]) == [7]
+
+
+def test_what_a_tokenizer_does_not_know_is_no_token():
+    """Gemma has "I", and makes one "<unk>" of a letter that it never saw."""
+    tokenizer = gemma()
+    assert tokenizer("Ж", add_special_tokens=False)["input_ids"] == [tokenizer.unk_token_id]
+    with pytest.raises(ValueError, match="'Ж' is not a single token of this tokenizer"):
+        token_set(tokenizer, ["I", "Ж"])
+    assert "I" in map(tokenizer.decode, token_set(tokenizer, ["I"]))
 
 
 @pytest.mark.parametrize(
