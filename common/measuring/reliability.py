@@ -157,7 +157,9 @@ def pair_agreement(
         vector: its layers are looked at. A vector that was trained on these very pairs agrees with
             each of them to some degree because the pair is a part of it: with n pairs of random
             noise the cosine is 1/√n. So by default each pair is compared with the mean difference
-            of all others.
+            of all others. Then each pair has a line of its own, and what all hidden states have in
+            common lies differently far along each: with few pairs the `separation` of
+            `agreement_by_layer` comes out too small. Give a vector from other pairs for that.
         reading: how the pairs are read: `layers`, `layer_type`, `read_token_index`, `batch_size`,
             … of `extract_activations`.
 
