@@ -65,6 +65,10 @@ def read_folder(
     """Read a steering vector from a folder or the Hub; see `SteeringVector.from_hub`."""
     path = Path(os.path.expanduser(name))
     if path.is_dir():
+        if revision is not None:
+            raise ValueError(
+                f"{str(path)!r} is a folder, which has no revision {revision!r}: leave it out"
+            )
         return files.read_safetensors(path / FILE)
     return files.read_safetensors(
         hf_hub_download(os.fspath(name), FILE, revision=revision, token=token)

@@ -3,13 +3,14 @@
 import os
 import shlex
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -281,14 +282,14 @@ class SteeringVector(LayerVectors):
 
         Args:
             name: "owner/name" on the Hugging Face Hub, or a folder.
-            revision: a branch, tag or commit; the newest by default.
+            revision: a branch, tag or commit on the Hub; the newest by default.
             token: of the Hub, for what is private.
 
         Raises:
             FileNotFoundError: the folder holds no vector.
             huggingface_hub.errors.HfHubHTTPError: the Hub has no such repository or file, or cannot
                 be reached and the vector is not in the cache.
-            ValueError: what `load` raises.
+            ValueError: a revision of a folder, and what `load` raises.
         """
         return cls(*hub.read_folder(name, revision, token))
 
@@ -423,6 +424,12 @@ def _multipliers(multiplier: Multiplier) -> float | Tensor:
     given: Any = multiplier
     if isinstance(multiplier, Tensor) and multiplier.dim():
         given = multiplier.tolist()
+    if isinstance(multiplier, np.ndarray) and not multiplier.ndim:
+        given = multiplier.item()
+    if isinstance(multiplier, Mapping):
+        raise ValueError(
+            f"expected a number for each row, in their order, as multiplier, got {multiplier!r}"
+        )
     if isinstance(given, Real | str | Tensor) or not isinstance(given, Iterable):
         return finite_number(given, "multiplier")
     numbers = [finite_number(number, "multiplier of a row") for number in given]

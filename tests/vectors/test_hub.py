@@ -77,6 +77,8 @@ def test_nothing_that_was_saved_is_lost(tmp_path):
     (-a_vector()).save_folder(folder, overwrite=True)
     assert same(SteeringVector.from_hub(folder), -a_vector())
     assert (folder / "notes.txt").read_bytes() == before["notes.txt"]
+    with pytest.raises(ValueError, match="is a folder, which has no revision 'v1'"):
+        SteeringVector.from_hub(folder, revision="v1")
     with pytest.raises(FileExistsError, match="is a file"):
         a_vector().save_folder(folder / "notes.txt", overwrite=True)
     empty = tmp_path / "empty"

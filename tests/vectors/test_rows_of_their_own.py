@@ -1,5 +1,6 @@
 """A coefficient for each row, a vector for each row: what each would get alone."""
 
+import numpy as np
 import pytest
 import torch
 from architectures import ARCHITECTURES, D_MODEL, LAYERS, ODD, tiny_model
@@ -185,6 +186,16 @@ def test_texts_of_rows_are_those_of_single_calls(model, tokenizer):
     assert_pristine(model, before)
 
 
+def test_a_number_of_numpy_is_a_number(model, tokenizer):
+    """Also as an array without dimensions."""
+    vector, inputs = a_vector(model.config.hidden_size, [2]), encode(tokenizer, PROMPTS, None)
+    with vector.apply(model, multiplier=2.0):
+        expected = logits(model, inputs)
+    for factor in (np.array(2.0), np.array(2), np.float32(2.0)):
+        with vector.apply(model, multiplier=factor):
+            assert torch.equal(logits(model, inputs), expected)
+
+
 # --- what is refused ---
 
 
@@ -199,6 +210,8 @@ def test_rows_that_do_not_fit_are_refused(model, tokenizer):
         ([1.0, float("nan")], "multiplier of a row"),
         (torch.ones(2, 2), "multiplier of a row"),
         ([True, False], "multiplier of a row"),
+        ({0: 1.0, 3: 2.0}, "for each row, in their order, as multiplier"),
+        (np.array("2"), "finite number as multiplier, got '2'"),
         ([0.0, -1e39], "after multiplication by 1e.39"),
     ):
         with pytest.raises(ValueError, match=says), vector.apply(model, multiplier=wrong):
