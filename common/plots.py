@@ -48,10 +48,16 @@ def styled(draw: Callable[Given, Figure]) -> Callable[Given, Figure]:
     return drawn
 
 
+def _plain(given: object, width: int | None = None) -> str:
+    """A text for a picture, in lines of `width` characters; its dollars do not begin a formula."""
+    text = str(given) if width is None else textwrap.fill(str(given), width)
+    return text.replace("$", r"\$")
+
+
 def _shown(tokens: Sequence[str]) -> list[str]:
-    """Tokens as labels: blanks that are seen, and dollars that do not begin a formula."""
-    signs = str.maketrans({" ": "·", "\n": "↵", "\t": "→", "$": r"\$"})
-    return [token.translate(signs) for token in tokens]
+    """Tokens as labels, with blanks that are seen."""
+    signs = str.maketrans({" ": "·", "\n": "↵", "\t": "→"})
+    return [_plain(token.translate(signs)) for token in tokens]
 
 
 def _legend_below(figure: Figure, columns: int) -> None:
@@ -88,7 +94,7 @@ def plot_effectiveness_and_disruption(frame: pd.DataFrame, title: str = "") -> F
     labels = {"rotation": 30, "ha": "right", "family": "monospace"}
     axes.set_xticks(range(len(frame)), _shown(frame["token"].tolist()), **labels)
     axes.axhline(0, **RULE)
-    axes.set(ylabel="nats", title=title)
+    axes.set(ylabel="nats", title=_plain(title))
     _legend_below(figure, 2)
     return figure
 
@@ -112,7 +118,7 @@ def plot_top_changed_tokens(frame: pd.DataFrame, title: str = "") -> Figure:
         axes.scatter(probs[name], lines, color=colour, label=name, zorder=2)
     axes.set_yticks(lines, _shown(frame["token"].tolist()), family="monospace")
     axes.set_ylim(len(frame) - 0.5, -0.5)
-    axes.set(xscale="log", xlabel="probability of the next token", title=title)
+    axes.set(xscale="log", xlabel="probability of the next token", title=_plain(title))
     _legend_below(figure, 2)
     return figure
 
@@ -145,9 +151,11 @@ def plot_perplexity_ratios(frame: pd.DataFrame, title: str = "") -> Figure:
         )
     axes.axvline(1, **RULE)
     names = zip(frame["condition"], frame["text"])
-    axes.set_yticks(range(len(frame)), [f"{condition}, {text}" for condition, text in names])
+    axes.set_yticks(
+        range(len(frame)), [_plain(f"{condition}, {text}") for condition, text in names]
+    )
     axes.set_ylim(len(frame) - 0.5, -0.7)
-    axes.set(xlabel="perplexity / unsteered perplexity", title=title)
+    axes.set(xlabel="perplexity / unsteered perplexity", title=_plain(title))
     return figure
 
 
@@ -184,7 +192,7 @@ def plot_heat_map(window: WorkingWindow, title: str = "") -> Figure:
     if window.layer is not None:
         spot = coeffs.index(window.coeff) + 0.3, layers.index(window.layer) + 0.27
         both[0].plot(*spot, marker="*", color="gold", markeredgecolor="0.2", markersize=10)
-    figure.suptitle(textwrap.fill(title, 28 * len(coeffs)), fontsize=9)
+    figure.suptitle(_plain(title, 28 * len(coeffs)), fontsize=9)
     return figure
 
 
@@ -261,7 +269,7 @@ def plot_effect(
         curve = curve.sort_index()
         if kind == "steering":
             error = np.nan_to_num(curve["sem"])  # NaN: of a single prompt
-            style = {"fmt": "o-", "linewidth": 2, "zorder": 3, "label": textwrap.fill(name, 80)}
+            style = {"fmt": "o-", "linewidth": 2, "zorder": 3, "label": _plain(name, 80)}
             axes.errorbar(curve.index, curve["mean"], error if error.any() else None, **style)
         else:
             axes.plot(curve.index, curve["mean"], linewidth=1, **greys[kind])
@@ -273,8 +281,8 @@ def plot_effect(
         axes.set_xscale("function", functions=scale)
     axes.set(
         xlabel=f"{name_of_axis[over]}, layer {layer}",
-        ylabel=textwrap.fill(label or metric, 45),
-        title=textwrap.fill(title, 70),
+        ylabel=_plain(label or metric, 45),
+        title=_plain(title, 70),
     )
     longest = max(len(name) for name in axes.get_legend_handles_labels()[1])
     _legend_below(figure, max(1, min(3, 100 // (longest + 8))))
@@ -336,11 +344,9 @@ def plot_prompts(
     # A ring around whatever lies at the same place, so that it never hides nor is hidden.
     ring = {"markerfacecolor": "none", "markersize": 10, "markeredgewidth": 1.5}
     axes.plot(plain, lines, "o", color=UNSTEERED, label="unsteered", **ring)
-    axes.set_yticks(lines, ["\n".join(name) for name in names], fontsize=9)
+    axes.set_yticks(lines, [_plain("\n".join(name)) for name in names], fontsize=9)
     axes.set(
-        xlabel=textwrap.fill(label or metric, 45),
-        ylim=(-0.6, len(names) - 0.4),
-        title=textwrap.fill(title, 45),
+        xlabel=_plain(label or metric, 45), ylim=(-0.6, len(names) - 0.4), title=_plain(title, 45)
     )
     _legend_below(figure, 3)
     return figure
@@ -380,10 +386,10 @@ def plot_steerability(slopes: pd.DataFrame, layer: int | None, title: str = "") 
         text, beside = f"{(values < 0).mean():.0%} anti-steerable", axes.get_yaxis_transform()
         axes.text(1.01, line, text, transform=beside, va="center", fontsize=8)
     axes.axvline(0, **RULE)
-    labels = [textwrap.fill(str(name).replace("$", r"\$"), 30) for name, _ in groups]
+    labels = [_plain(name, 30) for name, _ in groups]
     axes.set_yticks(range(len(labels)), labels)
     where = "all layers together" if layer is None else f"layer {layer}"
-    axes.set(xlabel=f"slope of a prompt, {where}", title=textwrap.fill(title, 60))
+    axes.set(xlabel=f"slope of a prompt, {where}", title=_plain(title, 60))
     axes.invert_yaxis()
     return figure
 
@@ -412,9 +418,9 @@ def plot_beside_controls(frame: pd.DataFrame, label: str, title: str = "") -> Fi
         colour = STEERED if kind == "vector" else REVERSED
         axes.errorbar(means, [line], xerr=error, fmt="o", color=colour, linewidth=2)
     axes.axvline(0, **RULE)
-    names = [textwrap.fill(str(name).replace("$", r"\$"), 30) for name, _ in groups]
+    names = [_plain(name, 30) for name, _ in groups]
     axes.set_yticks(range(len(groups)), names)
-    axes.set(xlabel=textwrap.fill(label, 60), title=textwrap.fill(title, 60))
+    axes.set(xlabel=_plain(label, 60), title=_plain(title, 60))
     axes.set_ylim(len(groups) - 0.5, -0.5)
     return figure
 
@@ -430,7 +436,8 @@ def plot_moves(tones: pd.DataFrame, title: str = "") -> Figure:
     moved = tones.drop("unsteered") - tones.loc["unsteered"]
     figure, axes = _lines(len(moved))
     axes.use_sticky_edges = False  # a dot at 0 would be cut in half
-    axes.barh(moved.index, moved.mean(axis=1), color="0.85", height=0.6)
+    axes.barh(range(len(moved)), moved.mean(axis=1), color="0.85", height=0.6)
+    axes.set_yticks(range(len(moved)), [_plain(name) for name in moved.index])
     dots = {"color": STEERED, "alpha": 0.5, "markersize": 5, "markeredgewidth": 0}
     for line, values in enumerate(moved.to_numpy()):
         axes.plot(values, np.full(len(values), line), "o", **dots)
@@ -438,7 +445,7 @@ def plot_moves(tones: pd.DataFrame, title: str = "") -> Figure:
     label = (
         "move of the tone (positive minus negative share);\na dot is a prompt, the bar their mean"
     )
-    axes.set(xlabel=label, title=textwrap.fill(title, 45))
+    axes.set(xlabel=label, title=_plain(title, 45))
     axes.invert_yaxis()
     return figure
 
@@ -462,10 +469,10 @@ def plot_tones(shares: Mapping[str, Mapping[str, float]], title: str = "") -> Fi
             if width >= 0.05:  # room for the number
                 axes.text(start + width / 2, line, f"{width:.0%}", color=ink, **SMALL)
         left += widths
-    axes.set_yticks(range(len(shares)), [label.replace("$", r"\$") for label in shares])
+    axes.set_yticks(range(len(shares)), [_plain(label) for label in shares])
     axes.tick_params(left=False)
     axes.xaxis.set_major_formatter(PercentFormatter(1))
-    axes.set(xlim=(0, 1), xlabel="share of the texts", title=title)
+    axes.set(xlim=(0, 1), xlabel="share of the texts", title=_plain(title))
     axes.invert_yaxis()
     _legend_below(figure, len(colours))
     return figure
@@ -508,8 +515,8 @@ def token_strip(
             axes.barh(line, size, left=left, height=0.72, color=box, edgecolor="white")
             axes.text(left + size / 2, line, token, family="monospace", color=ink, **SMALL)
         width = max(width, ends[-1])
-    axes.set(xlim=(0, width), title=title)
-    axes.set_yticks(range(len(rows)), labels, fontsize=9)
+    axes.set(xlim=(0, width), title=_plain(title))
+    axes.set_yticks(range(len(rows)), [_plain(label) for label in labels], fontsize=9)
     axes.set_xticks([])
     axes.tick_params(length=0)
     axes.invert_yaxis()
@@ -544,7 +551,7 @@ def plot_line_up(frame: pd.DataFrame, title: str = "") -> Figure:
     places = [-0.9, *range(len(frame))]
     axes.set_xticks(places, ["\n".join(names) for names in named], fontsize=8, family="monospace")
     axes.tick_params(length=0)
-    axes.set(ylabel="norm", title=title, xlim=(-1.2, len(frame) - 0.4))
+    axes.set(ylabel="norm", title=_plain(title), xlim=(-1.2, len(frame) - 0.4))
     axes.legend()
     return figure
 
@@ -579,9 +586,9 @@ def plot_shift(
         raise ValueError(f"expected the unsteered points and up to three more, got {len(points)}")
     figure, axes = plt.subplots(figsize=(8, 4))
     (start, at_first), *others = points.items()
-    axes.scatter(*at_first.T, color=UNSTEERED, label=start, zorder=3)
+    axes.scatter(*at_first.T, color=UNSTEERED, label=_plain(start), zorder=3)
     for (what, found), colour in zip(others, (STEERED, REVERSED, BETTER)):
-        axes.scatter(*found.T, color=colour, label=what, zorder=3)
+        axes.scatter(*found.T, color=colour, label=_plain(what), zorder=3)
         for tail, head in zip(at_first.tolist(), found.tolist()):
             arrow = {"arrowstyle": "->", "color": colour, "shrinkA": 4, "shrinkB": 4}
             axes.annotate("", head, tail, arrowprops=arrow)
@@ -589,14 +596,14 @@ def plot_shift(
     heights = at_first[:, 1].tolist()
     for rank, number in enumerate(sorted(range(len(labels)), key=heights.__getitem__)):
         axes.annotate(
-            labels[number].strip().replace("$", r"\$"),
+            _plain(labels[number].strip()),
             tuple(at_first[number].tolist()),
             xytext=(0, -14 if rank % 2 else 7),
             textcoords="offset points",
             ha="center",
             fontsize=8,
         )
-    axes.set(xlabel=names[0], ylabel=names[1], title=title)
+    axes.set(xlabel=_plain(names[0]), ylabel=_plain(names[1]), title=_plain(title))
     axes.margins(0.12, 0.25)  # scales of their own: points that are close to each other have labels
     figure.legend(loc="outside lower center", ncols=len(points))
     return figure

@@ -15,45 +15,46 @@ from common import plots
 from common.measuring.effects import WorkingWindow
 from common.plots import token_strip
 
+LOVE = r"$\foo$ y"  # no formula that can be read; all of these are texts
 SWEPT = pd.DataFrame(
     {
-        "steering": ["unsteered", "Love", "Love", "Hate", "Love, random 1"],
+        "steering": ["unsteered", LOVE, LOVE, f"not {LOVE}", f"{LOVE}, random 1"],
         "kind": ["unsteered", "steering", "steering", "control", "random"],
         "layer": pd.array([None, 3, 3, 3, 3], "Int64"),
         "coeff": [0.0, 2.0, -2.0, 2.0, 2.0],
-        "prompt": "I",
-        "tone": [0.0, 1.0, -1.0, 0.2, 0.1],
+        "prompt": LOVE,
+        LOVE: [0.0, 1.0, -1.0, 0.2, 0.1],
     }
 )
 CELLS = pd.DataFrame({"layer": [3], "coeff": [2.0], "effect": [1.0], "ratio": [1.1], "works": True})
 DRAWN = {
     "plot_effectiveness_and_disruption": [
-        pd.DataFrame({"token": ["I", " a"], "effectiveness": [1.0, 2.0], "disruption": [0.5, 0.1]})
+        pd.DataFrame({"token": [LOVE, " a"], "effectiveness": [1.0, 2.0], "disruption": [0.5, 0.1]})
     ],
     "plot_top_changed_tokens": [
-        pd.DataFrame({"token": [" a", "\n"], "unsteered": [0.5, 0.0], "steered": [0.1, 0.2]})
+        pd.DataFrame({"token": [LOVE, "\n"], "unsteered": [0.5, 0.0], "steered": [0.1, 0.2]})
     ],
     "plot_perplexity_ratios": [
-        pd.DataFrame({"text": "on", "condition": "a", "ratio": [0.9], "low": 0.8, "high": 0.95})
+        pd.DataFrame({"text": "on", "condition": LOVE, "ratio": [0.9], "low": 0.8, "high": 0.95})
     ],
     "plot_heat_map": [WorkingWindow(CELLS, 3, 2.0, "")],
-    "plot_effect": [SWEPT, "tone", 3],
-    "plot_prompts": [SWEPT, "tone", "Love", 3, 2.0],
-    "plot_moves": [pd.DataFrame({"I": [0.0, 0.5]}, index=["unsteered", "Love"])],
+    "plot_effect": [SWEPT, LOVE, 3],
+    "plot_prompts": [SWEPT, LOVE, LOVE, 3, 2.0],
+    "plot_moves": [pd.DataFrame({"I": [0.0, 0.5]}, index=["unsteered", LOVE])],
     "plot_line_up": [
         pd.DataFrame(
-            {"prompt": ["I"], "+3": " a", "steering": 30.0, "residual": 12.0, "ratio": 2.5}
+            {"prompt": [LOVE], "+3": " a", "steering": 30.0, "residual": 12.0, "ratio": 2.5}
         )
     ],
     "plot_shift": [
-        {"unsteered": torch.zeros(1, 2), "to Love": torch.ones(1, 2)},
-        ("one", "another"),
-        ["I"],
+        {LOVE: torch.zeros(1, 2), f"to {LOVE}": torch.ones(1, 2)},
+        (LOVE, f"not {LOVE}"),
+        [LOVE],
     ],
     "plot_steerability": [
         pd.DataFrame(
             {
-                "steering": ["Love", "Love", "Love, random 1"],
+                "steering": [LOVE, LOVE, f"{LOVE}, random 1"],
                 "kind": ["steering", "steering", "random"],
                 "layer": pd.array([3, 3, 3], "Int64"),
                 "slope": [0.5, -0.1, 0.0],
@@ -64,17 +65,17 @@ DRAWN = {
     "plot_beside_controls": [
         pd.DataFrame(
             {
-                "name": ["Love", "random directions", "random directions"],
+                "name": [LOVE, "random directions", "random directions"],
                 "kind": ["vector", "random", "random"],
                 "mean": [0.5, 0.1, -0.1],
                 "low": [0.3, None, None],
                 "high": [0.7, None, None],
             }
         ),
-        "tone",
+        LOVE,
     ],
     "plot_tones": [{"unsteered": {"positive": 0.3, "neither": 0.5, "negative": 0.2}}],
-    "token_strip": [[["I", " a"]], [[1]], ["a text"]],
+    "token_strip": [[[LOVE, " a"]], [[1]], [LOVE]],
 }
 
 
@@ -84,14 +85,16 @@ def test_every_picture_is_here():
 
 @pytest.mark.parametrize("name", DRAWN)
 def test_pictures_have_one_style_and_leave_that_of_the_caller(name):
-    """No frame but around a heat map, a title, and no setting of matplotlib that stays changed."""
+    """No frame but around a heat map, a title, and no setting of matplotlib that stays changed.
+
+    Whatever stands in titles, labels and names is shown as it is.
+    """
     before = dict(matplotlib.rcParams)
-    figure = getattr(plots, name)(*DRAWN[name], title="embedded model")
+    figure = getattr(plots, name)(*DRAWN[name], title=LOVE)
     assert dict(matplotlib.rcParams) == before
     titles = [axes.get_title() for axes in figure.axes] + [figure.get_suptitle()]
-    assert "embedded model" in titles and type(figure.get_layout_engine()).__name__.startswith(
-        "Con"
-    )
+    assert LOVE.replace("$", r"\$") in titles
+    assert type(figure.get_layout_engine()).__name__.startswith("Con")
     for axes in figure.axes:
         framed = {axes.spines[side].get_visible() for side in ("top", "right")}
         assert framed == {name == "plot_heat_map"}

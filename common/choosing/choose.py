@@ -78,10 +78,10 @@ class Choice:
         vector, markdown, html, *pictures = files = files_of(path)
         if not overwrite:
             refuse_existing(files)
+        self.vector.save(vector, overwrite)  # first: nothing that is drawn can lose it
         contents = dict(zip(pictures, self.card.pictures().values(), strict=True))
         contents[markdown] = self.card.markdown(f"{path.stem}-").encode()
         contents[html] = self.card.html().encode()
-        self.vector.save(vector, overwrite)
         for file, content in contents.items():
             write_whole(file, overwrite, lambda name, content=content: _write(name, content))
         return files

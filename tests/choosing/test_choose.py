@@ -268,6 +268,16 @@ def test_what_is_there_stays(choice, tmp_path):
     assert (tmp_path / "praise.md").read_text() != "mine"
 
 
+def test_a_picture_that_fails_does_not_lose_the_vector(choice, tmp_path, monkeypatch):
+    def failing(card):
+        raise OSError("no fonts")
+
+    monkeypatch.setattr(VectorCard, "pictures", failing)
+    with pytest.raises(OSError, match="no fonts"):
+        choice.save(tmp_path / "praise.safetensors")
+    assert VectorCard.of(SteeringVector.load(tmp_path / "praise.safetensors")) == choice.card
+
+
 class Tags(HTMLParser):
     """Collects the tags of a page, and refuses what is closed in another order."""
 
@@ -288,7 +298,8 @@ class Tags(HTMLParser):
 def test_the_page_is_whole_and_takes_texts_as_texts(choice):
     content = json.loads(choice.card.to_json())
     content.pop("format")
-    wild = "<b>$x$ | `y`</b>\n| z"
+    wild = "<b>$\\foo$ | `y`</b>\n| z"
+    content["data"]["metric"] = wild
     content |= {"name": wild, "examples": [dict.fromkeys(("prompt", "unsteered", "steered"), wild)]}
     card = VectorCard(**content)
     page = Tags()
