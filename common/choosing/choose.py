@@ -71,13 +71,13 @@ class Choice:
             The files, the vector first.
 
         Raises:
-            FileExistsError: one of them is there, and `overwrite` is False; nothing was written.
+            FileExistsError: one of them is there, and `overwrite` is False, or it is a folder;
+                nothing was written.
             ValueError: another ending than ".safetensors".
         """
         path = Path(path)
         vector, markdown, html, *pictures = files = files_of(path)
-        if not overwrite:
-            refuse_existing(files)
+        refuse_existing(files, overwrite)
         self.vector.save(vector, overwrite)  # first: nothing that is drawn can lose it
         contents = dict(zip(pictures, self.card.pictures().values(), strict=True))
         contents[markdown] = self.card.markdown(f"{path.stem}-").encode()
@@ -99,12 +99,16 @@ def files_of(path: Path) -> list[Path]:
     return [path, *pages, *(path.with_name(f"{path.stem}-{name}.png") for name in PICTURES)]
 
 
-def refuse_existing(files: Sequence[Path]) -> None:
-    """Refuse to overwrite a file.
+def refuse_existing(files: Sequence[Path], overwrite: bool = False) -> None:
+    """Refuse to overwrite a file, unless it may be; a folder is never overwritten.
 
     Raises:
         FileExistsError: one of them is there.
     """
+    if folders := [file for file in files if file.is_dir()]:
+        raise FileExistsError(f"{str(folders[0])!r} is a folder: give another name")
+    if overwrite:
+        return
     if there := [file for file in files if file.exists()]:
         raise FileExistsError(
             f"{str(there[0])!r} is there already; give another name, or overwrite=True"

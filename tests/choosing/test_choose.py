@@ -268,6 +268,16 @@ def test_what_is_there_stays(choice, tmp_path):
     assert (tmp_path / "praise.md").read_text() != "mine"
 
 
+def test_a_folder_is_not_overwritten(choice, tmp_path):
+    (tmp_path / "praise.md").mkdir()
+    (tmp_path / "praise.html").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(FileExistsError, match=r"praise\.md' is a folder"):
+            choice.save(tmp_path / "praise.safetensors", overwrite)
+    assert {file.name for file in tmp_path.iterdir()} == {"praise.md", "praise.html"}
+    assert (tmp_path / "praise.html").read_text() == "mine"
+
+
 def test_a_picture_that_fails_does_not_lose_the_vector(choice, tmp_path, monkeypatch):
     def failing(card):
         raise OSError("no fonts")
