@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -144,7 +145,8 @@ class VectorCard:
             pictures: what the names of the pictures begin with ("love-": love-controls.png, …);
                 without it there are none.
         """
-        return _render("card.md.j2", self, {name: f"{pictures}{name}.png" for name in PICTURES})
+        links = {name: quote(f"{pictures}{name}.png") for name in PICTURES if pictures}
+        return _render("card.md.j2", self, links)
 
     def html(self) -> str:
         """Return the page in HTML, in one piece."""

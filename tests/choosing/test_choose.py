@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from html.parser import HTMLParser
 from itertools import pairwise, product
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -278,6 +279,15 @@ def test_a_folder_is_not_overwritten(choice, tmp_path):
     assert (tmp_path / "praise.html").read_text() == "mine"
 
 
+def test_pictures_are_found_whatever_the_vector_is_called(choice, tmp_path):
+    """A link has no blanks or brackets, and no sign that an address would read."""
+    name = "my 50% (très <b>) #2"
+    choice.save(tmp_path / f"{name}.safetensors")
+    links = re.findall(r"^!\[.*\]\((.*)\)$", (tmp_path / f"{name}.md").read_text("utf-8"), re.M)
+    assert len(links) == 2 and all(re.fullmatch(r"[\w.%-]+", link) for link in links)
+    assert all((tmp_path / unquote(link)).is_file() for link in links)
+
+
 def test_a_picture_that_fails_does_not_lose_the_vector(choice, tmp_path, monkeypatch):
     def failing(card):
         raise OSError("no fonts")
@@ -317,6 +327,9 @@ def test_the_page_is_whole_and_takes_texts_as_texts(choice):
     assert not page.open and "b" not in dict(page.seen)
     sources = [attrs["src"] for tag, attrs in page.seen if tag == "img"]
     assert len(sources) == 2 and all(one.startswith("data:image/png;base64,") for one in sources)
+    heading, _, below = card.markdown().splitlines()[:3]
+    assert heading == f"# {' '.join(wild.split())}" and below == f"**{card.verdict}**"
+    assert "![" not in card.markdown()  # there are no files
     for table in re.findall(r"(?:^\|.*\n)+", card.markdown(), flags=re.MULTILINE):
         widths = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
         assert len(widths) == 1, table
