@@ -1,7 +1,9 @@
 """Steering vectors in folders with a card, as the Hugging Face Hub keeps them."""
 
+import json
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCardData, hf_hub_download
@@ -9,6 +11,7 @@ from huggingface_hub import HfApi, ModelCardData, hf_hub_download
 from common.vectors import files
 
 FILE, CARD = "steering_vector.safetensors", "README.md"
+CHOSEN = "card"  # of the metadata: what `choose` says of a vector, as JSON; imports run one way
 TAGS = ["steering-vector", "activation-steering"]
 
 
@@ -78,7 +81,9 @@ def read_folder(
 def default_card(contents: files.Contents, name: str) -> str:
     """Return what a card says where nobody wrote one: what the vector is, and how to use it."""
     layers, layer_type, metadata = contents
-    model = metadata.get("model")
+    model, multiplier = metadata.get("model"), _chosen_multiplier(metadata)
+    if multiplier is not None:
+        metadata = {key: value for key, value in metadata.items() if key != CHOSEN}
     lines = [
         f"# {name.rpartition('/')[2]}",
         "",
@@ -89,7 +94,7 @@ def default_card(contents: files.Contents, name: str) -> str:
         "from common import SteeringVector",
         "",
         f"vector = SteeringVector.from_hub({name!r})",
-        "with vector.apply(model, multiplier=1.0):",
+        f"with vector.apply(model, multiplier={multiplier or '1.0'}):",
         "    model.generate(**inputs)",
         "```",
         "",
@@ -104,6 +109,14 @@ def default_card(contents: files.Contents, name: str) -> str:
         rows = [f"| {key} | {_cell(value)} |" for key, value in sorted(metadata.items())]
         lines += ["", "| made with | |", "| --- | --- |", *rows]
     return "\n".join(lines)
+
+
+def _chosen_multiplier(metadata: Mapping[str, str]) -> str | None:
+    """The multiplier that `choose` chose; None where a vector was not chosen."""
+    try:
+        return f"{json.loads(metadata[CHOSEN])['place']['multiplier']:.4g}"
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def _cell(value: str) -> str:

@@ -257,6 +257,9 @@ def test_the_card_is_in_the_file(choice, tmp_path):
     for name in re.findall(r"\((praise-\w+\.png)\)", text):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert choice.card.verdict in text and text.count("png") == 2
+    loaded.save_folder(tmp_path / "folder")
+    said = (tmp_path / "folder" / "README.md").read_text(encoding="utf-8")
+    assert f"multiplier={choice.multiplier:.4g}):" in said and choice.card.name not in said
 
 
 def test_what_is_there_stays(choice, tmp_path):

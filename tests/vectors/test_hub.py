@@ -62,6 +62,17 @@ def test_a_card_says_what_the_vector_is(tmp_path):
     assert "base_model" not in data and body == "\n\n# What I did\n"
 
 
+def test_a_chosen_vector_is_used_as_it_was_chosen(tmp_path):
+    """Its card stays in the file; an entry of the same name that is no card is one like others."""
+    chosen = json.dumps({"format": "1", "place": {"layer": 2, "multiplier": 3.0412}})
+    for number, (card, multiplier) in enumerate([(chosen, "3.041"), ("[]", "1.0"), ("a", "1.0")]):
+        a_vector(metadata=METADATA | {"card": card}).save_folder(tmp_path / f"{number}")
+        _, body = read_card((tmp_path / f"{number}" / "README.md").read_text(encoding="utf-8"))
+        assert f"apply(model, multiplier={multiplier}):" in body
+        assert ("| card |" in body) == (card != chosen) and "| pairs |" in body
+        assert SteeringVector.from_hub(tmp_path / f"{number}").metadata["card"] == card
+
+
 def test_nothing_that_was_saved_is_lost(tmp_path):
     """A vector or a card that is there is kept, and so is every other file."""
     folder = tmp_path / "v"
