@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from common.choosing.choose import Choice
 from common.jobs import Job, run_choose, run_sweep, run_train, status
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -33,10 +34,7 @@ def train_command(job: JobFile, engine: Address = None) -> None:
 @app.command("choose")
 def choose_command(job: JobFile) -> None:
     """Choose layer and multiplier for the vectors of a job, and write each with its card."""
-    for name, (choice, files) in _said(run_choose, _said(Job.read, job)).items():
-        typer.echo(f"{name}: layer {choice.layer}, multiplier {choice.multiplier:.4g}")
-        typer.echo(f"  {choice.card.verdict}\n  {choice.card.beside_prompting}")
-        typer.echo(f"  {', '.join(map(str, files[:3]))}")
+    _said(run_choose, _said(Job.read, job), _say_choice)
 
 
 @app.command("status")
@@ -44,6 +42,12 @@ def status_command(file: Annotated[Path, typer.Argument(help="The file of a swee
     """Say how far a sweep has come."""
     for name, value in _said(status, file).items():
         typer.echo(f"{name}: {value}")
+
+
+def _say_choice(name: str, choice: Choice, files: list[Path]) -> None:
+    typer.echo(f"{name}: layer {choice.layer}, multiplier {choice.multiplier:.4g}")
+    typer.echo(f"  {choice.card.verdict}\n  {choice.card.beside_prompting}")
+    typer.echo(f"  {', '.join(map(str, files[:3]))}")
 
 
 def _said(function: Callable, *arguments: Any) -> Any:

@@ -25,12 +25,15 @@ A job is a TOML file; `python -m common` runs it. Names of files in it are relat
     [train]                         # of `train_steering_vector`: batch_size, read_token_index, …
     batch_size = 16
 
-    [choose]                        # of `choose`, which reads model, prompts and pairs above
+    [choose]                        # of `choose`: seed, layers, layer_type, instructions, …
     metric = "tone"                 # or another one, see `metric_of`
-    budget = "minutes"              # or a table, as `Budget`
+    budget = "minutes"              # or a table, as `Budget`, of which [sampling] is a part
 
     [engine]                        # of `RayEngine`: address, workers, gpus_per_worker, …
     workers = 2
+
+`choose` reads the model, prompts and steerings, [choose], [sampling] and [train]. It runs in one
+process and passes over [grid], [sweep] and [engine]: the same job may be swept.
 """
 
 import os
@@ -45,9 +48,11 @@ from typing import Any
 
 import pandas as pd
 
+from common.arguments import integer
 from common.choosing.card import KEY, VectorCard
 from common.choosing.choose import Choice, choose, files_of, refuse_existing
 from common.choosing.described import metric_of
+from common.choosing.splitting import split_at_random
 from common.choosing.trying import Budget, budget_of
 from common.loading import Loaded, load_model
 from common.scaling.ray_engine import RayEngine
@@ -84,7 +89,9 @@ KEYS = {
     },
     "sampling": {field.name for field in fields(Sampling)},
     "sweep": {"per_prompt", "seed", "prepend_bos", "max_memory"},
-    "choose": {"metric", "budget", "seed", "instructions", "other_texts"},
+    "choose": {
+        *("metric", "budget", "seed", "layers", "layer_type", "instructions", "other_texts")
+    },
     "train": {"batch_size", "read_token_index", "prepend_bos"},
     "engine": {
         *("address", "workers", "tensor_parallel", "gpus_per_worker", "cpus_per_worker"),
@@ -97,6 +104,8 @@ TYPES = {
     "prompts": (str | list, "a list of texts, or the name of a file"),
     "pairs": (str | list, "a list of pairs of texts, or the name of a file"),
     "vector": (str, "the name of a file"),
+    "layer_type": (str, "the name of a part of a block"),
+    "other_texts": (str | list, "a list of texts, or the name of a file"),
 }
 GREEDY = {"max_new_tokens": 16, "temperature": 0}
 
@@ -137,6 +146,7 @@ class Job:
                     f" expected some of {', '.join(sorted(known))}"
                 )
         _check_types(content)
+        _check_types(content.get("choose", {}))
         steering = content.get("steering", {})
         for name, table in steering.items() if isinstance(steering, dict) else ():
             if not isinstance(table, dict) or not {"pairs", "vector"} & table.keys():
@@ -209,11 +219,16 @@ class Job:
         """Return a budget by its name, or of a table; completions are drawn as [sampling] says.
 
         Raises:
-            ValueError: no such name, or something in the table that nobody reads.
+            ValueError: no such name, something in the table that nobody reads, or what `Budget` or
+                `Sampling` refuses.
         """
         if isinstance(given, Mapping):
-            if unknown := sorted(given.keys() - {field.name for field in fields(Budget)}):
-                raise ValueError(f"the budget has {', '.join(map(repr, unknown))}: nobody reads it")
+            known = {field.name for field in fields(Budget)} - {"sampling"}
+            if unknown := sorted(given.keys() - known):
+                raise ValueError(
+                    f"the budget has {', '.join(map(repr, unknown))}, which nobody reads: expected"
+                    f" some of {', '.join(sorted(known))}, and [sampling] beside [choose]"
+                )
             budget = Budget(**given)
         else:
             budget = budget_of(given)
@@ -290,30 +305,51 @@ def run_sweep(job: Job, address: str | None = None) -> pd.DataFrame:
         return frame
 
 
-def run_choose(job: Job) -> dict[str, tuple[Choice, list[Path]]]:
+def run_choose(
+    job: Job, done: Callable[[str, Choice, list[Path]], None] | None = None
+) -> dict[str, tuple[Choice, list[Path]]]:
     """Choose layer and multiplier for the vectors of a job, and write them with their cards.
+
+    Args:
+        job: what is steered, and what is chosen by.
+        done: called after each vector is written, with its name, what was chosen, and the files.
 
     Returns:
         By name, what was chosen, and the files.
 
     Raises:
         FileExistsError: a file is there already; nothing was computed.
-        ValueError: what `choose` and `metric_of` refuse.
+        ValueError: two vectors have the same file, or pairs and prompts of one cannot be split;
+            nothing was computed. What else `choose` and `metric_of` refuse.
     """
     table, prompts = job.table("choose"), job.prompts
     pairs = {name: job.pairs(name) for name in job.content["steering"]}
+    names: dict[Path, str] = {}
     for name in pairs:
         refuse_existing(files_of(job.vector(name)))
+        if (other := names.setdefault(job.vector(name).resolve(), name)) != name:
+            raise ValueError(
+                f"[steering.{other}] and [steering.{name}] would both write"
+                f" {str(job.vector(name))!r}: name another file as vector"
+            )
     budget = job.budget(table.pop("budget", "minutes"))
     if "other_texts" in table:
         table["other_texts"] = job.texts(table["other_texts"])
     model, tokenizer, _ = job.load()
     metric = metric_of(table.pop("metric", None), job.path.parent, tokenizer)
+    seed = integer(table.get("seed", 0), "seed")
+    for name, given in pairs.items():
+        try:
+            split_at_random(tokenizer, given, prompts, budget.prompts, seed)
+        except ValueError as error:
+            raise ValueError(f"[steering.{name}]: {error}") from None
     found = {}
     for name, given in pairs.items():
         options = {"name": name, **table, **job.table("train")}
         choice = choose(model, tokenizer, given, prompts, metric, budget, **options)
         found[name] = choice, choice.save(job.vector(name))
+        if done is not None:
+            done(name, *found[name])
     return found
 
 

@@ -209,6 +209,7 @@ def test_what_goes_wrong_while_a_job_runs(job, monkeypatch):
         (HERE.replace("coeffs", "coeff"), r"'coeff' in \[grid\], which nobody reads"),
         (HERE + "[engine]\nparts = 'parts'\n", r"'parts' in \[engine\], which nobody reads"),
         (HERE + "[sampling]\ntemperature = -1\n", "expected a temperature"),
+        (HERE + "[sampling]\ntemperature = '0'\n", "finite number as temperature, got '0'"),
         (HERE.replace("[2, 3]", "[99]"), "expected layers from 0 to|has no vector for layer 99"),
         (re.sub(r"prompts = .*", "", HERE), "has no prompts"),
         (re.sub(r"pairs = .*", "", HERE), "has no pairs, and"),
@@ -312,6 +313,15 @@ def test_a_vector_is_chosen_and_written_with_its_card(choosing, metric, name):
         ("'mine.py:width'", "expected a function 'width'"),
         ("'tone'\nbudget = { layer = 3 }", "the budget has 'layer'"),
         ("'tone'\nbudget = 'days'", "expected a Budget, or one of"),
+        ("'tone'\nbudget = { strengths = 0.5 }", "expected a list of strengths .*, got 0.5"),
+        ("'tone'\nbudget = { sampling = {} }", r"has 'sampling', .*and \[sampling\] beside"),
+        ("'tone'\nother_texts = 3", "expected a list of texts, .* as other_texts, got 3"),
+        ("'tone'\nlayer_type = 3", "expected the name of a part of a block as layer_type, got 3"),
+        ("'tone'\nlayer_type = 'head'", "unknown layer_type 'head'"),
+        ("'tone'\nlayers = 3", "expected a list of layer numbers as layers, got 3"),
+        ("'tone'\nseed = 'x'", "expected an integer of 0 or more as seed, got 'x'"),
+        ("{ words = { good = 1, bad = 'x' } }", "finite number as weight of 'bad', got 'x'"),
+        ("{ answers = ['good', 1] }", "expected a list of words, got 1"),
         ("'tone'\nbudgets = 3", "'budgets' in .choose., which nobody reads"),
     ],
 )
@@ -321,6 +331,47 @@ def test_what_cannot_be_chosen_by_is_refused(choosing, metric, says):
     code, said = call("choose", choosing)
     assert code == 1 and re.search(says, said) and "Traceback" not in said
     assert not (choosing.parent / "love.safetensors").exists()
+
+
+ANOTHER = """
+[steering.hate]
+pairs = PAIRS
+vector = "./love.safetensors"
+"""
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({}, r"\[steering.love\] and \[steering.hate\] would both write"),
+        ({"love.safe": "hate.safe", '"pairs.csv"': "[['a', 'b'], ['a', 'b']]"}, "different pairs"),
+    ],
+)
+def test_nothing_is_computed_where_one_vector_is_wrong(choosing, monkeypatch, changes, says):
+    another = ANOTHER.replace("PAIRS", '"pairs.csv"')
+    for old, new in changes.items():
+        another = another.replace(old, new)
+    text = CHOOSING.replace("METRIC", "'tone'").replace("BUDGET", "")
+    choosing.write_text(text + another, encoding="utf-8")
+    monkeypatch.setattr("common.jobs.choose", None)
+    code, said = call("choose", choosing)
+    assert code == 1 and re.search(says, said) and not list(choosing.parent.glob("*.safe*"))
+
+
+def test_each_choice_is_said_as_it_is_made(choosing):
+    """Of two vectors the second is 0; the first is there, at the layer and in the part asked for.
+
+    What belongs to the sweep of the job is passed over.
+    """
+    metric = "{ answers = ['good', 'bad'] }\nlayers = [1]\nlayer_type = 'mlp'"
+    text = CHOOSING.replace("METRIC", metric)
+    text = text.replace("BUDGET", f"budget = {BUDGET}") + "[grid]\nlayers = [3]\n"
+    same = ANOTHER.replace("PAIRS", "[['I see', 'I see'], ['I go', 'I go']]")
+    choosing.write_text(text + same.replace("./love", "hate"), encoding="utf-8")
+    code, said = call("choose", choosing)
+    card = VectorCard.of(SteeringVector.load(choosing.parent / "love.safetensors"))
+    assert code == 1 and "the vector is 0" in said and card.verdict in said
+    assert (card.place["layer"], card.place["layer_type"]) == (1, "mlp")
 
 
 def test_a_chosen_vector_is_that_of_its_pairs(choosing):

@@ -36,7 +36,7 @@ def ab_metric(
         b: the other answer.
 
     Raises:
-        ValueError: a word that is not a single token, or a token that is both.
+        ValueError: something that is no word or not a single token, or a token that is both.
     """
     ids = [token_set(tokenizer, [words] if isinstance(words, str) else words) for words in (a, b)]
     if both := sorted({*ids[0]} & {*ids[1]}):

@@ -20,7 +20,7 @@ from typing import Any, cast
 import pandas as pd
 from torch import Tensor
 
-from common.arguments import takes_two
+from common.arguments import finite_number, takes_two
 from common.measuring.tone import tone
 
 Metric = Callable[[list[str]], Any] | Callable[[list[str], list[str]], Any]
@@ -173,12 +173,14 @@ def get_sentiment_metric(
     A pipeline gives the columns `label` and `score` of the likeliest label, the others one value.
 
     Raises:
-        ValueError: none of these, or no words.
+        ValueError: none of these, no words, or a weight that is no finite number.
     """
     if sentiment is None:
         sentiment = tone
     if isinstance(sentiment, Mapping):
         weights = {word.strip().lower(): weight for word, weight in sentiment.items()}
+        for word, weight in weights.items():
+            finite_number(weight, f"weight of {word!r}")
         pattern = _whole_words(list(weights), case_sensitive=True)
         return lambda texts: [
             sum(weights[word] for word in pattern.findall(text.lower())) for text in texts

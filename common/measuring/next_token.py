@@ -6,7 +6,7 @@ likelier (effectiveness), and leave the proportions among these, and among all o
 (disruption, which is small when it does).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Literal
 
@@ -58,10 +58,12 @@ def token_set(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> list[
     A token for whatever the tokenizer does not know, such as "<unk>", is not that of a word.
 
     Raises:
-        ValueError: no words, an empty one, or a word that is not a single token in either form.
+        ValueError: no list of words, none, an empty one, or a word that is not a single token in
+            either form.
     """
     if (
         isinstance(words, str)
+        or not isinstance(words, Iterable)
         or not words
         or not all(isinstance(word, str) and word.strip() for word in words)
     ):

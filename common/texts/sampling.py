@@ -1,6 +1,5 @@
 """Sampling as in the activation-addition post, with random numbers of its own for each row."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -17,7 +16,7 @@ from transformers import (
     TemperatureLogitsWarper,
 )
 
-from common.arguments import integer
+from common.arguments import finite_number, integer
 from common.passes.batching import neutral_options, part_of, run_parts, separate_parts
 from common.progress import progress_bar
 from common.texts.generation import end_of_text, generate, joined, refuse_for_parts
@@ -144,8 +143,8 @@ class Sampling:
             negative); 1 is none.
 
     Raises:
-        ValueError: no new tokens, a temperature or a frequency penalty below 0, a top_p outside
-            (0, 1], a repetition penalty of 0 or less.
+        ValueError: something that is no number, no new tokens, a temperature or a frequency penalty
+            below 0, a top_p outside (0, 1], a repetition penalty of 0 or less.
     """
 
     max_new_tokens: int = 20
@@ -158,7 +157,9 @@ class Sampling:
         object.__setattr__(
             self, "max_new_tokens", integer(self.max_new_tokens, "max_new_tokens", 1)
         )
-        if not self.temperature >= 0 or not math.isfinite(self.temperature):
+        for name in ("temperature", "top_p", "repetition_penalty"):
+            finite_number(getattr(self, name), name)
+        if not self.temperature >= 0:
             raise ValueError(f"expected a temperature of 0 or more, got {self.temperature!r}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"expected a top_p above 0 and at most 1, got {self.top_p!r}")
