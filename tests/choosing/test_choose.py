@@ -19,6 +19,7 @@ from architectures import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 
+import common.choosing.choose as choosing
 from common import (
     Budget,
     Choice,
@@ -30,6 +31,7 @@ from common import (
     complete,
     encode,
     pca_aggregator,
+    progress,
     steering_kl,
     tone_sign,
 )
@@ -381,8 +383,10 @@ def vowels(texts: list[str]) -> list[int]:
 
 
 @pytest.mark.parametrize("name", ["Llama", "OPT", "BART decoder", "RecurrentGemma"])
-def test_any_model_gets_a_card_and_stays_as_it_was(tokenizer, name, capsys):
+def test_any_model_gets_a_card_and_stays_as_it_was(tokenizer, name, capsys, monkeypatch):
     """With a metric that nothing trained for: the card does not believe in it."""
+    for module in (progress, choosing):
+        monkeypatch.setattr(module, "DELAY", 60.0)
     tiny = tiny_model(name, len(tokenizer))
     before = snapshot(tiny)
     given = (pairs_of("good", 0)[:10], PROMPTS[:8], vowels, replace(SMALL, instructions=1))
@@ -390,7 +394,7 @@ def test_any_model_gets_a_card_and_stays_as_it_was(tokenizer, name, capsys):
     others = {"aggregator": pca_aggregator()} if name == "Llama" else {}
     choice = choose(tiny, tokenizer, *given, prepend_bos=bos, **others)
     assert_pristine(tiny, before)
-    assert "Choosing" not in capsys.readouterr().err  # no bar within five seconds
+    assert "Choosing" not in capsys.readouterr().err  # no bar within the delay
     prompts = list(choice.card.slopes)
     found = {}
     for multiplier in (0.0, choice.multiplier):
