@@ -31,6 +31,7 @@ from common.passes.hooks import refuse_hooks
 from common.passes.prompts import Prompt
 from common.passes.recording import Location, record_pass
 from common.passes.running import Steering, evaluating, pass_inputs
+from common.places.positions import reading_part
 from common.places.sites import find_site, get_layers
 from common.sweeping.grid import KEYS, Cell, Grid
 from common.sweeping.rows import RowSteering
@@ -65,7 +66,8 @@ def steering_kl(
     Args:
         model: a causal language model; as it was afterwards.
         tokenizer: its tokenizer.
-        steering: makes what is open meanwhile, for example `lambda: vector.apply(model)`.
+        steering: makes what is open meanwhile, for example `lambda: vector.apply(model)`. Rows
+            of their own (a list of multipliers, `steer_rows`) are the prompts, in this order.
         prompts: texts, or messages for a chat model; what the model is used for, or neutral ones.
         new_tokens: so many tokens after each prompt, fewer where a text ends before. The first is
             predicted at the last token of the prompt.
@@ -204,10 +206,11 @@ def calibrate_grid(
         `steering`, `kind`, `layer`, `coeff` (what to multiply by) and `kl` (what it gives).
 
     Raises:
-        ValueError: as `calibrate`; a coefficient of 0, two of one sign; additions anywhere but at
-            the front of the prompt.
+        ValueError: as `calibrate`; a coefficient of 0, two of one sign; no memory; additions
+            anywhere but at the front of the prompt.
     """
     target_kl, tolerance = _positive(target_kl, "target_kl"), _positive(tolerance, "tolerance")
+    max_memory = integer(max_memory, "max_memory", 1)
     signs = [math.copysign(1.0, coeff) for coeff in grid.coeffs]
     if 0 in grid.coeffs or len(set(signs)) < len(signs):
         raise ValueError(
@@ -311,9 +314,10 @@ class _Written:
 
     def kl(self, steering: Steering) -> float:
         """The divergence under a steering."""
-        found = []
+        found, total = [], len(self.texts)
         for batch in self.batches:
-            with steering():
+            # Prompts of like length share a batch, whatever their order.
+            with steering(), reading_part(torch.tensor(batch.numbers), total):
                 steered = _predictions(self.model, batch.inputs, batch.ids)
             found.append(kl_divergence(steered, batch.plain)[batch.real].cpu().numpy())
         return _percentile(found)

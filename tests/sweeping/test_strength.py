@@ -21,11 +21,13 @@ from common import (
     norm_preserving_addition_operator,
     prompting_kl,
     random_directions,
+    steer_rows,
     steering_kl,
     sweep_logits,
     train_steering_vector,
 )
 from common.checking.pristine import assert_pristine, snapshot
+from common.sweeping import strength
 from common.vectors.steering_vector import SteeringVector
 
 PROMPTS = ["I think dogs are", "My neighbour", "The old library is on the"]
@@ -154,8 +156,43 @@ def test_steering_that_counts_from_the_end_of_the_prompt_falls_where_it_falls(
     assert np.quantile(pooled, 0.95) == pytest.approx(0.5, rel=0.011)
 
 
+@pytest.mark.parametrize("name", ["embedded", "BART decoder", "RWKV"])
+def test_rows_have_what_is_given_to_their_prompts(model, tokenizer, name, monkeypatch):
+    """In their order, whichever prompts share a batch: as each has it by itself."""
+    model = model if name == "embedded" else tiny_model(name, len(tokenizer))
+    generator = torch.Generator().manual_seed(2)
+    draw = 2 * torch.randn(model.config.hidden_size, generator=generator)
+    part, prompts, each = SteeringVector({2: draw}), [*PROMPTS, "You are"], [3.0, 0.0, -1.0, 1.5]
+    pooled = [
+        kl
+        for prompt, x in zip(prompts, each)
+        for kl in kls_by_hand(
+            model, tokenizer, prompt, partial(part.apply, model, multiplier=x), False, 4
+        )
+    ]
+    expected = pytest.approx(np.quantile(pooled, 0.95), rel=1e-3)
+    seen: list[int] = []
+    embeddings = model.get_input_embeddings()
+    handle = embeddings.register_forward_hook(lambda *given: seen.append(len(given[2])))
+    try:
+        for steered in (
+            partial(part.apply, model, multiplier=each),
+            partial(steer_rows, model, [part if x else None for x in each], each),
+        ):
+            assert steering_kl(model, tokenizer, steered, prompts, new_tokens=4) == expected
+        monkeypatch.setattr(strength, "MEMORY", 1)
+        seen.clear()
+        assert steering_kl(model, tokenizer, steered, prompts, new_tokens=4) == expected
+        assert {*seen[-len(prompts) :]} == {1}, "as many as memory holds"
+    finally:
+        handle.remove()
+    three = partial(part.apply, model, multiplier=each[:3])
+    with pytest.raises(ValueError, match="the multiplier has 3 rows and the batch has 4"):
+        steering_kl(model, tokenizer, three, prompts, new_tokens=4)
+
+
 def test_it_takes_twelve_passes_at_most(model, tokenizer, vector):
-    """Whatever the first multiplier."""
+    """Whatever the first multiplier; all twelve where none is found."""
     for factor in (1e-5, 1.0, 1e4):
         opened = []
 
@@ -165,6 +202,10 @@ def test_it_takes_twelve_passes_at_most(model, tokenizer, vector):
 
         calibrate(model, tokenizer, steered, PROMPTS, new_tokens=NEW)
         assert len(opened) <= 12 and len(set(opened)) == len(opened)
+    opened.clear()
+    with pytest.raises(ValueError, match="KL of 200"):
+        calibrate(model, tokenizer, steered, PROMPTS, 200.0, new_tokens=NEW)
+    assert len(opened) == 12
 
 
 def test_more_strength_is_more_divergence(model, tokenizer, vector):
@@ -329,6 +370,11 @@ def test_what_cannot_be_calibrated_is_refused(model, tokenizer, vector):
     love = [ActivationAddition(1.0, 3, "Love")]
     with pytest.raises(ValueError, match="at the front of the prompt"):
         kl_by_cell(model, tokenizer, Grid({"w": love}, addition_location="back"), PROMPTS)
+    with pytest.raises(ValueError, match="min_token_index counted from the front, got -1"):
+        kl_by_cell(model, tokenizer, Grid({"v": vector}, min_token_index=-1), PROMPTS)
+    for measure in (kl_by_cell, calibrate_grid):
+        with pytest.raises(ValueError, match="max_memory"):
+            measure(model, tokenizer, Grid({"v": vector}, [3]), PROMPTS, max_memory=0)
 
 
 # --- prompting ---
