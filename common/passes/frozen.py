@@ -48,7 +48,8 @@ def frozen_attention(model: nn.Module) -> Iterator[None]:
 
     Raises:
         ValueError: attention of this model cannot be frozen: some blocks have none, or blocks share
-            keys, keep a state, or do not ask the cache.
+            keys, keep a state, or do not ask the cache. In a pass: they do not ask it there, under
+            gradient checkpointing.
     """
     twin = unhooked(model)
     if twin is model or not _can_be_frozen(twin):
@@ -116,6 +117,12 @@ class _Freezing:
         instead, self._own.instead = self._own.instead, None
         if instead is None:
             return None
+        if not instead.asked:
+            raise ValueError(
+                "attention was not frozen in this pass, which took the cache away from it, as"
+                " gradient checkpointing does: expected a model in evaluation mode, or one after"
+                " gradient_checkpointing_disable()"
+            )
         if isinstance(output, tuple):
             return tuple(self._own.given if part is instead else part for part in output)
         output["past_key_values"] = self._own.given
@@ -152,7 +159,13 @@ def _watched(cache: Any) -> Iterator[KeysAndValues]:
 
 def _answering(before: Any, read: KeysAndValues) -> Any:
     """A cache that takes nothing in, and hands out what was read."""
-    before.update = lambda keys, values, layer, *args, **kwargs: read[layer]
+    before.asked = False
+
+    def answer(keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> Any:
+        before.asked = True
+        return read[layer]
+
+    before.update = answer
     return before
 
 

@@ -200,6 +200,21 @@ def test_other_memories_are_refused(tokenizer, name):
     assert_pristine(model, before)
 
 
+def test_gradient_checkpointing_is_refused(tokenizer):
+    """It takes the cache away from attention, which then would be free; nothing else does."""
+    model = tiny_model("Llama", len(tokenizer)).train()
+    inputs, vector = encode(tokenizer, PROMPTS[:1], None), a_vector(D_MODEL, [0])
+    with frozen_attention(model), vector.apply(model):
+        expected = model(**inputs).logits
+        model.gradient_checkpointing_enable()
+        for _ in range(2):
+            with pytest.raises(ValueError, match="was not frozen in this pass.*checkpointing"):
+                model(**inputs)
+        torch.testing.assert_close(model.eval()(**inputs).logits, expected)
+        model.train().gradient_checkpointing_disable()
+        torch.testing.assert_close(model(**inputs).logits, expected)
+
+
 def test_a_sweep_starts_from_the_model_as_it_is(model, tokenizer):
     grid = Grid({"v": a_vector(model.config.hidden_size, [1])})
     with frozen_attention(model), pytest.raises(ValueError, match="attention of the model is froz"):
