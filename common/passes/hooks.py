@@ -321,10 +321,8 @@ def _generate(watched: _Watched, *args: Any, **kwargs: Any) -> Any:
     if outer is not None and getattr(settings, "is_assistant", False):
         text = Text(outer.lengths, outer.mask, ids=outer.ids, decided=outer.decided)
     scale = kwargs.get("guidance_scale", getattr(settings, "guidance_scale", None))
-    if (
-        scale not in (None, 1)
-        and kwargs.get("use_cache", getattr(settings, "use_cache", None)) is False
-    ):
+    text.guided = scale not in (None, 1)
+    if text.guided and kwargs.get("use_cache", getattr(settings, "use_cache", None)) is False:
         raise ValueError(
             f"guidance_scale={scale} reads two texts in turn, told apart by their caches: generate"
             " with use_cache=True"

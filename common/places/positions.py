@@ -5,11 +5,12 @@ Notation: `attention_mask` is 1 at real tokens and 0 at padding, shape [batch, p
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -296,6 +297,13 @@ CACHES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_stat
 _TAG = "_text_of_this_cache"
 
 
+class _Decisions(WeakKeyDictionary[Any, Tensor]):
+    """What trackers decided, which hold the model: a cache does not. A pickle knows none."""
+
+    def __reduce__(self) -> tuple:
+        return _Decisions, ()
+
+
 @dataclass
 class Text:
     """What is known of the rows that several passes read, one after the other.
@@ -308,6 +316,8 @@ class Text:
             reads another text.
         ids: the token ids of the prompts, [prompt, pos]; None where unknown.
         decided: which prompts are meant, [prompt], bool, by the tracker that asked.
+        guided: whether `generate` reads a second text beside it, one row for each of its rows
+            (`guidance_scale`).
     """
 
     lengths: Tensor | None = None
@@ -315,7 +325,8 @@ class Text:
     seen: int = 0
     cache: Any = None
     ids: Tensor | None = None
-    decided: dict[Any, Tensor] = field(default_factory=dict, repr=False)
+    decided: MutableMapping[Any, Tensor] = field(default_factory=_Decisions, repr=False)
+    guided: bool = False
 
     @classmethod
     def of(cls, mask: Tensor) -> "Text":
@@ -459,7 +470,7 @@ class PositionTracker:
             before = getattr(cache, _TAG, None)
             others = before.decided if before is not None and before.seen == now.total else {}
             tag = Text(now.text.lengths, now.text.mask, now.total)
-            tag.decided = {**others, **now.text.decided}
+            tag.decided = _Decisions({**others, **now.text.decided})
             setattr(cache, _TAG, tag)
 
     def _begin(self, given: dict[str, Any]) -> Pass:
@@ -528,6 +539,9 @@ class PositionTracker:
             ValueError: the prompts are not known, all of them: the pass reads embeddings, or goes
                 on where another one began.
         """
+        outer = being_generated(self.module)
+        if outer is not None and outer.guided and self in outer.decided:
+            text = outer  # what guides it has its rows
         if self not in text.decided:
             count, prompts = text.columns, len(cast(Tensor, text.lengths))
             if text.ids is None and ids is not None and not past and ids.shape[1] >= count:

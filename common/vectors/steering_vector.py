@@ -103,7 +103,8 @@ class SteeringVector(LayerVectors):
                 cache of an earlier one.
             condition: steer only rows whose prompt fulfils it; the others are left as they are, to
                 the last bit. It is decided once, on the prompt as the unsteered model reads it,
-                whatever else steers, and holds for all that is generated. See `find_condition`.
+                whatever else steers, and holds for all that is generated, also for the text that
+                guides it (`guidance_scale`). See `find_condition`.
 
         Raises:
             ValueError: before anything is changed: an unknown layer type or layer, a vector of the

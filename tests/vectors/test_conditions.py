@@ -1,5 +1,8 @@
 """Conditional steering: decided for each prompt, whatever stands beside it, and kept."""
 
+import copy
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -167,6 +170,27 @@ def test_passes_by_hand_go_on_with_the_decision_of_their_cache(model, tokenizer)
             assert torch.cat(written, dim=1).tolist() == expected
 
 
+def test_a_cache_does_not_hold_the_model(model, tokenizer):
+    """Its copy goes on with the decision, and shares nothing; what is saved has no decision."""
+    condition, vector = a_condition(model, tokenizer, 3), a_vector(model.config.hidden_size, [1])
+    inputs, token = encode(tokenizer, PROMPTS, None), torch.full((len(PROMPTS), 1), 7)
+    with vector.apply(model, condition=condition), torch.no_grad():
+        cache = model(**with_position_ids(inputs), use_cache=True).past_key_values
+        size = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
+        saved = io.BytesIO()
+        torch.save(cache, saved)
+        assert len(saved.getvalue()) < 1.1 * size + 10_000
+        seen: dict = {}
+        copied = copy.deepcopy(cache, seen)
+        assert not seen.keys() & {id(part) for part in (*model.modules(), *model.parameters())}
+        expected = model(token, past_key_values=cache).logits
+        assert torch.equal(model(token, past_key_values=copied).logits, expected)
+        saved.seek(0)
+        loaded = torch.load(saved, weights_only=False)
+        with pytest.raises(ValueError, match="decided on the token ids of the prompt"):
+            model(token, past_key_values=loaded)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -193,6 +217,40 @@ def test_guesses_of_prompt_lookup_change_nothing(model, tokenizer):
         for prompt in PROMPTS[:3]:
             expected = texts_of(model, tokenizer, [prompt])
             assert texts_of(model, tokenizer, [prompt], prompt_lookup_num_tokens=2) == expected
+
+
+@pytest.mark.parametrize("more", [{}, {"negative": True}, {"num_beams": 2}])
+def test_the_text_that_guides_has_the_decision_of_its_prompt(model, tokenizer, more):
+    """Whatever is in it: the last token of the prompt alone, or another prompt."""
+    condition, vector = a_condition(model, tokenizer, 3), a_vector(model.config.hidden_size, [2])
+    inputs, holds = encode(tokenizer, PROMPTS, None), condition.holds(model, tokenizer, PROMPTS)
+    others = inputs["input_ids"][:, -1:]
+    if more == {"negative": True}:
+        others = encode(tokenizer, PROMPTS[::-1], None)
+        mask, others = others["attention_mask"], others["input_ids"]
+        more = {"negative_prompt_ids": others, "negative_prompt_attention_mask": mask}
+        assert condition.holds(model, tokenizer, PROMPTS[::-1]) != holds
+    else:
+        means = prompt_means(model, others.tolist(), [3])
+        assert condition.of_means(means).tolist() != holds
+
+    def guided() -> tuple[torch.Tensor, ...]:
+        found = model.generate(
+            **inputs,
+            **more,
+            max_new_tokens=3,
+            do_sample=False,
+            guidance_scale=1.5,
+            output_scores=True,
+            return_dict_in_generate=True,
+        )
+        return found.sequences, *found.scores
+
+    with vector.apply(model, multiplier=[float(one) for one in holds]):
+        expected = guided()
+    with vector.apply(model, condition=condition):
+        found = guided()
+    assert all(map(torch.equal, found, expected))
 
 
 # --- beside other steering ---
