@@ -322,6 +322,7 @@ def _generate(watched: _Watched, *args: Any, **kwargs: Any) -> Any:
         text = Text(outer.lengths, outer.mask, ids=outer.ids, decided=outer.decided)
     scale = kwargs.get("guidance_scale", getattr(settings, "guidance_scale", None))
     text.guided = scale not in (None, 1)
+    text.beams = (kwargs.get("num_beams", getattr(settings, "num_beams", None)) or 1) > 1
     if text.guided and kwargs.get("use_cache", getattr(settings, "use_cache", None)) is False:
         raise ValueError(
             f"guidance_scale={scale} reads two texts in turn, told apart by their caches: generate"

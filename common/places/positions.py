@@ -233,8 +233,8 @@ def of_rows(values: Tensor, batch: int, what: str) -> Tensor:
     """Return for each row of a pass what belongs to it.
 
     Args:
-        values: one for each row of the batch or for each prompt of it, [prompt, ...]. Rows of one
-            prompt are neighbours.
+        values: one for each row of the batch; where `generating` is open one for each prompt,
+            [prompt, ...], whose rows are neighbours, or without beams one for each row.
         batch: how many rows the pass has; those of a part where `reading_part` is open.
         what: what has these values, for the message.
 
@@ -242,11 +242,15 @@ def of_rows(values: Tensor, batch: int, what: str) -> Tensor:
         [batch, ...].
 
     Raises:
-        ValueError: the rows cannot be shared out evenly among the values.
+        ValueError: there is another number of values.
     """
     rows, total = _part.get() or (None, batch)
-    if total % len(values) or (rows is not None and batch % len(rows)):
-        raise ValueError(f"{what} has {len(values)} rows and the batch has {total}")
+    text = _generating.get()[-1][1] if _generating.get() and rows is None else Text()
+    prompts = total if text.lengths is None else len(text.lengths)
+    known = len(values) == prompts or (len(values) == total and not text.beams)
+    if not known or total % len(values) or (rows is not None and batch % len(rows)):
+        more = f" (prompts: {prompts})" if prompts != total else ""
+        raise ValueError(f"{what} has {len(values)} rows and the batch has {total}{more}")
     values = values.repeat_interleave(total // len(values), dim=0)
     if rows is None:
         return values
@@ -318,6 +322,7 @@ class Text:
         decided: which prompts are meant, [prompt], bool, by the tracker that asked.
         guided: whether `generate` reads a second text beside it, one row for each of its rows
             (`guidance_scale`).
+        beams: whether rows of a prompt change places, because they are beams.
     """
 
     lengths: Tensor | None = None
@@ -327,6 +332,7 @@ class Text:
     ids: Tensor | None = None
     decided: MutableMapping[Any, Tensor] = field(default_factory=_Decisions, repr=False)
     guided: bool = False
+    beams: bool = False
 
     @classmethod
     def of(cls, mask: Tensor) -> "Text":

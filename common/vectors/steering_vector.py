@@ -92,9 +92,10 @@ class SteeringVector(LayerVectors):
             operator: what is added, as a function of the hidden states and the vector; the vector
                 itself by default.
             multiplier: multiplies the vector first. A list, or a tensor [batch], has one for each
-                row of the batch, or for each prompt, whose rows (`num_return_sequences`,
-                `num_beams`) are alike; a row with 0 is left as it is, to the last bit, whatever the
-                operator. `steer_rows` gives each row a vector of its own.
+                row of the batch; in `generate` for each prompt, whose rows
+                (`num_return_sequences`, `num_beams`) are alike, or without beams for each row. A
+                row with 0 is left as it is, to the last bit, whatever the operator. `steer_rows`
+                gives each row a vector of its own.
             min_token_index: steer this token and all later ones.
             token_indices: steer only these; see `positions.TokenSelection`. Positions are absolute,
                 in the text as it grows, and padding does not count. In `generate` the prompt is
@@ -111,11 +112,12 @@ class SteeringVector(LayerVectors):
                 wrong width or with nan or inf, also after multiplication and in the dtype of the
                 model, an operator that is not a function of two tensors, both min_token_index and
                 token_indices or something wrong in them, multipliers that are not numbers, a
-                condition of another width. Later: a batch whose rows cannot be shared out among the
-                multipliers; where positions are not known: of `generate_batch` and other packed
-                rows, if they count from the end or belong to rows; of a pass by hand with a state
-                that nobody counted (RWKV); of guidance without a cache; with a condition, of a
-                prompt whose token ids are not known, or whose hidden states hold nan or inf.
+                condition of another width. Later: a batch that has another number of rows, and of
+                prompts, than there are multipliers; where positions are not known: of
+                `generate_batch` and other packed rows, if they count from the end or belong to
+                rows; of a pass by hand with a state that nobody counted (RWKV); of guidance without
+                a cache; with a condition, of a prompt whose token ids are not known, or whose
+                hidden states hold nan or inf.
 
         Warns:
             UserWarning: the vector was made for a model of another name.
@@ -386,7 +388,7 @@ def steer_rows(
 
     Args:
         model: a causal language model; as it was afterwards and after any exception.
-        rows: for each row of the batches that the model reads, or for each prompt of them, a
+        rows: for each row of the batches that the model reads, in `generate` for each prompt, a
             vector, or None.
         multiplier: for all rows, or for each.
         settings: more arguments of `SteeringVector.apply`, which hold for all rows.

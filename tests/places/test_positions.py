@@ -117,11 +117,14 @@ def test_an_index_before_the_prompt_is_refused():
 
 
 def test_a_mask_of_other_rows_is_refused():
-    """Two rows of a mask do not fit three rows; of four, each covers two completions."""
+    """Two rows of a mask do not fit others; in `generate` each covers two completions."""
     selection = TokenSelection(token_indices=torch.tensor([[1, 0], [0, 1]]))
     with pytest.raises(ValueError, match="the mask has 2 rows and the batch has 3"):
         selection.select(torch.arange(2).expand(3, 2), torch.full((3,), 2))
-    four = selection.select(torch.arange(2).expand(4, 2), torch.full((4,), 2))
+    with pytest.raises(ValueError, match="the mask has 2 rows and the batch has 4"):
+        selection.select(torch.arange(2).expand(4, 2), torch.full((4,), 2))
+    with generating(Reader(), Text.of(torch.ones(2, 2))):
+        four = selection.select(torch.arange(2).expand(4, 2), torch.full((4,), 2))
     assert four.tolist() == [[True, False], [True, False], [False, True], [False, True]]
 
 

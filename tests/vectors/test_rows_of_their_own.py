@@ -119,6 +119,34 @@ def test_rows_of_one_prompt_have_its_coefficient(model, tokenizer, options):
         assert found[2 * number : 2 * number + 2] == expected
 
 
+def test_rows_are_not_shared_out_by_guess(model, tokenizer):
+    """Fewer than prompts are refused; so are those of beams, which change places."""
+    vector, each = a_vector(model.config.hidden_size, [2], size=3.0), [0.0, 3.0]
+    inputs = encode(tokenizer, PROMPTS, None)
+    sampled = {"num_return_sequences": 2, "do_sample": True, "top_k": 1}
+    beams = {"num_return_sequences": 2, "num_beams": 2}
+    for steered in (
+        vector.apply(model, multiplier=each),
+        steer_rows(model, [None, vector]),
+        vector.apply(model, token_indices=torch.tensor([[0, 1], [1, 0]])),
+    ):
+        with steered:
+            for call in (
+                lambda: logits(model, inputs),
+                lambda: texts_of(model, tokenizer, PROMPTS),
+                lambda: texts_of(model, tokenizer, PROMPTS, **sampled),
+                lambda: texts_of(model, tokenizer, PROMPTS[:1], **beams),
+            ):
+                with pytest.raises(ValueError, match="has 2 rows and the batch has"):
+                    call()
+            assert len(texts_of(model, tokenizer, PROMPTS[:2], **beams)) == 4
+    with vector.apply(model, multiplier=each):
+        found = texts_of(model, tokenizer, PROMPTS[:1], **sampled)
+    for text, x in zip(found, each, strict=True):
+        with vector.apply(model, multiplier=x):
+            assert texts_of(model, tokenizer, PROMPTS[:1]) == [text]
+
+
 def test_a_vector_in_16_bit_is_multiplied_before_it_is_rounded(model, tokenizer):
     """As with one multiplier."""
     vector = a_vector(model.config.hidden_size, [2]).to(torch.bfloat16)
