@@ -77,7 +77,7 @@ def token_set(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> list[
         single = [
             ids[0]
             for ids in forms
-            if len(ids) == 1 and str(tokenizer.decode(ids)).strip() == word.strip()
+            if len(ids) == 1 and str(tokenizer.decode(ids)).strip().lower() == word.strip().lower()
         ]
         if not single:
             raise ValueError(
