@@ -461,7 +461,10 @@ def _refuse_unreached(searches: Mapping[str, Search]) -> None:
     lost = {name: one for name, one in searches.items() if not one.done}
     for name, one in lost.items():
         more = f" (and {len(lost) - 1} more like it)" if len(lost) > 1 else ""
-        what = f"no multiplier of {name} gives a KL of {one.target:g}"
+        what = (
+            f"no multiplier was found in {PASSES} passes at which {name} gives a KL of"
+            f" {one.target:g}"
+        )
         kls, (low, high) = dict(one.seen), one.bracket
         if high is None:
             x, kl = max(one.seen, key=itemgetter(1))
