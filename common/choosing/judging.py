@@ -67,7 +67,7 @@ def gentlest_of_the_best(tried: pd.DataFrame) -> pd.DataFrame:
 
 def shown(value: float) -> str:
     """Return a number in units of a metric: two decimals, or as many as show it at all."""
-    if not value or 0.1 <= abs(value) < 1e6:
+    if not value or 0.05 <= abs(value) < 1e6:
         return f"{value + 0.0:.2f}"
     return f"{value:.2g}"
 
