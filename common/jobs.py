@@ -49,7 +49,7 @@ from typing import Any
 import pandas as pd
 
 from common.arguments import integer
-from common.choosing.card import KEY, VectorCard
+from common.choosing.card import VectorCard
 from common.choosing.choose import Choice, choose, files_of, refuse_existing
 from common.choosing.described import metric_of
 from common.choosing.splitting import split_at_random
@@ -61,6 +61,7 @@ from common.sweeping.grid import Grid
 from common.sweeping.store import progress, read_sweep
 from common.sweeping.sweep import sweep
 from common.texts.sampling import Sampling
+from common.vectors.layer_vectors import CARD
 from common.vectors.pairs import SteeringVectorTrainingSample, hash_of_pairs, samples_of
 from common.vectors.steering_vector import SteeringVector
 from common.vectors.tables import pairs_from
@@ -370,7 +371,7 @@ def _train(job: Job, engine: RayEngine | None, load: Callable[[], Loaded]) -> di
         elif pairs is not None:
             vector = SteeringVector.load(files[name])
             found = vector.metadata.get("pairs_sha256")
-            if KEY in vector.metadata:  # trained on a part of them
+            if CARD in vector.metadata:  # trained on a part of them
                 found = VectorCard.of(vector).data["pairs, SHA-256"]
             if found not in (None, hash_of_pairs(pairs)):
                 raise ValueError(

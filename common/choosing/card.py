@@ -21,9 +21,9 @@ from matplotlib.figure import Figure
 from common.choosing.judging import shown
 from common.identity import hash_of_tensors
 from common.plots import plot_beside_controls, plot_steerability
+from common.vectors.layer_vectors import CARD
 from common.vectors.steering_vector import SteeringVector
 
-KEY = "card"  # of the metadata
 FORMAT = "1"
 HASH = "vector, SHA-256"  # of the data
 Number = float | None  # None where there is none: JSON has no NaN
@@ -95,18 +95,18 @@ class VectorCard:
         """Return the card that a vector carries.
 
         Raises:
-            ValueError: it has none, one of a later format, or that of the vector from which it was
-                computed, as `-vector` and `2 * vector` are.
+            ValueError: it has none, as `-vector` and `2 * vector` have none, one of a later format,
+                or that of other numbers.
         """
-        if KEY not in vector.metadata:
+        if CARD not in vector.metadata:
             raise ValueError("this vector has no card: expected one that `choose` returned")
-        content = json.loads(vector.metadata[KEY])
+        content = json.loads(vector.metadata[CARD])
         if (version := content.pop("format", None)) != FORMAT:
             raise ValueError(f"the card has format {version!r}; this version reads {FORMAT!r}")
         card = cls(**content)
         if card.data[HASH] != hash_of_tensors(vector.layer_activations.values()):
             raise ValueError(
-                "the card is of another vector: this one was computed from it, and nobody judged it"
+                "the card is of another vector: this one has other numbers, and nobody judged it"
             )
         return card
 

@@ -13,7 +13,7 @@ import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.arguments import first_name, integer
-from common.choosing.card import CONTROLS, KEY, PICTURES, VectorCard
+from common.choosing.card import CONTROLS, PICTURES, VectorCard
 from common.choosing.evidence import Evidence, competing, settings_of_vector, shares_of
 from common.choosing.judging import beats, gentlest_of_the_best, moves_the_right_way, tells_apart
 from common.choosing.splitting import FEWEST_PAIRS, split_at_random
@@ -31,6 +31,7 @@ from common.passes.prompts import Prompt
 from common.places.blocks import get_blocks
 from common.progress import DELAY, progress_bar
 from common.vectors.files import write_whole
+from common.vectors.layer_vectors import CARD
 from common.vectors.pairs import Sample
 from common.vectors.steering_vector import SteeringVector
 from common.vectors.training import train_steering_vector
@@ -140,8 +141,8 @@ def choose(
     unrelated vectors (mixtures of what prompts differ by), choose in the same way. On the other
     half all are judged, each at its own setting. The vector is better than random where its effect
     lies above 0, is larger than those of both kinds of controls (p ≤ 0.05 each), and it tells the
-    sides of the pairs apart that were kept back (p ≤ 0.05). All of these have to hold, so that
-    together they let through less than one in twenty that is none.
+    sides of the pairs apart that were kept back (p ≤ 0.05). All of these have to hold: a random
+    direction fails at the controls and random labels at the pairs, nineteen times in twenty.
 
     Unrelated vectors lie in as many dimensions as there are prompts to choose on, less one: with
     few prompts they are much alike, and random directions are the stricter control.
@@ -243,7 +244,7 @@ def choose(
             versions={name: importlib.metadata.version(name) for name in PACKAGES},
         )
     kept = found.vector
-    kept = replace(kept, metadata=kept.metadata | {KEY: card.to_json()})
+    kept = replace(kept, metadata=kept.metadata | {CARD: card.to_json()})
     return Choice(kept, found.layer, found.multiplier, VectorCard.of(kept))
 
 

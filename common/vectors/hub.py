@@ -9,9 +9,9 @@ from pathlib import Path
 from huggingface_hub import HfApi, ModelCardData, hf_hub_download
 
 from common.vectors import files
+from common.vectors.layer_vectors import CARD
 
-FILE, CARD = "steering_vector.safetensors", "README.md"
-CHOSEN = "card"  # of the metadata: what `choose` says of a vector, as JSON; imports run one way
+FILE, PAGE = "steering_vector.safetensors", "README.md"
 TAGS = ["steering-vector", "activation-steering"]
 
 
@@ -22,7 +22,7 @@ def write_folder(
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{str(folder)!r} is a file: expected a folder, or a new name")
-    there = [name for name in (FILE, CARD) if (folder / name).exists()]
+    there = [name for name in (FILE, PAGE) if (folder / name).exists()]
     if there and not overwrite:
         raise FileExistsError(
             f"{str(folder)!r} has {' and '.join(there)} already; give another name, or"
@@ -30,7 +30,7 @@ def write_folder(
         )
     files.write_safetensors(folder / FILE, contents, overwrite)
     text = f"---\n{_card_data(contents)}\n---\n\n{card.strip()}\n"
-    files.write_whole(folder / CARD, overwrite, lambda name: _write(name, text))
+    files.write_whole(folder / PAGE, overwrite, lambda name: _write(name, text))
 
 
 def _write(name: str, text: str) -> None:
@@ -49,7 +49,7 @@ def push_folder(
     """Upload a steering vector; see `SteeringVector.push_to_hub`."""
     api = HfApi(token=token)
     api.create_repo(repo_id, private=private, exist_ok=True)
-    keep = card is None and api.file_exists(repo_id, CARD)
+    keep = card is None and api.file_exists(repo_id, PAGE)
     with tempfile.TemporaryDirectory() as folder:
         write_folder(folder, contents, default_card(contents, repo_id) if card is None else card)
         return str(
@@ -57,7 +57,7 @@ def push_folder(
                 repo_id=repo_id,
                 folder_path=folder,
                 commit_message=message,
-                ignore_patterns=[CARD] if keep else None,
+                ignore_patterns=[PAGE] if keep else None,
             )
         )
 
@@ -83,7 +83,7 @@ def default_card(contents: files.Contents, name: str) -> str:
     layers, layer_type, metadata = contents
     model, multiplier = metadata.get("model"), _chosen_multiplier(metadata)
     if multiplier is not None:
-        metadata = {key: value for key, value in metadata.items() if key != CHOSEN}
+        metadata = {key: value for key, value in metadata.items() if key != CARD}
     lines = [
         f"# {name.rpartition('/')[2]}",
         "",
@@ -114,7 +114,7 @@ def default_card(contents: files.Contents, name: str) -> str:
 def _chosen_multiplier(metadata: Mapping[str, str]) -> str | None:
     """The multiplier that `choose` chose; None where a vector was not chosen."""
     try:
-        return f"{json.loads(metadata[CHOSEN])['place']['multiplier']:.4g}"
+        return f"{json.loads(metadata[CARD])['place']['multiplier']:.4g}"
     except (KeyError, TypeError, ValueError):
         return None
 

@@ -12,6 +12,8 @@ from torch.nn import functional
 from common.arguments import integer, layer_list
 from common.places.sites import LayerType
 
+CARD = "card"  # of the metadata: what `choose` says of a vector, which is true of no other
+
 
 @dataclass(eq=False, repr=False)
 class LayerVectors:
@@ -65,7 +67,8 @@ class LayerVectors:
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Return the vector on another device or in another dtype, like `torch.Tensor.to`."""
-        return self._map(lambda vector: vector.to(*args, **kwargs))
+        moved = {n: vector.to(*args, **kwargs) for n, vector in self.layer_activations.items()}
+        return replace(self, layer_activations=moved)
 
     def select(self, layers: Iterable[int]) -> Self:
         """Return the vector with some of its layers only, for example those that GGUF takes.
@@ -168,7 +171,8 @@ class LayerVectors:
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Self:
         changed = {layer: change(vector) for layer, vector in self.layer_activations.items()}
-        return replace(self, layer_activations=changed)
+        kept = {name: value for name, value in self.metadata.items() if name != CARD}
+        return replace(self, layer_activations=changed, metadata=kept)
 
     def _check_alike(self, other: Self) -> None:
         if self.layer_type != other.layer_type:
@@ -182,9 +186,9 @@ class LayerVectors:
             raise ValueError(f"the vectors have different widths: {sorted(widths)}")
 
     def _common_metadata(self, other: Self) -> dict[str, str]:
-        """What is true of a sum: the entries in which both agree."""
+        """What is true of a sum: the entries in which both agree, but for a card."""
         return {
             name: value
             for name, value in self.metadata.items()
-            if other.metadata.get(name) == value
+            if other.metadata.get(name) == value and name != CARD
         }

@@ -346,9 +346,12 @@ def test_a_vector_has_an_ending_of_its_own(choice, tmp_path):
 
 
 def test_a_vector_without_a_card_says_so(choice):
-    for other in (-choice.vector, 2 * choice.vector, choice.vector + choice.vector):
-        with pytest.raises(ValueError, match="the card is of another vector"):
-            VectorCard.of(other)
+    vector = choice.vector
+    for other in (-vector, 2 * vector, vector / 2, vector + vector, vector.unit()):
+        assert other.metadata == {k: v for k, v in vector.metadata.items() if k != "card"}
+    assert VectorCard.of(vector.to("cpu")) == choice.card
+    with pytest.raises(ValueError, match="the card is of another vector"):
+        VectorCard.of(replace(vector, layer_activations=(-vector).layer_activations))
     with pytest.raises(ValueError, match="no card"):
         VectorCard.of(SteeringVector({0: torch.ones(4)}))
     later = json.dumps(json.loads(choice.card.to_json()) | {"format": "2"})

@@ -39,16 +39,6 @@ LEARNERS = {
 
 
 @pytest.fixture(scope="module")
-def small(tokenizer):
-    """A tiny GPT-2 with random weights, which every test leaves as it was."""
-    model = tiny_model("GPT-2", len(tokenizer))
-    before = snapshot(model)
-    yield model
-    assert_pristine(model, before)
-    assert all(weight.grad is None for weight in model.parameters())
-
-
-@pytest.fixture(scope="module")
 def task(small, tokenizer) -> VectorTask:
     return VectorTask(small, tokenizer, PAIRS, LAYER, None)
 

@@ -18,15 +18,6 @@ PAIRS = [
 SHORT = Descent(steps=3, batch_size=3, learning_rate=1e-3)
 
 
-@pytest.fixture(scope="module")
-def small(tokenizer):
-    model = tiny_model("GPT-2", len(tokenizer))
-    before = snapshot(model)
-    yield model
-    assert_pristine(model, before)
-    assert all(weight.grad is None for weight in model.parameters())
-
-
 def learn(model, tokenizer, descent: Descent = SHORT, pairs=PAIRS) -> WeightSteering:
     return learn_weight_steering(model, tokenizer, pairs, descent=descent, show_progress=False)
 

@@ -5,11 +5,11 @@ from contextlib import ExitStack, contextmanager
 import pytest
 import torch
 from architectures import ARCHITECTURES, D_MODEL, LAYERS, ODD, tiny_model
+from support import a_vector, texts_of
 
 from common import (
     Condition,
     Grid,
-    SteeringVector,
     apply_activation_additions,
     frozen_attention,
     get_x_vector,
@@ -18,25 +18,12 @@ from common import (
 from common.checking.pristine import assert_pristine, snapshot
 from common.passes.padding import encode
 from common.places.positions import with_position_ids
-from common.texts.generation import generate, logits
+from common.texts.generation import logits
 from common.vectors.reading import record_activations
 
 PROMPTS = ["I think dogs are", "My neighbour", "The old library is on the", "You"]
-NEW = 5
 # Models whose blocks do not all read keys and values of their own from a cache.
 OTHERS = {"RecurrentGemma", "RWKV", "Mamba", "MiniMax", "Gemma 4, shared keys", "GPT-1"}
-
-
-def a_vector(d_model: int, layers, seed: int = 1, size: float = 1.0) -> SteeringVector:
-    generator = torch.Generator().manual_seed(seed)
-    draws = {layer: torch.randn(d_model, generator=generator) for layer in layers}
-    return SteeringVector({layer: size * draw for layer, draw in draws.items()})
-
-
-def texts_of(model, tokenizer, prompts, **options) -> list[list[int]]:
-    inputs = encode(tokenizer, prompts, None)
-    options = {"max_new_tokens": NEW, "forced_eos_token_id": None, **options}
-    return generate(model, inputs, **options)[:, inputs["input_ids"].shape[1] :].tolist()
 
 
 @contextmanager

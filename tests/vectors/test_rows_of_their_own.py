@@ -6,6 +6,7 @@ import torch
 from architectures import ARCHITECTURES, D_MODEL, LAYERS, ODD, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
+from support import a_vector, texts_of
 from torch import nn
 
 from common import (
@@ -19,22 +20,9 @@ from common import (
 from common.checking.pristine import assert_pristine, snapshot
 from common.passes.padding import encode
 from common.places.positions import with_position_ids
-from common.texts.generation import generate, logits
+from common.texts.generation import logits
 
 PROMPTS = ["I think dogs are", "My neighbour", "The old library is on the", "You are"]
-NEW = 5
-
-
-def a_vector(d_model: int, layers, seed: int = 1, size: float = 1.0) -> SteeringVector:
-    generator = torch.Generator().manual_seed(seed)
-    draws = {layer: torch.randn(d_model, generator=generator) for layer in layers}
-    return SteeringVector({layer: size * draw for layer, draw in draws.items()})
-
-
-def texts_of(model, tokenizer, prompts, **options) -> list[list[int]]:
-    inputs = encode(tokenizer, prompts, None)
-    options = {"max_new_tokens": NEW, "forced_eos_token_id": None, **options}
-    return generate(model, inputs, **options)[:, inputs["input_ids"].shape[1] :].tolist()
 
 
 SECOND = torch.randn(D_MODEL, generator=torch.Generator().manual_seed(9))
