@@ -30,7 +30,7 @@ from common import (
     train_steering_vector,
 )
 from common.jobs import Job, run_sweep
-from common.scaling.ray_engine import RayEngine
+from common.scaling.ray_engine import RayEngine, check_identity, identity_here
 
 pytest.importorskip(
     "ray", reason="Ray is not installed: python3 -m pip install -r requirements-scale.txt"
@@ -156,7 +156,7 @@ def load_other_reading():
 @pytest.mark.parametrize(
     "load, says",
     [
-        (load_another, "what differs: weights$"),
+        pytest.param(load_another, "what differs: weights$", marks=SCALE),
         pytest.param(load_other_reading, "what differs: tokenizer$", marks=SCALE),
         pytest.param(load_no_tokenizer, "expected load to return a model and", marks=SCALE),
     ],
@@ -167,6 +167,17 @@ def test_a_worker_with_another_model_is_refused(model, tokenizer, engine, load, 
         sweep_logits(model, tokenizer, GRID, PROMPTS, engine=other)
 
 
+@pytest.mark.parametrize(
+    "load, name", [(load_another, "weights"), (load_other_reading, "tokenizer")]
+)
+def test_another_model_is_told_by_one_weight_or_reading(model, tokenizer, load, name):
+    here = identity_here(model, tokenizer, None)
+    check_identity(identity_here(*load_embedded()[:2], None), here)
+    with pytest.raises(ValueError, match=f"what differs: {name}$"):
+        check_identity(identity_here(*load(), None), here)
+
+
+@SCALE
 def test_the_job_of_the_page_runs_on_the_cluster(engine, tmp_path):
     """As printed, and with the rows of one process."""
     (printed,) = re.findall(
