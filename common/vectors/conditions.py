@@ -9,6 +9,7 @@ Every prompt is read by itself, without padding and by the unsteered model, so t
 not depend on the batch, on a cache, or on what else steers.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -215,7 +216,21 @@ def decider(rule: Rule, model: nn.Module) -> Callable[[list[list[int]]], Tensor]
         raise ValueError(f"expected a Condition, such as find_condition returns, got {rule!r}")
     rule.check(model)
     twin = unhooked(model)
+    if twin is not model:
+        _keep_its_configs(twin)
     return lambda rows: rule.of_means(prompt_means(twin, rows, rule.layers))
+
+
+def _keep_its_configs(twin: nn.Module) -> None:
+    """Give a copy configs of its own: drafts by `assistant_early_exit` change the model's.
+
+    They say then that it has fewer blocks, which is true of the drafts and not of their prompt.
+    """
+    own: dict[int, Any] = {}
+    for module in twin.modules():
+        config = vars(module).get("config")
+        if config is not None:
+            module.config = own.setdefault(id(config), copy.copy(config))
 
 
 @torch.no_grad()

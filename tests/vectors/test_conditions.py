@@ -219,6 +219,21 @@ def test_guesses_of_prompt_lookup_change_nothing(model, tokenizer):
             assert texts_of(model, tokenizer, [prompt], prompt_lookup_num_tokens=2) == expected
 
 
+@pytest.mark.parametrize("layer", [0, LAYERS - 1])
+def test_drafts_of_the_first_layers_follow_the_whole_models_decision(tokenizer, layer):
+    """While they are written the model's config says that it has two blocks."""
+    llama, inputs = tiny_model("Llama", len(tokenizer)), encode(tokenizer, ["I think dogs are"])
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    vector = a_vector(D_MODEL, [1])
+    plain = llama.generate(**inputs, **options)
+    (mean,) = prompt_means(llama, prompt_ids(tokenizer, ["I think dogs are"]), [layer])[layer]
+    for sign in (1, -1):
+        with vector.apply(llama, condition=Condition(sign * mean, layer, 0.5)):
+            found = llama.generate(**inputs, **options, assistant_early_exit=2)
+            assert torch.equal(found, llama.generate(**inputs, **options))
+        assert torch.equal(found, plain) == (sign < 0)
+
+
 @pytest.mark.parametrize("more", [{}, {"negative": True}, {"num_beams": 2}])
 def test_the_text_that_guides_has_the_decision_of_its_prompt(model, tokenizer, more):
     """Whatever is in it: the last token of the prompt alone, or another prompt."""
