@@ -1,11 +1,14 @@
 """Frozen attention: keys and values are those of the unsteered model, all else is steered."""
 
+import copy
 from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from architectures import ARCHITECTURES, D_MODEL, LAYERS, ODD, tiny_model
 from support import a_vector, texts_of
+from transformers import StaticCache
 
 from common import (
     Condition,
@@ -124,6 +127,7 @@ def test_an_unsteered_model_is_itself(model, tokenizer):
     [
         {"num_beams": 3},
         {"prefill_chunk_size": 2},
+        {"cache_implementation": "static", "disable_compile": True},
         {"num_return_sequences": 2, "do_sample": True, "top_k": 1},
     ],
 )
@@ -133,7 +137,8 @@ def test_every_way_to_generate_is_frozen(model, tokenizer, options):
     for settings in ({}, {"min_token_index": -1}):
         with frozen_attention(model), vector.apply(model, **settings):
             found = texts_of(model, tokenizer, PROMPTS, **options)
-            options = {name: it for name, it in options.items() if "chunk" not in name}
+            caches = "prefill_chunk_size", "cache_implementation", "disable_compile"
+            options = {name: it for name, it in options.items() if name not in caches}
             assert texts_of(model, tokenizer, PROMPTS, **options, use_cache=False) == found
         with vector.apply(model, **settings):
             assert texts_of(model, tokenizer, PROMPTS, **options) != found
@@ -185,6 +190,64 @@ def test_other_memories_are_refused(tokenizer, name):
     with pytest.raises(ValueError, match="cannot be frozen"), frozen_attention(model):
         pass
     assert_pristine(model, before)
+
+
+def test_an_offloaded_model_is_refused(tokenizer):
+    """Its modules fetch their weights by hooks, which a copy without hooks would miss."""
+    model = cpu_offload(tiny_model("Llama", len(tokenizer)))
+    with pytest.raises(ValueError, match="not offloaded"), frozen_attention(model):
+        pass
+
+
+def test_in_training_keys_and_values_are_those_of_evaluation(model, tokenizer):
+    """Without dropout, and without a gradient; queries have both."""
+    model, inputs = copy.deepcopy(model).train(), encode(tokenizer, PROMPTS[:1], None)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    vector = a_vector(model.config.hidden_size, [0])
+    with torch.no_grad():
+        expected = copy.deepcopy(model).eval()(**inputs, use_cache=True).past_key_values
+    with frozen_attention(model), vector.apply(model):
+        output = model(**inputs, use_cache=True)
+    assert output.logits.requires_grad and model.training
+    for found, wanted in zip(output.past_key_values.layers, expected.layers, strict=True):
+        assert torch.equal(found.keys, wanted.keys) and not found.keys.requires_grad
+        assert torch.equal(found.values, wanted.values) and not found.values.requires_grad
+    with torch.no_grad():
+        model(**inputs, use_cache=True)
+        again = model(**inputs, use_cache=True).past_key_values
+    assert not torch.equal(again.layers[-1].keys, expected.layers[-1].keys)  # there is dropout
+
+
+def test_a_model_that_was_compiled_before_is_frozen(tokenizer):
+    """Compiled code does not look whether hooks came; here it was made with a hook by hand."""
+    model = tiny_model("Llama", len(tokenizer))
+    inputs, vector = encode(tokenizer, PROMPTS[:1], None), a_vector(D_MODEL, [0])
+    with frozen_attention(model), vector.apply(model), torch.no_grad():
+        expected = model(**inputs).logits
+    added = vector.layer_activations[0]
+    model.model.layers[0].register_forward_hook(lambda module, args, output: output + added)
+    model.compile(backend="eager")
+    with torch.no_grad():
+        free = model(**inputs).logits
+        with frozen_attention(model):
+            found = model(**inputs).logits
+        torch.testing.assert_close(model(**inputs).logits, free)
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(found, free, atol=1e-3)
+
+
+def test_a_static_cache_is_filled_as_any_other(model, tokenizer):
+    """By hand, in two parts, where the mask is made of what the cache has counted."""
+    vector, inputs = a_vector(model.config.hidden_size, [1]), encode(tokenizer, PROMPTS[:1], None)
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    with frozen_attention(model), vector.apply(model), torch.no_grad():
+        expected = model(**inputs).logits
+        parts = inputs["input_ids"].tensor_split([2], dim=1)
+        found = [model(part, past_key_values=cache).logits for part in parts]
+    torch.testing.assert_close(torch.cat(found, dim=1), expected)
+    assert cache.get_seq_length() == inputs["input_ids"].shape[1]
 
 
 def test_gradient_checkpointing_is_refused(tokenizer):
