@@ -30,7 +30,9 @@ from common import (
     choose,
     complete,
     encode,
+    logits,
     pca_aggregator,
+    perplexity_ratios,
     progress,
     steering_kl,
     tone_sign,
@@ -134,6 +136,59 @@ def test_the_effect_can_be_measured_again(model, tokenizer, praise, choice):
     steering = partial(choice.vector.apply, model, multiplier=choice.multiplier)
     kl = steering_kl(model, tokenizer, steering, prompts, new_tokens=4)
     assert choice.card.place["kl"] == pytest.approx(kl, rel=1e-4)
+
+
+def test_slopes_go_through_both_signs(model, tokenizer, praise, choice):
+    """Of the metric over the multiplier, in units of the chosen one."""
+    prompts, coeffs = list(choice.card.slopes)[:2], (-1.0, -0.5, 0.5, 1.0)
+    found = []
+    for coeff in coeffs:
+        with choice.vector.apply(model, multiplier=coeff * choice.multiplier):
+            scores = logits(model, encode(tokenizer, prompts, None))[:, -1]
+        found.append(praise(scores, scores).tolist())
+    slopes = np.polyfit(coeffs, found, 1)[0]
+    assert slopes.tolist() == pytest.approx([*choice.card.slopes.values()][:2], abs=1e-4)
+
+
+def test_a_vector_is_trained_on_what_was_not_kept_back(
+    model, tokenizer, praise, choice, monkeypatch
+):
+    """And its controls, and their settings, know the prompts to choose on only."""
+    split = split_at_random(tokenizer, pairs_of("good", 0), PROMPTS, 8, seed=0)
+    expected = train_steering_vector(model, tokenizer, split.trained, [choice.layer])
+    torch.testing.assert_close(choice.vector.layer_activations, expected.layer_activations)
+    given: list = []
+    for name in ("with_controls", "try_strength"):
+        original = getattr(choosing, name)
+
+        def noting(subject, of, prompts, *more, original=original):
+            given.append(prompts)
+            return original(subject, of, prompts, *more)
+
+        monkeypatch.setattr(choosing, name, noting)
+    others = PROMPTS[:3]
+    card = choose(model, tokenizer, pairs_of("good", 0), PROMPTS, praise, SMALL, other_texts=others)
+    choosing_on = split_at_random(tokenizer, pairs_of("good", 0), PROMPTS, 4, seed=0).choosing
+    assert given == [choosing_on] * 2
+    apply = partial(card.vector.apply, model, multiplier=card.multiplier)
+    table = perplexity_ratios(model, tokenizer, {"t": others}, {"v": apply}, bootstrap=0)
+    cost = card.card.cost
+    assert cost["ratio"] == pytest.approx(table["ratio"].item(), rel=1e-4)
+    assert (cost["what"], cost["texts"]) == ("other texts", 3)
+
+
+def test_kept_pairs_lie_along_the_vector_as_they_are_labelled(model, tokenizer, praise):
+    """Those that were kept back, not those of the training."""
+    pairs = samples_of(pairs_of("good", 0))
+    turned = samples_of([(one.negative_str, one.positive_str) for one in pairs[16:]])
+    vector = train_steering_vector(model, tokenizer, pairs[:16], [4])
+    subject = Subject(model, tokenizer, praise, True, SMALL, 0, None)
+    directions = with_controls(subject, vector, PROMPTS[:8])
+    chosen = gentlest_of_the_best(try_strength(subject, directions, PROMPTS[:8], 0.5))
+    for kept, sign in ((pairs[16:], 1), (turned, -1)):
+        split = Split(pairs[:16], kept, PROMPTS[:8], PROMPTS[8:10])
+        along = Evidence.gather(subject, split, directions, chosen).apart({})
+        assert len(along) == 8 and np.mean(np.sign(along)) * sign > 0.7
 
 
 def test_what_is_judged_was_not_chosen_on(choice):
