@@ -177,18 +177,67 @@ def test_a_vector_is_trained_on_what_was_not_kept_back(
     assert (cost["what"], cost["texts"]) == ("other texts", 3)
 
 
-def test_kept_pairs_lie_along_the_vector_as_they_are_labelled(model, tokenizer, praise):
-    """Those that were kept back, not those of the training."""
+@pytest.fixture(scope="module")
+def measured(model, tokenizer, praise):
+    """Makes evidence of a vector of one layer, of any metric, after a split by hand."""
     pairs = samples_of(pairs_of("good", 0))
-    turned = samples_of([(one.negative_str, one.positive_str) for one in pairs[16:]])
-    vector = train_steering_vector(model, tokenizer, pairs[:16], [4])
     subject = Subject(model, tokenizer, praise, True, SMALL, 0, None)
+    vector = train_steering_vector(model, tokenizer, pairs[:16], [4])
     directions = with_controls(subject, vector, PROMPTS[:8])
     chosen = gentlest_of_the_best(try_strength(subject, directions, PROMPTS[:8], 0.5))
-    for kept, sign in ((pairs[16:], 1), (turned, -1)):
+
+    def evidence(kept: slice | list = slice(16, None), **changes) -> Evidence:
+        kept = pairs[kept] if isinstance(kept, slice) else kept
         split = Split(pairs[:16], kept, PROMPTS[:8], PROMPTS[8:10])
-        along = Evidence.gather(subject, split, directions, chosen).apart({})
+        return Evidence.gather(replace(subject, **changes), split, directions, chosen)
+
+    return evidence
+
+
+def test_kept_pairs_lie_along_the_vector_as_they_are_labelled(measured):
+    """Those that were kept back, not those of the training."""
+    pairs = pairs_of("good", 0)[16:]
+    for sides, sign in ((1, 1), (-1, -1)):
+        along = measured(samples_of([pair[::sides] for pair in pairs])).apart({})
         assert len(along) == 8 and np.mean(np.sign(along)) * sign > 0.7
+
+
+def test_costs_are_compared_with_those_of_random_directions(model, tokenizer, measured):
+    """With the median of them, each at its own setting; unrelated vectors have no part in it."""
+    evidence, texts = measured(), PROMPTS[:2]
+    cost = evidence.cost(texts)
+    ways = {
+        row["steering"]: partial(
+            evidence.directions.vectors[row["steering"]].select([4]).apply,
+            model,
+            multiplier=row["multiplier"],
+        )
+        for row in evidence.chosen.query("kind != 'unrelated'").to_dict("records")
+    }
+    table = perplexity_ratios(model, tokenizer, {"t": texts}, ways, bootstrap=0)
+    ratios = table.set_index("condition")["ratio"]
+    assert cost["ratio"] == pytest.approx(ratios.pop("vector"), rel=1e-4)
+    assert len(ratios) == 19 and cost["random"] == pytest.approx(ratios.median(), rel=1e-4)
+
+
+def test_the_instruction_that_is_best_on_one_half_is_judged_on_the_other(measured):
+    """Beside the prompts as they are; what has no value does not compete."""
+    found = {"fails": (np.nan, np.nan), "later": (0.5, 2.0), "first": (1.0, 0.0)}
+
+    def metric(prompts: list[str], completions: list[str]) -> list[float]:
+        values = []
+        for prompt in prompts:
+            judging = prompt.endswith(tuple(PROMPTS[8:10]))
+            values.append(found.get(prompt.split()[0], (0.25, 0.25))[judging])
+        return values
+
+    rival = measured(metric=metric, next_token=False).rival(list(found))
+    numbers = {name: value for name, value in rival.items() if name != "instruction"}
+    assert rival["instruction"] == "first"
+    assert numbers == {
+        **dict.fromkeys(("mean", "low", "high"), -0.25),
+        **dict.fromkeys(("more", "more low", "more high"), 0.25),
+    }
 
 
 def test_what_is_judged_was_not_chosen_on(choice):
