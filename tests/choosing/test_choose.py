@@ -29,6 +29,7 @@ from common import (
     ab_metric,
     choose,
     complete,
+    copy_sharing_weights,
     encode,
     logits,
     pca_aggregator,
@@ -38,11 +39,12 @@ from common import (
     tone_sign,
 )
 from common.checking.pristine import assert_pristine, snapshot
+from common.choosing.card import HASH
 from common.choosing.evidence import Evidence, asked, competing
 from common.choosing.judging import gentlest_of_the_best
 from common.choosing.splitting import Split, keep_back, split_at_random
-from common.choosing.trying import Subject, layers_to_try, try_strength, with_controls
-from common.vectors.pairs import samples_of
+from common.choosing.trying import Directions, Subject, layers_to_try, try_strength, with_controls
+from common.vectors.pairs import hash_of_pairs, samples_of
 from common.vectors.training import train_steering_vector
 from embedded_model import grammar
 from embedded_model.prompts import NEW_PROMPTS, TABLE_PROMPTS
@@ -202,6 +204,22 @@ def test_kept_pairs_lie_along_the_vector_as_they_are_labelled(measured):
         assert len(along) == 8 and np.mean(np.sign(along)) * sign > 0.7
 
 
+def test_a_card_says_what_it_was_made_of(model, tokenizer, measured):
+    """By hashes, each of which changes with what it is of, and with nothing else."""
+    evidence = measured()
+    other = copy_sharing_weights(model)
+    other.transformer.wpe.weight = torch.nn.Parameter(1.01 * other.transformer.wpe.weight)
+    changed = {
+        "prompts, SHA-256": replace(evidence, split=replace(evidence.split, judging=PROMPTS[10:])),
+        "model, SHA-256": replace(evidence, subject=replace(evidence.subject, model=other)),
+        HASH: replace(evidence, directions=Directions({"vector": 2 * evidence.vector})),
+    }
+    data = evidence.data()
+    for name, one in changed.items():
+        differing = {key for key, value in one.data().items() if value != data[key]}
+        assert differing - {"prompts to judge on"} == {name}
+
+
 def test_costs_are_compared_with_those_of_random_directions(model, tokenizer, measured):
     """With the median of them, each at its own setting; unrelated vectors have no part in it."""
     evidence, texts = measured(), PROMPTS[:2]
@@ -276,7 +294,9 @@ def test_a_split_parts_everything(tokenizer, pairs, prompts, most):
     assert len(split.kept) == (max(5, pairs // 3) if pairs >= 10 else 0)
     both = [*split.choosing, *split.judging]
     assert len(set(both)) == len(both) and set(both) <= set(given_prompts)
-    assert 4 <= len(split.choosing) <= most and len(split.choosing) <= len(split.judging)
+    half = min(most, prompts // 2)
+    assert (len(split.choosing), len(split.judging)) == (half, min(2 * half, prompts - half))
+    assert split.pairs_sha256 == hash_of_pairs(samples_of(given_pairs * 2))  # as they were given
 
 
 TEXTS = st.lists(st.integers(0, 12), min_size=4, max_size=10, unique=True)
