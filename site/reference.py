@@ -54,6 +54,11 @@ def write_reference(package: Path, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     found = public_names(package)
     parts = sorted(found, key=lambda part: FIRST.index(part) if part in FIRST else len(FIRST))
+    longer = {  # as docstrings name what another module has: the page has it by its own name
+        f"`{module.rsplit('.', 1)[-1]}.{name}`": f"`{name}`"
+        for names in found.values()
+        for name, module in names.items()
+    }
     rows = ["| page | what it has |", "| --- | --- |"]
     for part in parts:
         title = f"{package.name}: {part}"
@@ -62,7 +67,10 @@ def write_reference(package: Path, folder: Path) -> list[Path]:
         for name, module in sorted(found[part].items(), key=lambda item: item[0].lower()):
             lines += _entry(loaded[f"{module}.{name}"], name)
         rows.append(f"| [{part}]({part}.rst) | {loaded[part].docstring.value.splitlines()[0]} |")
-        (folder / f"{part}.rst").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        text = "\n".join(lines) + "\n"
+        for name, own in longer.items():
+            text = text.replace(name, own)
+        (folder / f"{part}.rst").write_text(text, encoding="utf-8")
     side_bar = ["", "```{toctree}", ":hidden:", "", *parts, "```"]
     (folder / "_pages.md").write_text("\n".join(rows + side_bar) + "\n", encoding="utf-8")
     return [folder / f"{part}.rst" for part in parts]

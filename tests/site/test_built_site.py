@@ -5,6 +5,7 @@ It needs nothing but pytest, so it does without the fixtures of the other tests.
 
 import ast
 import json
+import os
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -71,6 +72,14 @@ def test_the_site_has_the_pages_it_is_for():
     assert wanted <= set(NAMES)
 
 
+def test_the_front_page_says_what_it_is_where_it_is_linked():
+    """Search engines and chats show this line under the title."""
+    [told] = re.findall(
+        r'<meta content="([^"]*)" name="description"', read(SITE / "index.html").text
+    )
+    assert 60 < len(told) < 160
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_links_lead_somewhere(name):
     """To a file of the site, and to a place that is on its page."""
@@ -104,6 +113,22 @@ def test_pictures_have_texts(name):
         assert " " in picture["alt"], picture
 
 
+def test_a_page_offers_a_source_only_where_there_is_one():
+    """To download, or on GitHub: the front page and the reference are no files of the tree."""
+    offered = {
+        address.split("_sources/")[1]
+        for name in NAMES
+        for address in read(SITE / name).links
+        if "_sources/" in address
+    }
+    assert {"baukit.ipynb", "guides/methods.ipynb", "docs/scaling.md", "CHANGELOG.md"} <= offered
+    assert [it for it in offered if not (ROOT / it).is_file()] == []
+    on_github = [it for name in NAMES for it in read(SITE / name).links if "?plain=1" in it]
+    branch = os.environ.get("GITHUB_REF_NAME", "main")
+    paths = [urlsplit(it).path.split(f"/blob/{branch}/")[1] for it in on_github]
+    assert [it for it in paths if not (ROOT / it).is_file()] == []
+
+
 def test_the_colab_cell_is_folded():
     for name in ("pytorch_hooks.html", "guides/measuring.html"):
         text = read(SITE / name).text
@@ -123,6 +148,25 @@ def test_every_public_name_is_in_the_reference():
     places = [it for page in SITE.glob("reference/*.html") for it in read(page).ids]
     assert len(names) > 100
     assert {name: places.count(f"common.{name}") for name in names} == dict.fromkeys(names, 1)
+
+
+def test_what_the_reference_has_is_a_link():
+    """Also where a docstring names it with its module."""
+    stub = ast.parse((ROOT / "common/__init__.pyi").read_text(encoding="utf-8"))
+    names = {
+        f"{node.module.rsplit('.', 1)[-1]}.{alias.name}"
+        for node in stub.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    shown = {
+        text
+        for page in SITE.glob("reference/*.html")
+        for text in re.findall(
+            r'<code[^>]*><span class="pre">([\w.]+)</span></code>', read(page).text
+        )
+    }
+    assert "hidden_states" in shown and names & shown == set()
 
 
 def test_code_in_docstrings_is_shown_as_code():
