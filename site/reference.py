@@ -81,9 +81,7 @@ def _entry(item: griffe.Object, name: str) -> list[str]:
     if item.is_attribute:  # an alias of a type explains itself
         return _directive("py:data", name, [f"   :value: {item.value}"], [])
     if item.is_function:
-        return _directive(
-            "py:function", str(item.signature(name=name)), [], _docstring(item, "function")
-        )
+        return _directive("py:function", _signature(item, name), [], _docstring(item, "function"))
     error = any(str(base).endswith(("Error", "Exception")) for base in item.bases)
     body = _docstring(item, "class")
     for member in _members(item):
@@ -108,17 +106,29 @@ def _member(member: griffe.Object) -> list[str]:
         kind = [f"   :type: {member.annotation}"] if member.annotation else []
         return _directive("py:property", member.name, kind, body)
     own = [f"   :{label}:" for label in ("classmethod", "staticmethod") if label in member.labels]
-    return _directive("py:method", _without_self(str(member.signature())), own, body)
+    return _directive("py:method", _without_self(_signature(member)), own, body)
 
 
 def _init(item: griffe.Class) -> str:
     """Give the arguments of a class as they are passed, or nothing if it takes none."""
     if init := item.all_members.get("__init__"):
-        return _without_self(str(init.signature(return_type=False))).removeprefix("__init__")
+        return _without_self(_signature(init, returns=False)).removeprefix("__init__")
     if any(str(base) == "NamedTuple" for base in item.bases):
         fields = [it for it in item.members.values() if it.is_attribute]
         return f"({', '.join(f'{field.name}: {field.annotation}' for field in fields)})"
     return ""
+
+
+def _signature(function: griffe.Function, name: str | None = None, *, returns: bool = True) -> str:
+    """Give a signature as a caller needs it: constants by their values, and what `with` takes."""
+    for parameter in function.parameters:
+        if re.fullmatch("[A-Z_]+", str(parameter.default)):
+            path = function.module.resolve(str(parameter.default))
+            parameter.default = function.modules_collection[path].value
+    text = str(function.signature(name=name, return_type=returns))
+    if any(str(it.value).endswith("contextmanager") for it in function.decorators):
+        text = re.sub(r" -> Iterator\[(.*)\]$", r" -> AbstractContextManager[\1]", text)
+    return text
 
 
 def _without_self(signature: str) -> str:

@@ -169,6 +169,18 @@ def test_what_the_reference_has_is_a_link():
     assert "hidden_states" in shown and names & shown == set()
 
 
+def test_signatures_say_what_a_caller_needs():
+    """The value of a default and not the name of a constant; that a block is opened by `with`."""
+    pages = "".join(read(page).text for page in SITE.glob("reference/*.html"))
+    values = re.findall(r'<span class="default_value">(.*?)</span></em>', pages, re.DOTALL)
+    shown = {re.sub("<[^>]*>", "", value) for value in values}
+    assert {"None", "2**30"} <= shown
+    assert [value for value in shown if re.fullmatch("[A-Z_]+", value)] == []
+    assert "AbstractContextManager" in pages and "Iterator[None]" not in re.sub(
+        "<[^>]*>", "", pages
+    )
+
+
 def test_code_in_docstrings_is_shown_as_code():
     """Indented lines are shown as the code that they are."""
     assert "<blockquote" not in "".join(read(page).text for page in SITE.glob("reference/*.html"))
