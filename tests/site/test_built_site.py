@@ -169,6 +169,12 @@ def test_what_the_reference_has_is_a_link():
     assert "hidden_states" in shown and names & shown == set()
 
 
+def test_no_docstring_sends_a_reader_away():
+    """To what is not in the reference; "See `f`." is enough where it is."""
+    pages = "".join(read(page).text for page in SITE.glob("reference/*.html"))
+    assert "<p>See <a" in pages and "<p>See <code" not in pages
+
+
 def test_signatures_say_what_a_caller_needs():
     """The value of a default and not the name of a constant; that a block is opened by `with`."""
     pages = "".join(read(page).text for page in SITE.glob("reference/*.html"))
