@@ -78,8 +78,9 @@ def write_reference(package: Path, folder: Path) -> list[Path]:
 
 def _entry(item: griffe.Object, name: str) -> list[str]:
     """Give the directive of a function, a class with its members, or a type alias."""
-    if item.is_attribute:  # an alias of a type explains itself
-        return _directive("py:data", name, [f"   :value: {item.value}"], [])
+    if item.is_attribute:
+        text = _docstring(item, "object")
+        return _directive("py:data", name, [f"   :value: {item.value}"], text)
     if item.is_function:
         return _directive("py:function", _signature(item, name), [], _docstring(item, "function"))
     error = any(str(base).endswith(("Error", "Exception")) for base in item.bases)

@@ -150,6 +150,30 @@ def test_every_public_name_is_in_the_reference():
     assert {name: places.count(f"common.{name}") for name in names} == dict.fromkeys(names, 1)
 
 
+def test_methods_and_arguments_are_in_the_reference():
+    """Every public method of a public class, and each argument that a docstring explains."""
+    stub = ast.parse((ROOT / "common/__init__.pyi").read_text(encoding="utf-8"))
+    pages = "".join(read(page).text for page in SITE.glob("reference/*.html"))
+    checked = 0
+    for line in (it for it in stub.body if isinstance(it, ast.ImportFrom)):
+        path = ROOT / "common" / line.module.replace(".", "/")
+        path = path.with_suffix(".py") if path.with_suffix(".py").exists() else path / "__init__.py"
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if getattr(node, "name", "") not in [alias.name for alias in line.names]:
+                continue
+            members = node.body if isinstance(node, ast.ClassDef) else []
+            methods = [it for it in members if isinstance(it, ast.FunctionDef)]
+            methods = [it for it in methods if not it.name.startswith("_")]
+            for name in (f"common.{node.name}.{it.name}" for it in methods):
+                assert f'id="{name}"' in pages, name
+            for it in (node, *methods):
+                told = (ast.get_docstring(it) or "").partition("Args:\n")[2].split("\n\n")[0]
+                for argument in re.findall(r"^    \*{0,2}(\w+):", told, re.MULTILINE):
+                    assert f"<strong>{argument}</strong>" in pages, (node.name, argument)
+                    checked += 1
+    assert checked > 300
+
+
 def test_what_the_reference_has_is_a_link():
     """Also where a docstring names it with its module."""
     stub = ast.parse((ROOT / "common/__init__.pyi").read_text(encoding="utf-8"))
