@@ -129,6 +129,19 @@ def test_a_page_offers_a_source_only_where_there_is_one():
     assert [it for it in paths if not (ROOT / it).is_file()] == []
 
 
+def test_what_notebooks_printed_and_drew_is_shown():
+    """Nothing is executed: the outputs are those that are stored."""
+    paths = [*ROOT.glob("*.ipynb"), *ROOT.glob("guides/*.ipynb")]
+    assert len(paths) > 10
+    for path in paths:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        told = [cell for cell in cells if cell.get("outputs")]
+        drawn = [it for cell in told for it in cell["outputs"] if "image/png" in it.get("data", {})]
+        page = read((SITE / path.relative_to(ROOT)).with_suffix(".html"))
+        assert len(re.findall(r'class="cell_output', page.text)) == len(told), path
+        assert len([it for it in page.pictures if "_images/" in it["src"]]) == len(drawn), path
+
+
 def test_the_colab_cell_is_folded():
     for name in ("pytorch_hooks.html", "guides/measuring.html"):
         text = read(SITE / name).text
