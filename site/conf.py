@@ -1,6 +1,9 @@
 """How Sphinx builds the site; `build.py` gathers what it reads and calls it."""
 
 import os
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
 
 project = "Activation steering, six ways"
 project_copyright = "Apache-2.0"
@@ -46,3 +49,16 @@ if repository := os.environ.get("GITHUB_REPOSITORY"):
         "use_source_button": True,
         "launch_buttons": {"colab_url": "https://colab.research.google.com"},
     }
+
+
+def setup(app) -> None:
+    """Offer the source of a page, here or on GitHub, where it is a file of the tree.
+
+    The front page and the reference are gathered from several.
+    """
+
+    def only_files_of_the_tree(app, page, template, context, doctree) -> None:
+        if not (ROOT / (page + (context.get("page_source_suffix") or ""))).is_file():
+            context["page_source_suffix"] = ""
+
+    app.connect("html-page-context", only_files_of_the_tree)

@@ -54,6 +54,11 @@ def write_reference(package: Path, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     found = public_names(package)
     parts = sorted(found, key=lambda part: FIRST.index(part) if part in FIRST else len(FIRST))
+    longer = {  # as docstrings name what another module has: the page has it by its own name
+        f"`{module.rsplit('.', 1)[-1]}.{name}`": f"`{name}`"
+        for names in found.values()
+        for name, module in names.items()
+    }
     rows = ["| page | what it has |", "| --- | --- |"]
     for part in parts:
         title = f"{package.name}: {part}"
@@ -62,7 +67,10 @@ def write_reference(package: Path, folder: Path) -> list[Path]:
         for name, module in sorted(found[part].items(), key=lambda item: item[0].lower()):
             lines += _entry(loaded[f"{module}.{name}"], name)
         rows.append(f"| [{part}]({part}.rst) | {loaded[part].docstring.value.splitlines()[0]} |")
-        (folder / f"{part}.rst").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        text = "\n".join(lines) + "\n"
+        for name, own in longer.items():
+            text = text.replace(name, own)
+        (folder / f"{part}.rst").write_text(text, encoding="utf-8")
     side_bar = ["", "```{toctree}", ":hidden:", "", *parts, "```"]
     (folder / "_pages.md").write_text("\n".join(rows + side_bar) + "\n", encoding="utf-8")
     return [folder / f"{part}.rst" for part in parts]
@@ -70,12 +78,11 @@ def write_reference(package: Path, folder: Path) -> list[Path]:
 
 def _entry(item: griffe.Object, name: str) -> list[str]:
     """Give the directive of a function, a class with its members, or a type alias."""
-    if item.is_attribute:  # an alias of a type explains itself
-        return _directive("py:data", name, [f"   :value: {item.value}"], [])
+    if item.is_attribute:
+        text = _docstring(item, "object")
+        return _directive("py:data", name, [f"   :value: {item.value}"], text)
     if item.is_function:
-        return _directive(
-            "py:function", str(item.signature(name=name)), [], _docstring(item, "function")
-        )
+        return _directive("py:function", _signature(item, name), [], _docstring(item, "function"))
     error = any(str(base).endswith(("Error", "Exception")) for base in item.bases)
     body = _docstring(item, "class")
     for member in _members(item):
@@ -100,17 +107,29 @@ def _member(member: griffe.Object) -> list[str]:
         kind = [f"   :type: {member.annotation}"] if member.annotation else []
         return _directive("py:property", member.name, kind, body)
     own = [f"   :{label}:" for label in ("classmethod", "staticmethod") if label in member.labels]
-    return _directive("py:method", _without_self(str(member.signature())), own, body)
+    return _directive("py:method", _without_self(_signature(member)), own, body)
 
 
 def _init(item: griffe.Class) -> str:
     """Give the arguments of a class as they are passed, or nothing if it takes none."""
     if init := item.all_members.get("__init__"):
-        return _without_self(str(init.signature(return_type=False))).removeprefix("__init__")
+        return _without_self(_signature(init, returns=False)).removeprefix("__init__")
     if any(str(base) == "NamedTuple" for base in item.bases):
         fields = [it for it in item.members.values() if it.is_attribute]
         return f"({', '.join(f'{field.name}: {field.annotation}' for field in fields)})"
     return ""
+
+
+def _signature(function: griffe.Function, name: str | None = None, *, returns: bool = True) -> str:
+    """Give a signature as a caller needs it: constants by their values, and what `with` takes."""
+    for parameter in function.parameters:
+        if re.fullmatch("[A-Z_]+", str(parameter.default)):
+            path = function.module.resolve(str(parameter.default))
+            parameter.default = function.modules_collection[path].value
+    text = str(function.signature(name=name, return_type=returns))
+    if any(str(it.value).endswith("contextmanager") for it in function.decorators):
+        text = re.sub(r" -> Iterator\[(.*)\]$", r" -> AbstractContextManager[\1]", text)
+    return text
 
 
 def _without_self(signature: str) -> str:

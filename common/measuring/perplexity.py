@@ -33,7 +33,7 @@ from common.texts.likelihood import chosen_logprobs
 from common.vectors.activation_additions import ActivationAddition, apply_activation_additions
 
 SteeringOf = Callable[[PreTrainedModel], AbstractContextManager]
-Condition = str | Sequence[ActivationAddition] | Steering | SteeringOf
+SteeredBy = str | Sequence[ActivationAddition] | Steering | SteeringOf
 SplitMethod = Literal["sentence", "token"]
 
 
@@ -140,7 +140,7 @@ def get_stats_over_corpus(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str] | str,
-    condition: Condition | None = None,
+    condition: SteeredBy | None = None,
     split_method: SplitMethod = "sentence",
     mask_len: int = 0,
     window: int = 32,
@@ -199,7 +199,7 @@ def get_stats_over_corpus(
 def _stats(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    readings: Sequence[tuple[Sequence[str] | str, Condition | None]],
+    readings: Sequence[tuple[Sequence[str] | str, SteeredBy | None]],
     engine: Engine | None,
     *,
     mask_len: int,
@@ -251,7 +251,7 @@ class _Corpus(NamedTuple):
 
     rows: list[list[int]]
     first: list[int]
-    condition: Condition | None
+    condition: SteeredBy | None
 
     @property
     def order(self) -> list[int]:
@@ -264,7 +264,7 @@ def _corpus(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     pieces: tuple[list[list[int]], list[int]],
-    condition: Condition | None,
+    condition: SteeredBy | None,
     mask_len: int,
 ) -> _Corpus:
     """Put pieces (`split_corpus`) as they are read under a condition."""
@@ -333,7 +333,7 @@ class _Reading(Job[list[np.ndarray]]):
         return sum(len(corpus.rows) for corpus in self.corpora[:which])
 
 
-def _prefix(tokenizer: PreTrainedTokenizerBase, condition: Condition | None) -> list[int]:
+def _prefix(tokenizer: PreTrainedTokenizerBase, condition: SteeredBy | None) -> list[int]:
     """The tokens of a text to prompt with, without BOS; none for another condition."""
     if not isinstance(condition, str):
         return []
@@ -351,7 +351,7 @@ def _put_in(prefix: list[int], piece: list[int], bos: Any) -> list[int]:
 
 
 def _steering(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, condition: Condition | None
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, condition: SteeredBy | None
 ) -> Steering:
     """What makes the steering of a condition."""
     if callable(condition):
@@ -365,7 +365,7 @@ def perplexity_ratios(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Mapping[str, Sequence[str] | str],
-    conditions: Mapping[str, Condition],
+    conditions: Mapping[str, SteeredBy],
     *,
     mask_len: int | None = None,
     bootstrap: int = 1000,
@@ -430,7 +430,7 @@ def perplexity_ratios(
     return pd.concat(tables, ignore_index=True)
 
 
-def _longest(tokenizer: PreTrainedTokenizerBase, conditions: Mapping[str, Condition]) -> int:
+def _longest(tokenizer: PreTrainedTokenizerBase, conditions: Mapping[str, SteeredBy]) -> int:
     """The length of the longest activation addition, in tokens."""
     additions = [
         addition

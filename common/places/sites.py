@@ -24,8 +24,11 @@ from common.tensor_parallel import is_split, refuse_parts
 LayerType = Literal[
     "decoder_block", "self_attn", "mlp", "input_layernorm", "post_attention_layernorm"
 ]
+"""A place in a block: its output, that of attention or MLP, or of the layer norm before either."""
 LayerMatcher = str | Callable[[int], str] | Callable[[nn.Module, int], str]
+"""The path of a module: a text with {num} for the layer, or a function of it that gives it."""
 ModelLayerConfig = dict[LayerType, LayerMatcher]
+"""Where to find each part of a block, for a model whose parts are not found by themselves."""
 
 # What architectures call the parts of a block, the commonest name first.
 PART_NAMES: dict[LayerType, tuple[str, ...]] = {

@@ -16,6 +16,7 @@ from torch.nn import functional
 from common.passes.rounding import Spread, spread_of
 
 Aggregator = Callable[[Tensor, Tensor], Tensor]
+"""Makes one vector [d_model] of the positive and the negative activations, [pair, d_model] each."""
 
 
 class Moments(NamedTuple):

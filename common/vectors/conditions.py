@@ -103,6 +103,8 @@ class Rule(ABC):
 class Condition(Rule):
     """A prompt is meant if it lies on one side of a threshold.
 
+    Conditions are combined by `&` (both), `|` (one or both) and `~` (not).
+
     Attributes:
         vector: what it is compared with, [d_model].
         layer: after which block.
@@ -142,11 +144,15 @@ class Condition(Rule):
 
     @property
     def layers(self) -> set[int]:
-        """See `Rule`."""
+        """After which block it reads the prompts."""
         return {int(self.layer)}
 
     def check(self, model: nn.Module) -> None:
-        """See `Rule`."""
+        """Refuse a model that it does not fit.
+
+        Raises:
+            ValueError: the layer is not there, or has another width.
+        """
         get_layers(model, layers=[self.layer])
         if len(self.vector) != (d_model := text_config(model).hidden_size):
             raise ValueError(
@@ -170,7 +176,7 @@ class Condition(Rule):
         return found.abs() if self.absolute else found
 
     def of_means(self, means: Mapping[int, Tensor]) -> Tensor:
-        """See `Rule`."""
+        """Decide, [prompt], bool, from the mean hidden states by layer, [prompt, d_model]."""
         found = self.similarity(means[self.layer])
         return found > self.threshold if self.above else found < self.threshold
 

@@ -14,6 +14,7 @@ from torch.nn import functional
 from common.arguments import finite_number
 
 PatchDeltaOperator = Callable[[Tensor, Tensor], Tensor]
+"""Says what is added, given the hidden states [..., d_model] and the vector times multiplier."""
 
 
 def addition_operator() -> PatchDeltaOperator:

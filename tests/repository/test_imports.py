@@ -1,5 +1,6 @@
 """The import contract of pyproject.toml notices an import that runs the wrong way."""
 
+import ast
 import shutil
 import subprocess
 import sys
@@ -73,3 +74,33 @@ def test_nothing_imports_the_tests():
     graph = grimp.build_graph(*FOLDERS, include_external_packages=True, cache_dir=None)
     tests = {"tests", *(path.stem for path in (ROOT / "tests").rglob("*.py"))}
     assert tests & graph.modules == set()
+
+
+def test_a_public_name_means_one_thing():
+    """No module calls something else by it: the reference would link to the wrong one."""
+    stub = ast.parse((ROOT / "common/__init__.pyi").read_text(encoding="utf-8"))
+    homes = {
+        alias.name: ROOT / "common" / node.module.replace(".", "/")
+        for node in stub.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    defined = [
+        (name, path.relative_to(ROOT).as_posix())
+        for path in sorted((ROOT / "common").rglob("*.py"))
+        for name in names_of(ast.parse(path.read_text(encoding="utf-8")))
+        if name in homes and homes[name] not in (path.parent, path.with_suffix(""))
+    ]
+    assert len(homes) > 100 and defined == []
+
+
+def names_of(module: ast.Module) -> list[str]:
+    """What a module defines: its functions, classes and constants."""
+    names = []
+    for node in module.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.append(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names += [target.id for target in targets if isinstance(target, ast.Name)]
+    return names

@@ -20,6 +20,7 @@ NAMES = [
 if not NAMES:
     pytest.skip("the site is not built: make site", allow_module_level=True)
 PHONE = {"width": 390, "height": 844}
+SMALLEST = 320  # and a desktop page at 400 %: https://www.w3.org/TR/WCAG22/#reflow
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +56,12 @@ def complaints(page, address) -> list[str]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_page_opens_without_a_complaint_and_fits_a_phone(page, complaints, name):
-    """From disk and without a network; a phone scrolls it up and down only."""
+    """From disk and without a network; a phone scrolls it up and down only, a small one too."""
     page.goto((SITE / name).as_uri())
     assert page.locator("h1:visible").count() == 1 and complaints == []
-    page.set_viewport_size(PHONE)
-    assert page.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
+    for width in (PHONE["width"], SMALLEST):
+        page.set_viewport_size(PHONE | {"width": width})
+        assert page.evaluate("document.documentElement.scrollWidth") == width
     assert complaints == []
 
 
