@@ -253,7 +253,10 @@ def plot_effect(
     if part.empty:
         swept = sorted(rows["layer"].dropna().unique().tolist())
         raise ValueError(f"layer {layer} was not swept: the table has {swept}")
-    name_of_axis = {"coeff": "coefficient", "kl": "divergence from unsteered in nats, signed"}
+    name_of_axis = {
+        "coeff": "coefficient",
+        "kl": "divergence from unsteered in nats, signed, root scale",
+    }
     figure, axes = plt.subplots(figsize=(7, 4.2))
     plain = unsteered_by_prompt(rows, metric).mean()
     greys: dict[str, dict[str, Any]] = {

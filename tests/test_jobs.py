@@ -300,7 +300,7 @@ def test_a_vector_is_chosen_and_written_with_its_card(choosing, metric, name):
     assert card.verdict in (choosing.parent / "love.md").read_text(encoding="utf-8")
     before = (choosing.parent / "love.md").read_bytes()
     code, said = call("choose", choosing)
-    assert code == 1 and "love.safetensors' is there already" in said
+    assert code == 1 and "love.safetensors' is there already: delete it, or name" in said
     assert (choosing.parent / "love.md").read_bytes() == before
 
 

@@ -191,7 +191,7 @@ class VectorCard:
             " prompts; all are judged on prompts that none of them chose on.",
             ("question", "found", "p", "answer"),
             [
-                (one["question"], one["found"], _number(one["p"], 3), ANSWERS[one["passed"]])
+                (one["question"], one["found"], _chance(one["p"]), ANSWERS[one["passed"]])
                 for one in self.judged
             ],
             "controls",
@@ -250,14 +250,15 @@ class VectorCard:
         if cost["ratio"] is None:
             return ""
         return (
-            f" It makes {cost['what']} ({cost['texts']}) {_number(cost['ratio'])} times as"
-            f" perplexing, random directions {_number(cost['random'])} times."
+            f" Steering makes {cost['what']} ({cost['texts']} texts) {_number(cost['ratio'])}"
+            f" times as perplexing, random directions {_number(cost['random'])} times."
         )
 
     def _reliability(self) -> Table:
         shares = self.shares
         text = (
-            f"Over {_number(shares['prompts'], 0)} prompts the metric rises by"
+            f"In the mean of {_number(shares['prompts'], 0)} prompts a line fitted to the metric,"
+            " at half and full strength in both directions, rises by"
             f" {_value(shares['slope'])} ({_value(shares['low'])} to {_value(shares['high'])})"
             " from 0 to the chosen multiplier. Of the prompts"
             f" {_percent(shares['anti'])} go the wrong way ({_percent(shares['anti low'])} to"
@@ -308,6 +309,10 @@ def _plain(value: Any) -> Any:
 
 def _number(value: Number, decimals: int = 2) -> str:
     return "" if value is None else f"{round(value, decimals) + 0.0:.{decimals}f}"
+
+
+def _chance(p: Number) -> str:
+    return "< 0.001" if p is not None and p < 0.001 else _number(p, 3)
 
 
 def _value(value: Number) -> str:

@@ -464,6 +464,16 @@ def test_the_page_is_whole_and_takes_texts_as_texts(choice):
         assert len(widths) == 1, table
 
 
+def test_the_page_says_who_does_what_and_no_chance_is_nothing(choice):
+    card = replace(choice.card, judged=[{**one, "p": 0.5**13} for one in choice.card.judged])
+    texts = " ".join(table.text for table in card.tables())
+    assert f"Steering makes {card.cost['what']} ({card.cost['texts']} texts)" in texts
+    rise = f"{card.shares['slope']:.2f}"  # not the effect: that is of one direction
+    assert f"at half and full strength in both directions, rises by {rise}" in texts
+    chances = {row[2] for table in card.tables() if "p" in table.columns for row in table.rows}
+    assert chances == {"< 0.001"}
+
+
 def test_a_vector_has_an_ending_of_its_own(choice, tmp_path):
     with pytest.raises(ValueError, match=r"ends in \.safetensors"):
         choice.save(tmp_path / "praise.md")

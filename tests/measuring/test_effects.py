@@ -740,7 +740,7 @@ def test_an_effect_can_be_drawn_over_the_divergence():
     assert random.get_xdata().tolist() == [-0.4, 0.0, 0.1, 0.3]
     places = axes.transData.transform([(x, 0.0) for x in (-1.0, -0.25, 0.0, 0.25, 1.0)])[:, 0]
     assert np.diff(places) == pytest.approx([places[1] - places[0]] * 4)  # as far apart as roots
-    assert axes.get_xlabel() == "divergence from unsteered in nats, signed, layer 3"
+    assert axes.get_xlabel() == "divergence from unsteered in nats, signed, root scale, layer 3"
     with pytest.raises(ValueError, match="no column 'kl'"):
         plot_effect(rows, "tone", 3, over="kl")
 
