@@ -10,7 +10,7 @@ from common.choosing.choose import Choice
 from common.jobs import Job, run_choose, run_sweep, run_train, status
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-JobFile = Annotated[Path, typer.Argument(help="A job, as common/jobs.py describes it.")]
+JobFile = Annotated[Path, typer.Argument(help="A job (TOML), as docs/scaling.md shows it.")]
 Address = Annotated[
     str | None, typer.Option(help="Where workers run: 'local', 'auto' (a cluster here), host:port.")
 ]

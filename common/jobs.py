@@ -128,10 +128,12 @@ class Job:
         """Read a job.
 
         Raises:
-            FileNotFoundError: there is no such file.
+            FileNotFoundError: there is no such file, or it is a folder.
             ValueError: it is not TOML, lacks something, or says something that nobody reads.
         """
         path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"expected the file of a job, and {str(path)!r} is none")
         try:
             content = tomllib.loads(path.read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

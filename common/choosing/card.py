@@ -135,6 +135,8 @@ class VectorCard:
             by = f"{_value(more)} ({_value(low)} to {_value(high)})"
             return f"It cannot be told from prompting: steering minus prompting is {by}."
         what = "It does more than prompting" if low > 0 else "Prompting does more"
+        if low > 0 and not (self.effect["mean"] or 0) > 0:
+            what = "Prompting lowers the metric, and further than steering does"
         ends = sorted((abs(low), abs(high)))
         return f"{what}, by {_value(abs(more))} ({_value(ends[0])} to {_value(ends[1])})."
 

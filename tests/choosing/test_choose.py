@@ -512,6 +512,13 @@ def test_the_card_says_whether_a_prompt_does_more(choice, more, says):
     assert says in card.markdown() and says in card.html()
 
 
+def test_a_vector_that_lowers_the_metric_less_than_prompting_is_not_praised(choice):
+    rival = {"instruction": "Hm.", "mean": -2.0, "low": -3.0, "high": -1.0}
+    rival |= {"more": 1.5, "more low": 1.0, "more high": 2.0}
+    card = replace(choice.card, rival=rival, effect={**choice.card.effect, "mean": -0.5})
+    assert card.beside_prompting.startswith("Prompting lowers the metric, and further than")
+
+
 # --- other models, texts, few pairs, other settings ---
 
 
