@@ -37,6 +37,7 @@ let file = null; // {name, size, notes, layers} of the vector that was dropped i
 let request = 0; // answers to earlier ones are late
 let mapRequest = 0; // counts down: the map goes on while other settings are tried
 let map = null;
+const wrongNumbers = { exact: "", length: "", seed: "", random: "" }; // by field, in words
 let completions, room, timer;
 
 // --- the worker ---
@@ -112,7 +113,8 @@ const shown = {
     $("fill").disabled = false;
     run();
   },
-  refused({ field, message }) {
+  refused({ field, message, request: of }) {
+    if (of === mapRequest) $("fill").textContent = "Fill the map";
     const place = { toward: "pair", away: "pair" }[field] ?? field;
     say(place, message, field);
     if (field === "file") return; // what steered before goes on
@@ -203,9 +205,21 @@ function say(id, message, field = id) {
   }
 }
 
+/** Say what is wrong in a field of a number; what is wrong in the others stays. */
+function sayNumber(id, problem) {
+  wrongNumbers[id] = problem;
+  $(id).setAttribute("aria-invalid", `${problem !== ""}`);
+  const { exact, ...others } = wrongNumbers;
+  $("coeff-error").textContent = exact;
+  $("numbers-error").textContent = Object.values(others).filter(Boolean).join(" ");
+}
+
 function names() {
   const { coeff, toward, away } = settings;
-  const short = (text) => (text.length > 24 ? `${text.slice(0, 23)}…` : text);
+  const short = (text) => {
+    const letters = [...text]; // some take two places of a text
+    return letters.length > 24 ? `${letters.slice(0, 23).join("")}…` : text;
+  };
   const end = file ? "the file" : short(coeff < 0 ? away : toward);
   return {
     unsteered: "Unsteered",
@@ -285,8 +299,9 @@ function showProgram() {
     : "";
 }
 
-/** Put the settings into the fields. */
+/** Put the settings into the fields; what was wrong in those of numbers is gone. */
 function showFields() {
+  for (const id of Object.keys(wrongNumbers)) sayNumber(id, "");
   for (const name of ["prompt", "toward", "away", "length", "seed"]) $(name).value = settings[name];
   $("random").value = settings.randomSeed;
   $("coeff").value = settings.coeff;
@@ -325,11 +340,9 @@ function change(changes, { later = false } = {}) {
 }
 
 /** Take a number from a field; one that is not written to its end yet is no mistake. */
-function changeNumber(name, field, place, isDone = false) {
+function changeNumber(name, field, isDone = false) {
   const { value, problem } = readNumber(name, field.value, project);
-  const wrong = problem !== "" && (isDone || field.value !== "");
-  $(`${place}-error`).textContent = wrong ? problem : "";
-  field.setAttribute("aria-invalid", `${wrong}`);
+  sayNumber(field.id, isDone || field.value !== "" ? problem : "");
   if (value !== null && value !== settings[name]) change({ [name]: value }, { later: true });
   return value;
 }
@@ -353,7 +366,13 @@ async function useFile(chosen) {
     say("file", `“${chosen.name}” is too large for a steering vector of this model.`);
     return;
   }
-  const bytes = new Uint8Array(await chosen.arrayBuffer());
+  let bytes;
+  try {
+    bytes = new Uint8Array(await chosen.arrayBuffer());
+  } catch {
+    say("file", `“${chosen.name}” cannot be read: it is a folder, or no longer there.`);
+    return;
+  }
   worker.postMessage({ kind: "file", bytes, name: chosen.name });
 }
 
@@ -398,14 +417,14 @@ function wire() {
   );
   $("coeff").oninput = ({ target }) => {
     $("exact").value = target.value;
-    $("coeff-error").textContent = "";
+    sayNumber("exact", "");
     change({ coeff: Number(target.value) });
   };
   $("exact").oninput = ({ target }) => {
-    const value = changeNumber("coeff", target, "coeff");
+    const value = changeNumber("coeff", target);
     if (value !== null) $("coeff").value = value;
   };
-  $("exact").onchange = ({ target }) => changeNumber("coeff", target, "coeff", true);
+  $("exact").onchange = ({ target }) => changeNumber("coeff", target, true);
   $("preset").textContent = `preset ${signed(project.preset.coeff)}`;
   $("preset").onclick = () => {
     change(file ? { coeff: project.preset.coeff } : { ...project.preset });
@@ -416,8 +435,8 @@ function wire() {
   }
   const numbers = { length: "length", seed: "seed", random: "randomSeed" };
   for (const [id, name] of Object.entries(numbers)) {
-    $(id).oninput = ({ target }) => changeNumber(name, target, "numbers");
-    $(id).onchange = ({ target }) => changeNumber(name, target, "numbers", true);
+    $(id).oninput = ({ target }) => changeNumber(name, target);
+    $(id).onchange = ({ target }) => changeNumber(name, target, true);
   }
   $("save").onclick = () => worker.postMessage({ kind: "save", settings });
   $("open").onclick = () => $("file").click();
@@ -461,17 +480,21 @@ function wire() {
   };
   $("reset").onclick = () => {
     worker.postMessage({ kind: "file", bytes: null });
-    for (const place of ["coeff", "numbers"]) $(`${place}-error`).textContent = "";
     change(defaults(project));
     showFields();
   };
   for (const name of ["dragover", "dragleave", "drop"]) {
     document.addEventListener(name, (event) => {
+      if (!event.dataTransfer.types.includes("Files")) return; // a text may be dragged into a field
       event.preventDefault();
       document.body.classList.toggle("dropping", name === "dragover");
       if (name === "drop") useFile(event.dataTransfer.files[0]);
     });
   }
+  document.querySelector(".skip").onclick = (event) => {
+    event.preventDefault(); // the address holds the settings
+    $("results").focus();
+  };
   addEventListener("hashchange", () => follow(readLink(location.hash.slice(1), project)));
 }
 

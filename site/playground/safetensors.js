@@ -46,20 +46,32 @@ export function readSafetensors(bytes) {
   } catch {
     throw wrong("its header is no JSON");
   }
-  const { __metadata__: metadata = {}, ...entries } = header ?? {};
+  const { __metadata__, ...entries } = header ?? {};
+  const metadata = __metadata__ ?? {};
+  const texts = Object.values(metadata).every((value) => typeof value === "string");
+  if (!texts) throw wrong("its header is of another kind");
   const tensors = new Map();
+  const spans = [];
   for (const [name, entry] of Object.entries(entries)) {
     const { dtype, shape, data_offsets: ends } = entry ?? {};
     if (!Array.isArray(shape) || !Array.isArray(ends)) throw wrong("its header is of another kind");
-    if (!(dtype in TYPES)) throw new Error(`holds numbers of the type ${dtype}, expected floats`);
+    if (!Object.hasOwn(TYPES, dtype)) throw new Error(`holds numbers of the type ${dtype}, expected floats`);
     const [size, read] = TYPES[dtype];
     const count = shape.reduce((product, side) => product * side, 1);
     const start = 8 + length + ends[0];
     if (ends[1] - ends[0] !== count * size) throw wrong(`the size of ${name} is wrong`);
+    if (!(ends[0] >= 0)) throw wrong(`${name} begins inside the header`);
     if (start + count * size > bytes.length) throw wrong(`${name} is cut off`);
     const data = read(bytes.slice(start, start + count * size).buffer);
     tensors.set(name, { dtype, shape, data });
+    spans.push(ends);
   }
+  let end = 0;
+  for (const [from, to] of spans.sort(([one], [other]) => one - other)) {
+    if (from !== end) throw wrong("its tensors overlap, or there are gaps between them");
+    end = to;
+  }
+  if (8 + length + end < bytes.length) throw wrong("something follows its tensors");
   return { metadata, tensors };
 }
 

@@ -57,11 +57,11 @@ export function readLink(hash, project) {
   const problems = [];
   for (const [name, text] of new URLSearchParams(hash)) {
     if (name === "sampled") settings.sampled = text === "1";
-    else if (name in limits(project)) {
+    else if (Object.hasOwn(limits(project), name)) {
       const { value, problem } = readNumber(name, text, project);
       if (problem) problems.push(problem);
       else settings[name] = value;
-    } else if (name in settings) settings[name] = text;
+    } else if (Object.hasOwn(settings, name)) settings[name] = text;
     else problems.push(`The link sets “${name}”, which this page does not know.`);
   }
   return { settings, problems };

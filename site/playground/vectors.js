@@ -112,8 +112,8 @@ export function readVector(bytes, name, model) {
   }
   const size = Math.max(...Array.from(layers.values(), norm));
   if (!(size > 0)) refuse("holds a vector that is 0");
-  for (const [layer, vector] of layers) layers.set(layer, scaled(vector, 1 / size));
+  const sorted = [...layers].sort(([one], [other]) => one - other);
   const other = metadata.model && metadata.model !== "embedded" ? metadata.model : null;
   const notes = other ? [`It was made for “${other}”, another model than this one.`] : [];
-  return { layers, size, notes };
+  return { layers: new Map(sorted.map(([at, it]) => [at, scaled(it, 1 / size)])), size, notes };
 }

@@ -30,7 +30,10 @@ function tell(event, request) {
 }
 
 function refuse(error, request) {
-  if (!(error instanceof Refusal)) throw error;
+  if (!(error instanceof Refusal)) {
+    setTimeout(() => { throw error; }); // so that the page hears of it, also between two steps
+    return;
+  }
   tell({ kind: "refused", field: error.field, message: error.message }, request);
 }
 

@@ -12,7 +12,7 @@ const folder = process.argv[2];
 const json = (path) => JSON.parse(readFileSync(path, "utf8"));
 const embedded = new URL("../../common/embedded/", import.meta.url);
 const project = json(`${folder}/project.json`);
-const { cases, texts, saves, loads, random, counted } = json(`${folder}/cases.json`);
+const { cases, texts, saves, loads, random, counted, withFile } = json(`${folder}/cases.json`);
 const playground = new Playground(
   new Uint8Array(readFileSync(new URL("model.safetensors", embedded))),
   json(new URL("tokenizer.json", embedded)),
@@ -39,7 +39,8 @@ const answers = cases.map((settings) =>
   tried(() => {
     const ids = playground.ids(settings.prompt, "prompt", "The prompt");
     const events = [...playground.texts(settings)].filter(Boolean);
-    return { ids, texts: events.at(-1).texts, events: events.map(({ kind }) => kind) };
+    const { tokens } = events.find(({ kind }) => kind === "next");
+    return { ids, tokens, texts: events.at(-1).texts, events: events.map(({ kind }) => kind) };
   }),
 );
 const numbers = new Float32Array(logits.length * project.config.vocab_size);
@@ -69,6 +70,13 @@ const cells = counted.map(({ settings }) => {
   for (const event of playground.map(settings)) if (event?.cells.length) return event.cells;
 });
 
+// Last, for it changes the page: with a vector of a file a map is small enough to be filled.
+const { name, settings, newTokens, mapCoeffs } = withFile;
+playground.useFile(new Uint8Array(readFileSync(`${folder}/${name}`)), name);
+const shown = [...playground.texts(settings)].filter(Boolean).at(-1).texts;
+playground.project = { ...project, newTokens, mapCoeffs };
+const passes = [...playground.map(settings)].flatMap((event) => event?.cells ?? []);
+
 writeFileSync(
   `${folder}/answers.json`,
   JSON.stringify({
@@ -76,6 +84,7 @@ writeFileSync(
     saved,
     loaded,
     completions: tones,
+    withFile: { texts: shown, passes },
     cells,
     tones: texts.map((text) => playground.words.toned(text).map((it) => [it.start, it.value])),
     decoded: texts.map((text) => playground.tokenizer.decode(playground.tokenizer.encode(text))),

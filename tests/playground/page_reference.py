@@ -105,8 +105,20 @@ class SeedRule(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).index_fill_(1, torch.tensor([token]), 0)
 
 
-def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, case: Case) -> Answer | None:
-    """Compute a case with the library; None where it refuses the prompt."""
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    case: Case,
+    vector: SteeringVector | None = None,
+) -> Answer | None:
+    """Compute a case with the library; None where it refuses the prompt.
+
+    Args:
+        model: the embedded model.
+        tokenizer: its tokenizer.
+        case: the settings.
+        vector: of a file, which steers instead of the pair.
+    """
     positions = model.config.n_positions
     try:
         (ids,) = prompt_ids(tokenizer, [case.prompt])
@@ -115,18 +127,21 @@ def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, case: Cas
     if not 0 < len(ids) <= positions:
         return None
     inputs = encode(tokenizer, [case.prompt], prepend_bos=None)
-    pair = [(case.toward, case.away)]
-    vector = train_steering_vector(model, tokenizer, pair, layers=[case.layer]).unit()
-    noise = random_directions(model.config.n_embd, 1, case.randomSeed)[0]
+    if vector is None:
+        pair = [(case.toward, case.away)]
+        vector = train_steering_vector(model, tokenizer, pair, layers=[case.layer]).unit()
+    norms = vector.norm()
+    noise = random_directions(model.config.n_embd, len(norms), case.randomSeed)
+    control = {layer: norms[layer] * row for layer, row in zip(sorted(norms), noise, strict=True)}
     found: list[tuple[Tensor, str]] = []
-    for direction in (None, vector, SteeringVector({case.layer: noise})):
+    for direction in (None, vector, SteeringVector(control)):
         options: dict[str, Any] = {"max_new_tokens": min(case.length, positions - len(ids))}
         if case.sampled:
             options["logits_processor"] = [SeedRule(case.seed)]
         if direction is None:
             direction, coeff = vector, 0.0
         else:
-            coeff = case.coeff
+            coeff = case.coeff / max(norms.values())
         with direction.apply(model, multiplier=coeff):
             after = logits(model, inputs)[0, -1]
             written = generate(model, inputs, **options) if options["max_new_tokens"] else None

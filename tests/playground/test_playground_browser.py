@@ -164,12 +164,51 @@ def test_a_wrong_number_is_refused_in_words(desk, field, text, words):
     assert [desk.locator(card).text_content() for card in CARDS] == before
 
 
+@pytest.mark.parametrize("button", ["#preset", "#reset", '#map [data-coeff="7.8"] >> nth=0'])
+def test_what_was_wrong_goes_with_it(desk, button):
+    """Of two wrong numbers each is told; and none any more once others stand in the fields."""
+    desk.locator("#length").fill("900")
+    desk.locator("#seed").fill("-1")
+    desk.locator("#exact").fill("5000")
+    desk.locator("#seed").fill("4")
+    expect(desk.locator("#numbers-error")).to_contain_text("got “900”")
+    expect(desk.locator("[aria-invalid=true]")).to_have_count(2)
+    desk.locator(button).click()
+    expect(desk.locator("#length")).to_have_value("40")
+    expect(desk.locator("[aria-invalid=true]")).to_have_count(0)
+    for place in ("#coeff-error", "#numbers-error"):
+        expect(desk.locator(place)).to_be_empty()
+
+
+def test_the_slider_mends_a_wrong_coefficient(desk):
+    desk.locator("#exact").fill("5000")
+    expect(desk.locator("#exact")).to_have_attribute("aria-invalid", "true")
+    desk.get_by_label("Coefficient", exact=True).press("ArrowLeft")
+    expect(desk.locator("#exact")).to_have_attribute("aria-invalid", "false")
+
+
 def test_a_wrong_link_is_told_and_the_rest_of_it_used(browser, built):
-    with opened(browser, built, "layer=9&coeff=x&toward=Joy&colour=red") as page:
+    hash = "layer=9&coeff=x&toward=Joy&colour=red&constructor=1&__proto__=2"
+    with opened(browser, built, hash) as page:
         expect(page.locator("#problem")).to_contain_text("from 0 to 5 as the layer, got “9”")
-        expect(page.locator("#problem")).to_contain_text("“colour”, which this page does not know")
+        for name in ("colour", "constructor", "__proto__"):
+            known = f"“{name}”, which this page does not know"
+            expect(page.locator("#problem")).to_contain_text(known)
         expect(page.get_by_label("Toward", exact=True)).to_have_value("Joy")
         expect(page.get_by_label("Coefficient", exact=True)).to_have_value("15.6")
+
+
+def test_what_a_link_brings_is_text(browser, built):
+    """HTML in it stays letters, wherever it is shown."""
+    html = "<img src=x><b>I think</b>"
+    hash = urlencode({"prompt": html, "toward": html, "away": "x", "coeff": html, html: html})
+    with opened(browser, built, hash) as page:
+        wait(page, "counted")
+        assert page.locator("img, b").count() == 0
+        for card in CARDS:
+            assert page.locator(card).text_content().startswith(html)
+        expect(page.locator(".card.steered h3")).to_contain_text("Toward <img src=x>")
+        expect(page.locator("#problem")).to_contain_text("<img src=x>")
 
 
 def test_a_link_holds_the_settings(browser, built, desk):
@@ -232,6 +271,36 @@ def test_the_map_fills_and_steers(desk):
     assert sampled.count() == 42  # it belongs to the prompt and the pair, which are the same
 
 
+def test_a_map_that_is_refused_is_not_awaited(desk):
+    desk.get_by_label("Prompt", exact=True).fill("")
+    wait(desk, "refused")
+    desk.get_by_role("button", name="Fill the map").click()
+    expect(desk.locator("#fill")).to_have_text("Fill the map")
+    expect(desk.locator("#prompt-error")).to_contain_text("is empty")
+
+
+def test_a_fault_of_the_worker_is_told(browser, built):
+    """Also of one inside of a task; and the page can still be used."""
+    with browser.new_context() as context:
+        page = context.new_page()
+        page.add_init_script("""
+          const send = Worker.prototype.postMessage;
+          Worker.prototype.postMessage = function (message) {
+            const layer = window.layer ?? message.settings?.layer;
+            send.call(this, { ...message, settings: { ...message.settings, layer } });
+          };
+        """)
+        page.goto(built.as_uri())
+        wait(page, "written")
+        page.evaluate("window.layer = 99")
+        page.get_by_label("Prompt", exact=True).fill("I think")
+        expect(page.locator("#problem")).to_contain_text("The page has a fault of its own")
+        wait(page, "failed")
+        page.evaluate("window.layer = undefined")
+        page.get_by_label("Prompt", exact=True).fill("I hope")
+        expect(page.locator(CARDS[0])).to_contain_text("I hope")
+
+
 def test_where_the_pair_differs(desk, model, tokenizer):
     """Nowhere before the first other token; and each number is the library's."""
     desk.get_by_label("Toward", exact=True).fill("I love you")
@@ -288,6 +357,24 @@ def test_a_vector_is_saved_and_dropped_in_again(desk, tmp_path, model, tokenizer
     expect(desk.locator(".card.steered h3")).to_have_text("By the file, +15.6")
     desk.get_by_role("button", name="Back to the pair").click()
     expect(desk.locator(".card.steered h3")).to_have_text("Toward Love, +15.6")
+
+
+def test_what_is_dropped_and_cannot_be_read_is_told(desk):
+    """A folder looks like a file; a text is left to the field that it is dropped on."""
+    prevented = desk.evaluate("""() => {
+      const drop = (place, dataTransfer) => {
+        const event = new DragEvent("drop", { bubbles: true, cancelable: true });
+        Object.defineProperty(event, "dataTransfer", { value: dataTransfer });
+        return !document.querySelector(place).dispatchEvent(event);
+      };
+      const folder = { name: "folder", size: 4096, arrayBuffer: () => Promise.reject(new Error()) };
+      return [
+        drop("#prompt", { types: ["text/plain"], files: [] }),
+        drop("#prompt", { types: ["Files"], files: [folder] }),
+      ];
+    }""")
+    assert prevented == [False, True]
+    expect(desk.locator("#file-error")).to_contain_text("“folder” cannot be read")
 
 
 def test_a_vector_of_another_size_steers_as_in_the_library(desk, tmp_path, model, tokenizer):
@@ -354,6 +441,19 @@ def test_the_keyboard_reaches_everything(desk):
     assert focused == {"layer": "4", "coeff": "7.8"}
 
 
+def test_skipping_to_the_texts_changes_nothing_else(desk):
+    desk.get_by_label("Prompt", exact=True).fill("To me, the harbour is")
+    expect(desk.locator(CARDS[1])).to_contain_text("To me, the harbour is")
+    wait(desk, "written")
+    address = desk.url
+    desk.get_by_text("Skip to the texts").focus()
+    desk.keyboard.press("Enter")
+    expect(desk.locator("#results")).to_be_focused()
+    expect(desk.locator("#problem")).to_be_empty()
+    assert desk.get_by_label("Prompt", exact=True).input_value() == "To me, the harbour is"
+    assert desk.url == address
+
+
 def test_screen_readers_are_told(desk):
     """Headings and regions have names, and what was counted is said once it is there."""
     wait(desk, "counted")
@@ -394,6 +494,18 @@ def test_a_phone_never_scrolls_sideways(browser, built, scheme):
             assert box["x"] >= 0 and box["x"] + box["width"] <= 390, it
             if not it.evaluate("it => it.matches('.quiet')"):
                 assert box["height"] >= 24, it
+
+
+def test_a_narrow_phone_breaks_long_words(browser, built):
+    """Whoever reads at 400 % has 320 pixels; no word is too long for them."""
+    word = "Kraftfahrzeughaftpflichtversicherung" * 2
+    hash = urlencode({"prompt": word, "toward": word, "away": "x", word: 1})
+    phone = {"width": 320, "height": 700}
+    with opened(browser, built, hash, viewport=phone, has_touch=True, is_mobile=True) as page:
+        wait(page, "counted")
+        expect(page.locator("#problem")).to_contain_text(word)
+        expect(page.locator("#prompt-notes")).to_contain_text(word)
+        assert page.evaluate("document.documentElement.scrollWidth") == 320
 
 
 def test_with_reduced_motion_nothing_moves(browser, built):

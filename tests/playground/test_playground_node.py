@@ -24,6 +24,9 @@ COUNTED = [
     (Case("To me, the harbour is", coeff=-15.6, layer=2, seed=2**32 - 4), 2, 5),
     (Case("I heard that the hotel is", "Joy", "Misery", 4, 12, randomSeed=9), 0, 2),
 ]
+# A map of one cell with a vector of two layers, in short texts.
+WITH_FILE = {"newTokens": 8, "mapCoeffs": [30]}
+FILE_CASE = Case("To me, the harbour is", coeff=30, length=40, sampled=True, seed=5, randomSeed=8)
 # (count, seed)
 RANDOM = [(1, 0), (3, 7), (1, 2**32 - 1), (700, 1234)]
 
@@ -36,6 +39,7 @@ def file_vectors() -> dict[str, SteeringVector]:
         "one": SteeringVector({3: one}, metadata={"model": "embedded"}),
         "two-layers": SteeringVector({1: one, 4: 3 * other}),
         "from-the-end": SteeringVector({-1: one}),
+        "in-another-order": SteeringVector({1: one.half(), 2: one, 0: one.half()}),
         "half": SteeringVector({2: one.half()}),
         "brain": SteeringVector({2: one.bfloat16()}),
         "double": SteeringVector({0: one.double()}, metadata={"model": "gpt2-xl"}),
@@ -56,6 +60,7 @@ def refused_files(folder: Path) -> dict[str, str]:
     for name, (vector, _) in vectors.items():
         vector.save(folder / f"{name}.safetensors")
     whole = (folder / "too deep.safetensors").read_bytes()
+    entry = {"dtype": "F32", "shape": [256], "data_offsets": [0, 1024]}
     files = {
         "cut off": (whole[:-5], "is not a complete safetensors file (layer.6 is cut off)"),
         "a beginning": (whole[:40], "is not a complete safetensors file (its header is cut off)"),
@@ -64,10 +69,30 @@ def refused_files(folder: Path) -> dict[str, str]:
         "another header": (b'\7\0\0\0\0\0\0\0{"a":5}', "its header is of another kind"),
         "later": (whole.replace(b'"format_version":"1"', b'"format_version":"2"'), "the format 2"),
         "something else": (whole.replace(b"steering_vector", b"other_vectors__"), "holds no"),
+        "longer": (whole + bytes(4), "something follows its tensors"),
+        "a gap": (_moved(whole, 1024), "its tensors overlap, or there are gaps"),
+        "before": (_moved(whole, -8), "layer.6 begins inside the header"),
+        "no type": (_header({"layer.1": entry | {"dtype": "toString"}}), "of the type toString"),
+        "no metadata": (_header({"__metadata__": None, "layer.1": entry}), "holds no steering"),
+        "numbers": (_header({"__metadata__": {"model": 5}}), "its header is of another kind"),
     }
     for name, (content, _) in files.items():
         (folder / f"{name}.safetensors").write_bytes(content)
     return {name: words for name, (_, words) in {**vectors, **files}.items()}
+
+
+def _header(header: dict[str, Any], numbers: bytes = bytes(1024)) -> bytes:
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + numbers
+
+
+def _moved(whole: bytes, by: int) -> bytes:
+    """A file with one tensor whose numbers are said to stand elsewhere."""
+    end = 8 + int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8:end])
+    offsets = header["layer.6"]["data_offsets"]
+    header["layer.6"]["data_offsets"] = [place + by for place in offsets]
+    return _header(header, whole[end:] + bytes(max(by, 0)))
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +126,11 @@ def found(cases, saves, folder) -> dict[str, Any]:
             {"settings": case._asdict(), "from": first, "count": count}
             for case, first, count in COUNTED
         ],
+        "withFile": {
+            "name": "two-layers.safetensors",
+            "settings": FILE_CASE._asdict(),
+            **WITH_FILE,
+        },
     }
     for name, content in (("cases", given), ("project", project())):
         (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
@@ -141,6 +171,24 @@ def test_logits_are_near_torchs(answers, found):
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
     # Steering shows: the test would notice a page that steers nothing.
     assert (expected[:, 0] - expected[:, 1]).abs().amax(-1).median() > 1
+
+
+def test_the_next_tokens_are_torchs(tokenizer, answers, found):
+    """The eight that are likeliest unsteered or steered, and their share under each condition."""
+    for right, it in zip(answers, found["answers"], strict=True):
+        if right is None:
+            continue
+        shares = right.logits.double().softmax(-1)
+        highest, ids = shares[:2].amax(0).topk(8)
+        shown = torch.tensor([token["probabilities"] for token in it["tokens"]])
+        torch.testing.assert_close(shown[:, :2].amax(1).double(), highest, rtol=0, atol=1e-4)
+        known = {tokenizer.decode([id]): shares[:, id] for id in ids.tolist()}
+        for token in it["tokens"]:
+            if token["token"] in known and "\ufffd" not in token["token"]:
+                expected = known[token["token"]].tolist()
+                assert token["probabilities"] == pytest.approx(expected, abs=1e-4)
+        # Two that are as likely may change places, the last one with the ninth.
+        assert len({token["token"] for token in it["tokens"]} - known.keys()) <= 1
 
 
 def test_what_is_shown_comes_in_order(found):
@@ -188,6 +236,21 @@ def test_a_cell_of_the_map_is_torchs(model, tokenizer, found):
         assert cell["share"] == sum(tone_sign(texts)) / 8
 
 
+def test_a_file_steers_every_layer_and_fills_the_map(model, tokenizer, found):
+    """Beside random directions, each as long as the vector of its layer; twice through the map."""
+    vector = file_vectors()["two-layers"]
+    texts = answer(model, tokenizer, FILE_CASE, vector).texts
+    assert found["withFile"]["texts"] == texts and len(set(texts)) == 3
+    signs = []
+    for number in range(16):
+        seeded = FILE_CASE._replace(seed=FILE_CASE.seed + number, length=8)
+        signs += tone_sign(answer(model, tokenizer, seeded, vector).texts[1:2])
+    first, second = found["withFile"]["passes"]
+    assert (first["count"], first["share"]) == (8, sum(signs[:8]) / 8)
+    assert (second["count"], second["share"]) == (16, sum(signs) / 16)
+    assert 0 != first["share"] != second["share"]
+
+
 def test_encoding_loses_nothing(found):
     assert found["decoded"] == TEXTS
 
@@ -217,7 +280,7 @@ def test_a_vector_of_the_library_is_read(found):
         size = max(vector.norm().values())
         assert it["size"] == pytest.approx(size, rel=1e-6), name
         for (layer, expected), (number, values) in zip(
-            vector.layer_activations.items(), it["layers"], strict=True
+            sorted(vector.layer_activations.items()), it["layers"], strict=True
         ):
             assert number == layer % 6
             torch.testing.assert_close(
