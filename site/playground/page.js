@@ -97,7 +97,7 @@ function fillMap() {
 
 /** The map belongs to a prompt, a direction and a seed. */
 function clearMap() {
-  if (map) worker.postMessage({ kind: "map", settings: null });
+  worker.postMessage({ kind: "map", settings: null });
   mapRequest -= 1;
   map = null;
   delete document.body.dataset.map;
@@ -118,6 +118,10 @@ const shown = {
     const place = { toward: "pair", away: "pair" }[field] ?? field;
     say(place, message, field);
     if (field === "file") return; // what steered before goes on
+    if (field === "prompt") {
+      $("code").textContent = $("prompt-notes").textContent = "";
+      showTokens($("tokens"), [], words);
+    }
     for (const name of CONDITIONS) showText(name, null);
     state("refused", message);
   },
@@ -293,7 +297,10 @@ function showSettings() {
 }
 
 function showProgram() {
-  $("code").textContent = program(settings, room ?? settings.length, file);
+  $("code").textContent =
+    room === 0
+      ? `# The prompt fills all ${project.config.n_positions} positions: no text can follow it.`
+      : program(settings, room ?? settings.length, file);
   $("code-notes").textContent = settings.sampled
     ? "It writes the likeliest words; the library samples by other random numbers than this page."
     : "";
@@ -307,7 +314,7 @@ function showFields() {
   $("coeff").value = settings.coeff;
   $("exact").value = settings.coeff;
   for (const radio of document.getElementsByName("layer")) {
-    radio.checked = Number(radio.value) === settings.layer;
+    radio.checked = !file && Number(radio.value) === settings.layer;
     radio.disabled = Boolean(file);
   }
   for (const radio of document.getElementsByName("sampled")) {
@@ -320,7 +327,8 @@ function showFields() {
     : "The direction is read and added after this block, counted from 0.";
   $("file-notes").classList.toggle("hint", !file); // nobody drops anything on a phone
   $("file-notes").textContent = file
-    ? `${file.name} steers: at ${Number(file.size.toPrecision(6))} as it was saved. ` +
+    ? `${file.name} steers. At the coefficient ${Number(file.size.toPrecision(6))}, its norm, it is ` +
+      "as it was saved. " +
       file.notes.join(" ")
     : "Or drop a steering vector of the library anywhere here.";
 }

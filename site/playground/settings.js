@@ -2,7 +2,7 @@
 
 /** What is compared: nothing added, the vector, and a random direction of its norm. */
 export const CONDITIONS = ["unsteered", "steered", "random"];
-const LARGEST = 1000; // coefficient
+export const LARGEST = 1000; // coefficient
 const SEEDS = 2 ** 32;
 
 /** @returns {import("./steering.js").Settings} */
@@ -56,8 +56,10 @@ export function readLink(hash, project) {
   const settings = defaults(project);
   const problems = [];
   for (const [name, text] of new URLSearchParams(hash)) {
-    if (name === "sampled") settings.sampled = text === "1";
-    else if (Object.hasOwn(limits(project), name)) {
+    if (name === "sampled") {
+      settings.sampled = text === "1";
+      if (!["0", "1"].includes(text)) problems.push(`Expected 0 or 1 as sampled, got “${text}”.`);
+    } else if (Object.hasOwn(limits(project), name)) {
       const { value, problem } = readNumber(name, text, project);
       if (problem) problems.push(problem);
       else settings[name] = value;

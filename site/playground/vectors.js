@@ -3,6 +3,7 @@
 import { sha256 } from "./hashing.js";
 import { readSafetensors, writeSafetensors } from "./safetensors.js";
 import { norm, scaled } from "./sampling.js";
+import { LARGEST } from "./settings.js";
 
 const FORMAT = "steering_vector";
 const VERSION = "1";
@@ -112,6 +113,7 @@ export function readVector(bytes, name, model) {
   }
   const size = Math.max(...Array.from(layers.values(), norm));
   if (!(size > 0)) refuse("holds a vector that is 0");
+  if (size > LARGEST) refuse(`has a norm of ${size.toPrecision(4)}; this page steers up to ${LARGEST}`);
   const sorted = [...layers].sort(([one], [other]) => one - other);
   const other = metadata.model && metadata.model !== "embedded" ? metadata.model : null;
   const notes = other ? [`It was made for “${other}”, another model than this one.`] : [];

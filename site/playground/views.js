@@ -174,6 +174,7 @@ export function showMap(table, { layers, coeffs, cells }, { layer: chosenLayer, 
             "data-coeff": coeff,
             tabindex: here || first ? 0 : -1,
             "aria-pressed": `${here}`,
+            title: cell && found,
             "aria-label": `${where}, coefficient ${signed(coeff)}: ${found}`,
             class: cell && "filled",
             style: cell && {
@@ -268,7 +269,7 @@ export function program(settings, room, file) {
   const train = file
     ? [
         `vector = SteeringVector.load(${quoted(file.name)})`,
-        `multiplier = ${coeff} / ${file.size}  # its norm`,
+        `multiplier = ${coeff} / ${file.size}  # the norm of what is saved`,
       ]
     : [
         `pairs = [(${quoted(toward)}, ${quoted(away)})]`,

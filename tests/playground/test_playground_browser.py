@@ -188,9 +188,10 @@ def test_the_slider_mends_a_wrong_coefficient(desk):
 
 
 def test_a_wrong_link_is_told_and_the_rest_of_it_used(browser, built):
-    hash = "layer=9&coeff=x&toward=Joy&colour=red&constructor=1&__proto__=2"
+    hash = "layer=9&coeff=x&toward=Joy&colour=red&constructor=1&__proto__=2&sampled=true"
     with opened(browser, built, hash) as page:
         expect(page.locator("#problem")).to_contain_text("from 0 to 5 as the layer, got “9”")
+        expect(page.locator("#problem")).to_contain_text("0 or 1 as sampled, got “true”")
         for name in ("colour", "constructor", "__proto__"):
             known = f"“{name}”, which this page does not know"
             expect(page.locator("#problem")).to_contain_text(known)
@@ -387,11 +388,24 @@ def test_a_vector_of_another_size_steers_as_in_the_library(desk, tmp_path, model
         ids = generate(model, inputs, max_new_tokens=40)
     desk.locator("#file").set_input_files(tmp_path / "two.safetensors")
     expect(desk.locator("#layer-notes")).to_have_text("As in the file: after block 1, 3.")
+    assert desk.locator("input[name=layer]:checked").count() == 0
     wait(desk, "written")
     text = FIRST_PROMPT + completions(tokenizer, inputs, ids)[0]
     expect(desk.locator(CARDS[1])).to_have_text(text)
     size = max(vector.norm().values())
     assert float(desk.locator("#exact").input_value()) == pytest.approx(size, rel=1e-5)
+
+
+def test_without_a_text_there_is_no_program(desk, tokenizer):
+    """After a prompt that fills the model, and after one that is refused."""
+    full = "I" + " think" * 255
+    assert len(tokenizer(full)["input_ids"]) == 256
+    desk.get_by_label("Prompt", exact=True).fill(full)
+    expect(desk.locator("#code")).to_have_text(re.compile("all 256 positions: no text can follow"))
+    desk.get_by_label("Prompt", exact=True).fill("")
+    wait(desk, "refused")
+    expect(desk.locator("#code")).to_have_text("")
+    assert desk.locator("#tokens span").count() == 0
 
 
 def test_the_program_writes_the_text_of_the_page(desk, capsys):

@@ -55,6 +55,7 @@ def refused_files(folder: Path) -> dict[str, str]:
         "too wide": (SteeringVector({1: torch.ones(768)}), "768 numbers; this model has 256"),
         "nothing": (SteeringVector({1: 0 * one}), "a vector that is 0"),
         "endless": (SteeringVector({1: one * float("inf")}), "not finite in layer 1"),
+        "too loud": (SteeringVector({1: 100 * one}), "a norm of 1600; this page steers up to 1000"),
         "twice": (SteeringVector({-1: one, 5: one}), "layer 5 twice"),
     }
     for name, (vector, _) in vectors.items():
