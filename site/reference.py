@@ -150,4 +150,12 @@ def _docstring(item: griffe.Object, what: str) -> list[str]:
     if not item.docstring:
         raise ValueError(f"{item.path} has no docstring: expected one, it is public")
     marked = _CODE.sub(r"\1\n\n::\n\n\2", item.docstring.value)
-    return str(GoogleDocstring(marked, STYLE, what=what, name=item.path)).splitlines()
+    return str(_Docstring(marked, STYLE, what=what, name=item.path)).splitlines()
+
+
+class _Docstring(GoogleDocstring):
+    """A docstring whose signature has the types: what is returned has none before a colon."""
+
+    def _consume_returns_section(self, preprocess_types: bool = False) -> list:
+        lines = self._dedent(self._consume_to_next_section())
+        return [("", "", type(self)(lines, self._config).lines())] if lines else []

@@ -224,6 +224,13 @@ def test_signatures_say_what_a_caller_needs():
     )
 
 
+def test_what_is_returned_is_a_sentence():
+    """Napoleon takes what stands before a colon for a type."""
+    text = "".join(page.read_text("utf-8") for page in (SITE / "reference").glob("*.html"))
+    returned = re.findall(r"Returns<span.*?<dd[^>]*>\s*(.*?)</dd>", text, re.DOTALL)
+    assert len(returned) > 40 and [one for one in returned if one.startswith("<p><em>")] == []
+
+
 def test_code_in_docstrings_is_shown_as_code():
     """Indented lines are shown as the code that they are."""
     assert "<blockquote" not in "".join(read(page).text for page in SITE.glob("reference/*.html"))
