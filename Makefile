@@ -100,7 +100,8 @@ benchmark-methods: $(STAMP) ## compare all methods at equal divergence, promptin
 	$(RUN) benchmarks.methods
 
 scale: $(VENV)/.scale ## kill workers, nodes and drivers of the engine, and measure it (installs Ray)
-	OMP_NUM_THREADS=1 $(RUN) pytest -m "scale or not scale" tests/scaling
+	OMP_NUM_THREADS=1 $(RUN) pytest -m "scale or not scale" tests/scaling \
+	  tests/benchmarks/test_abilities.py
 	$(RUN) benchmarks.scale
 
 engines: export LLAMA_CPP_LIB_PATH := $(CURDIR)/$(LLAMA_CPP)/build/bin

@@ -20,10 +20,12 @@ from benchmarks.ability_subject import Silently, Subject, embedded_model, expect
 from benchmarks.ability_trials import TRIALS
 from repository.mechanisms import MECHANISMS, load_mechanism
 
+# `tests/scaling` has laws of split models, so that this trial can wait for `make scale`.
+SPLIT = "two processes (tensor parallel)"
 ELSEWHERE = {
     "saved, run in a fresh process",
     "saved, a Llama",
-    "two processes (tensor parallel)",
+    SPLIT,
 }  # a mechanism is loaded by name in another process
 
 
@@ -50,7 +52,9 @@ def test_reasons_are_whole():
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("ability", TRIALS)
+@pytest.mark.parametrize(
+    "ability", [pytest.param(name, marks=[pytest.mark.scale] * (name == SPLIT)) for name in TRIALS]
+)
 def test_cells_are_what_the_trials_give(ability):
     """The outcomes that are stored are those of today."""
     cells = load_matrix()
