@@ -18,11 +18,13 @@ import torch
 from architectures import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
+from support import a_vector
 
 import common.choosing.choose as choosing
 from common import (
     Budget,
     Choice,
+    Grid,
     Sampling,
     SteeringVector,
     VectorCard,
@@ -343,6 +345,20 @@ def test_all_directions_have_the_same_settings_at_the_same_divergence(model, tok
     where = dict(zip(steered["steering"], steered["layer"]))
     assert where == dict(zip(chosen["steering"], chosen["layer"]))  # each where it chose itself
     assert set(where.values()) == {1, 4} and len(where) == 39
+
+
+def test_completions_are_drawn_by_the_seed(model, tokenizer):
+    """And more of them where it is judged, unless they are greedy."""
+    grid = Grid({"v": a_vector(model.config.hidden_size, [1])})
+
+    def written(seed: int, **changes) -> list[str]:
+        budget = replace(SMALL, sampling=replace(SHORT, **changes))
+        subject = Subject(model, tokenizer, vowels, False, budget, seed, None)
+        return subject.rows(grid, PROMPTS[:2], judging=True)["completion"].tolist()
+
+    drawn, again, other = (written(seed, temperature=1.0) for seed in (1, 1, 2))
+    assert drawn == again != other and len(drawn) == 8
+    assert written(1) == written(2) and len(written(1)) == 4
 
 
 def test_controls_have_nothing_to_do_with_the_pairs(model, tokenizer, praise):
