@@ -336,6 +336,11 @@ def test_all_directions_have_the_same_settings_at_the_same_divergence(model, tok
     assert len(settings_) == 39 and all((one == settings_.iloc[0]).all() for one in settings_)
     assert (tried["kl"] - 0.5).abs().max() <= 0.06
     assert tried["kind"].value_counts().to_dict() == {"random": 38, "unrelated": 38, "vector": 2}
+    first = tried.iloc[0]  # measured on as many prompts as the budget says: one
+    of_it = directions.vectors[first["steering"]].select([first["layer"]])
+    way = partial(of_it.apply, model, multiplier=first["multiplier"])
+    kl = steering_kl(model, tokenizer, way, PROMPTS[:1], new_tokens=4)
+    assert first["kl"] == pytest.approx(kl, rel=1e-4)
 
     chosen = gentlest_of_the_best(tried)
     split = Split([], [], PROMPTS[:8], PROMPTS[8:12])
@@ -384,6 +389,13 @@ def test_layers_are_spread_over_the_model(blocks):
     assert len(set(layers)) == len(layers) == min(4, blocks)
     assert layers[0] >= 0 and layers[-1] < blocks
     assert len({b - a for a, b in pairwise(layers)}) <= 2
+
+
+def test_layers_are_counted_from_either_end():
+    assert layers_to_try(6, 4, [-1, 2]) == [5, 2]
+    for wrong in ([-7], [6], []):
+        with pytest.raises(ValueError, match="expected layers from 0 to 5"):
+            layers_to_try(6, 4, wrong)
 
 
 # --- files and pages ---
