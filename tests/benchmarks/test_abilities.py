@@ -20,13 +20,10 @@ from benchmarks.ability_subject import Silently, Subject, embedded_model, expect
 from benchmarks.ability_trials import TRIALS
 from repository.mechanisms import MECHANISMS, load_mechanism
 
-# `tests/scaling` has laws of split models, so that this trial can wait for `make scale`.
-SPLIT = "two processes (tensor parallel)"
-ELSEWHERE = {
-    "saved, run in a fresh process",
-    "saved, a Llama",
-    SPLIT,
-}  # a mechanism is loaded by name in another process
+# Six processes each, which wait for `make scale`: `tests/scaling` has laws of split models, and
+# bias_editing runs what it saved in a fresh process.
+SLOW = {"saved, run in a fresh process", "two processes (tensor parallel)"}
+ELSEWHERE = SLOW | {"saved, a Llama"}  # a mechanism is loaded by name in another process
 
 
 def test_matrix_is_complete():
@@ -53,7 +50,7 @@ def test_reasons_are_whole():
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    "ability", [pytest.param(name, marks=[pytest.mark.scale] * (name == SPLIT)) for name in TRIALS]
+    "ability", [pytest.param(name, marks=[pytest.mark.scale] * (name in SLOW)) for name in TRIALS]
 )
 def test_cells_are_what_the_trials_give(ability):
     """The outcomes that are stored are those of today."""
