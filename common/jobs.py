@@ -50,7 +50,7 @@ import pandas as pd
 
 from common.arguments import integer
 from common.choosing.card import VectorCard
-from common.choosing.choose import Choice, choose, files_of
+from common.choosing.choose import Choice, choose, files_of, refuse_existing
 from common.choosing.described import metric_of
 from common.choosing.splitting import split_at_random
 from common.choosing.trying import Budget, budget_of
@@ -329,10 +329,8 @@ def run_choose(
     pairs = {name: job.pairs(name) for name in job.content["steering"]}
     names: dict[Path, str] = {}
     for name in pairs:
-        if there := [file for file in files_of(job.vector(name)) if file.exists()]:
-            raise FileExistsError(
-                f"{str(there[0])!r} is there already: delete it, or name another file as vector"
-            )
+        advice = "delete it, or name another file as vector"
+        refuse_existing(files_of(job.vector(name)), advice=advice)
         if (other := names.setdefault(job.vector(name).resolve(), name)) != name:
             raise ValueError(
                 f"[steering.{other}] and [steering.{name}] would both write"

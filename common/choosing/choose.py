@@ -100,7 +100,11 @@ def files_of(path: Path) -> list[Path]:
     return [path, *pages, *(path.with_name(f"{path.stem}-{name}.png") for name in PICTURES)]
 
 
-def refuse_existing(files: Sequence[Path], overwrite: bool = False) -> None:
+def refuse_existing(
+    files: Sequence[Path],
+    overwrite: bool = False,
+    advice: str = "give another name, or overwrite=True",
+) -> None:
     """Refuse to overwrite a file, unless it may be; a folder is never overwritten.
 
     Raises:
@@ -111,9 +115,7 @@ def refuse_existing(files: Sequence[Path], overwrite: bool = False) -> None:
     if overwrite:
         return
     if there := [file for file in files if file.exists()]:
-        raise FileExistsError(
-            f"{str(there[0])!r} is there already; give another name, or overwrite=True"
-        )
+        raise FileExistsError(f"{str(there[0])!r} is there already: {advice}")
 
 
 def choose(
